@@ -1,0 +1,285 @@
+"""What can be asked for on the command line, and what cannot?
+
+The flags of the course starter and of the paper keep their names. Every check here runs before any
+data or weights load.
+"""
+
+import argparse
+import difflib
+import math
+import sys
+from pathlib import Path
+
+from config import LEARNING_RATES, LORA_TARGETS, MODES, TASKS, UserError
+from device import PRECISIONS
+from run_folder import RunFolder, run_name
+
+HERE = Path(__file__).resolve().parent
+SPLITS = ("train", "dev", "test")
+# Flags that may differ when a run is continued: nothing computed depends on them.
+FREE_WHEN_CONTINUING = {
+    "resume", "overwrite", "debug", "save_every", "log_every", "use_gpu", "predictions_dir",
+    "require_test", "runs_dir",
+} | {f"{task}_{split}_out" for task in TASKS for split in ("dev", "test")}  # fmt: skip
+
+class FlagParser(argparse.ArgumentParser):
+    """An argument parser without abbreviations, whose errors are one line and name the near flag."""
+
+    def __init__(self, **settings):
+        super().__init__(allow_abbrev=False, **settings)
+
+    def parse_args(self, args=None, namespace=None):
+        """As argparse's, but raises `UserError` with the nearest flag for one that is unknown."""
+        namespace, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            flag = unknown[0].split("=")[0]
+            flags = [name for action in self._actions for name in action.option_strings]
+            near = difflib.get_close_matches(flag, flags, n=1, cutoff=0.4)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise UserError(f"unknown argument {unknown[0]}{hint} (--help lists all)")
+        return namespace
+
+    def error(self, message):
+        """Raise `UserError`."""
+        raise UserError(f"{message} (--help lists all)")
+
+
+def number(kind, low, high, *, above=False):
+    """An argparse type: an int or float from `low` (or above it) to `high`, finite."""
+
+    def parse(text):
+        limits = f"{'above' if above else 'from'} {low:g}" + (f" to {high:g}" if high else "")
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not math.isfinite(value) or value < low or (above and value == low):
+            raise argparse.ArgumentTypeError(f"{text!r}; expected {kind.__name__} {limits}")
+        if high is not None and value > high:
+            raise argparse.ArgumentTypeError(f"{text!r}; expected {kind.__name__} {limits}")
+        return value
+
+    return parse
+
+
+
+def make_parser():
+    """All flags, by group."""
+    parser = FlagParser(description="Fine-tune a hand-written BERT on several sentence tasks.")
+    positive, natural = number(int, 1, None), number(int, 0, None)
+    rate, share = number(float, 0, None, above=True), number(float, 0, 1)
+
+    add = parser.add_argument_group("what is trained").add_argument
+    add("--fine-tune-mode", choices=MODES, default="full-model", help="default full-model")
+    add("--tasks", nargs="+", choices=TASKS, metavar="TASK", help=f"of {', '.join(TASKS)}",
+        default=[name for name, task in TASKS.items() if task.default])
+    add("--pretrained", metavar="ENCODER", help="folder, hub name, or 'bundled' "
+        "(default bert-base-uncased; where the hub is out of reach, the bundled MiniLM)")
+
+    add = parser.add_argument_group("LoRA (only with --fine-tune-mode LoRA)").add_argument
+    add("--LoRA_r", type=positive, default=32, metavar="R", help="rank, default 32")
+    add("--LoRA_alpha", type=rate, default=16.0, metavar="A",
+        help="the low-rank path is scaled by A/R, default 16")
+    add("--LoRA_dropout", type=number(float, 0, 0.99), default=0.0, metavar="P",
+        help="dropout on its input, default 0")
+    add("--LoRA_targets", nargs="+", choices=LORA_TARGETS, metavar="LAYER",
+        default=list(LORA_TARGETS), help=f"linear layers, default all: {', '.join(LORA_TARGETS)}")
+
+    add = parser.add_argument_group("heads and losses").add_argument
+    for name, task in TASKS.items():
+        add(f"--{name}_head", choices=task.heads, default=task.heads[0],
+            help=f"{task.title} head, default {task.heads[0]}")
+    add("--pooling", choices=("mean", "cls"), default="mean",
+        help="a sentence's vector: mean over its tokens (default) or the first token")
+    add("--pair_encoding", nargs="+", default=["separate"], metavar="[TASK=]HOW",
+        help="'separate' (default) or 'joint', for all pair tasks or as para=joint sts=separate")
+    add("--unsupervised_simcse", action="store_true", help="contrastive loss on sentences")
+    add("--supervised_simcse", action="store_true", help="contrastive loss on paraphrase pairs")
+    add("--simcse_tasks", nargs="+", choices=TASKS, metavar="TASK",
+        help="tasks with the unsupervised loss, default all active ones")
+    add("--loss_weights", nargs="+", default=[], metavar="LOSS=W",
+        help="factors of the summed losses, such as para=2 simcse_sst=0.1; default 1 each")
+    add("--gradient_surgery", nargs="?", choices=("sum", "mean"), const="sum", default=None,
+        help="project conflicting task gradients (PCGrad), then sum (default) or average them")
+
+    add = parser.add_argument_group("optimisation").add_argument
+    add("--epochs", "--epoch", type=natural, default=10, help="default 10; 0 only evaluates")
+    add("--steps_per_epoch", type=positive, metavar="N", help="optimiser steps per epoch, default "
+        "the batches of the largest task, at most 2000")
+    add("--batch_size", type=positive, default=8, help="examples of each task a step, default 8")
+    add("--accumulate", type=positive, default=1, metavar="N",
+        help="batches per optimiser step, default 1; in-batch negatives stay those of one batch, "
+        "since each batch's loss is complete by itself")
+    add("--lr", type=rate, help="peak learning rate of the encoder (heads in last-linear-layer), "
+        f"default by mode: {', '.join(f'{m} {(r[0] or r[1]):g}' for m, r in LEARNING_RATES.items())}")
+    add("--head_lr", type=rate, help="peak learning rate of the heads; default by mode, or --lr "
+        "where only that is given")
+    add("--warmup", type=share, default=0.1, metavar="SHARE",
+        help="share of all steps with rising learning rate, then linear decay; default 0.1")
+    add("--weight_decay", type=number(float, 0, None), default=1e-3,
+        help="AdamW's, not on biases and LayerNorm, default 1e-3")
+    add("--clip", type=number(float, 0, None), default=1.0, metavar="NORM",
+        help="largest norm of the gradient, default 1; 0 for no limit")
+    add("--hidden_dropout_prob", type=number(float, 0, 0.99), metavar="P",
+        help="dropout of the encoder and the heads, default the encoder's own")
+    add("--max_length", type=number(int, 3, None), metavar="TOKENS",
+        help="longest sequence, default the encoder's limit")
+    add("--patience", type=natural, default=0, metavar="N",
+        help="stop after N evaluations without a better overall score, default 0: never")
+    add("--seed", type=number(int, 0, 2**31), default=11711, help="default 11711")
+
+    add = parser.add_argument_group("the run").add_argument
+    add("--model_file_suffix", metavar="NAME", help="the run is runs/<mode>-NAME")
+    add("--runs_dir", default="runs", help="default runs")
+    add("--predictions_dir", default="predictions", help="default predictions")
+    add("--resume", action="store_true", help="continue the run from its last complete state")
+    add("--overwrite", action="store_true", help="remove an earlier run of the same name")
+    add("--save_every", type=natural, default=0, metavar="STEPS",
+        help="save a state every N steps too, default 0: after each epoch only")
+    add("--log_every", type=positive, default=50, metavar="STEPS", help="default 50")
+    add("--debug", action="store_true", help="show the traceback of an error")
+
+    add = parser.add_argument_group("hardware").add_argument
+    add("--use_gpu", action="store_true", help="insist on a GPU; without the flag the best device")
+    add("--precision", choices=PRECISIONS, default="auto",
+        help="default auto: bf16 where the hardware has it")
+    add("--deterministic", action="store_true", help="the same bits on every run on CUDA; slower")
+
+    add = parser.add_argument_group("data").add_argument
+    add("--data_dir", metavar="DIR", help="default data, else the sample in data/sample")
+    add("--require_test", action="store_true", help="fail where a test file is missing")
+    for name in TASKS:
+        for split in SPLITS:
+            add(f"--{name}_{split}", metavar="FILE", help=f"{name} {split} file")
+        for split in ("dev", "test"):
+            add(f"--{name}_{split}_out", metavar="FILE", help=f"{name} {split} predictions")
+    return parser
+
+
+def get_args(argv=None):
+    """The command line, checked: `(args, RunFolder)`.
+
+    A run that is continued takes what is not given from its `run.json`. Raises `UserError` for a
+    mistake.
+    """
+    argv = sys.argv[1:] if argv is None else list(argv)
+    parser = make_parser()
+    args = parser.parse_args(argv)
+    unset = object()  # a flag that keeps this value was not given
+    blank = argparse.Namespace(**dict.fromkeys(vars(args), unset))
+    given = vars(parser.parse_args(argv, namespace=blank))
+    args.given = {name for name, value in given.items() if value is not unset}
+    args.tasks = [name for name in TASKS if name in args.tasks]
+    run = RunFolder(Path(args.runs_dir) / run_name(args.fine_tune_mode, args.model_file_suffix))
+    if args.resume and run.holds_run():
+        take_over(args, run.description())
+    check_args(args)
+    return args, run
+
+
+def take_over(args, description):
+    """Fill in the flags of the run to continue; one that was given must be the run's."""
+    differences = []
+    for name, value in description["args"].items():
+        if name in FREE_WHEN_CONTINUING:
+            continue
+        if name in args.given and getattr(args, name) != value:
+            differences.append(f"--{name} is {getattr(args, name)}, was {value}")
+        setattr(args, name, value)
+    if differences:
+        raise UserError(f"--resume: not the run that was begun: {'; '.join(differences)}")
+
+
+def check_args(args):
+    """Raise `UserError` for flags that contradict each other; fill in defaults that depend."""
+    mode, given = args.fine_tune_mode, args.given
+    lora_flags = sorted(name for name in given if name.startswith("LoRA_"))
+    if mode != "LoRA" and lora_flags:
+        raise UserError(f"--{lora_flags[0]}: only with --fine-tune-mode LoRA, not {mode}")
+    args.joint = joint_tasks(args.pair_encoding, args.tasks)
+    simcse = args.unsupervised_simcse or args.supervised_simcse
+    if args.simcse_tasks and not args.unsupervised_simcse:
+        raise UserError("--simcse_tasks: only with --unsupervised_simcse")
+    if simcse and args.batch_size < 2:
+        raise UserError("--batch_size 1: SimCSE needs other examples in the batch, at least 2")
+    if args.supervised_simcse and "para" not in args.tasks:
+        raise UserError("--supervised_simcse: needs the task para")
+    absent = [name for name in args.simcse_tasks or [] if name not in args.tasks]
+    if absent:
+        raise UserError(f"--simcse_tasks {absent[0]}: not among --tasks {' '.join(args.tasks)}")
+    if mode == "last-linear-layer":
+        frozen = "the encoder is frozen and in eval mode in --fine-tune-mode last-linear-layer"
+        if simcse:
+            raise UserError(f"SimCSE: {frozen}; its losses could train nothing")
+        if args.gradient_surgery:
+            raise UserError(f"--gradient_surgery: {frozen}; tasks share no trained weights")
+        if args.tasks == ["sts"] and args.sts_head == "cosine" and not args.joint:
+            raise UserError(f"--sts_head cosine: {frozen}; nothing to train; use --sts_head linear")
+    if args.gradient_surgery and args.accumulate > 1:
+        raise UserError("--gradient_surgery: not with --accumulate; raise --batch_size")
+    args.weights = loss_weights(args.loss_weights)
+    encoder_lr, head_lr = LEARNING_RATES[mode]
+    if mode == "last-linear-layer":
+        args.encoder_rate, args.head_rate = 0.0, args.head_lr or args.lr or head_lr
+    else:
+        args.encoder_rate = args.lr or encoder_lr
+        args.head_rate = args.head_lr or args.lr or head_lr
+
+
+def joint_tasks(values, tasks):
+    """Pair tasks to encode jointly, from `--pair_encoding`."""
+    pairs = [name for name in tasks if TASKS[name].is_pair]
+    how = dict.fromkeys(pairs, "separate")
+    for value in values:
+        name, _, choice = value.rpartition("=")
+        if choice not in ("separate", "joint") or (name and name not in how):
+            raise UserError(
+                f"--pair_encoding {value}; expected separate, joint or TASK=separate, TASK=joint "
+                f"with TASK of {', '.join(pairs)}"
+            )
+        how.update({name: choice} if name else dict.fromkeys(pairs, choice))
+    return tuple(name for name in pairs if how[name] == "joint")
+
+
+def loss_weights(values):
+    """Loss name -> factor, from `--loss_weights`."""
+    names = [*TASKS, *(f"simcse_{name}" for name in TASKS), "simcse_para_supervised"]
+    weights = dict.fromkeys(names, 1.0)
+    for value in values:
+        name, _, factor = value.partition("=")
+        try:
+            weights[name] = number(float, 0, None)(factor)
+        except Exception as error:
+            raise UserError(f"--loss_weights {value}; expected LOSS=FACTOR") from error
+        if name not in names:
+            raise UserError(f"--loss_weights {value}; expected one of {', '.join(names)}")
+    return weights
+
+
+def data_paths(args):
+    """Path of every file: `{task: {split: Path}}`, and a warning or None.
+
+    Where no file of the data folder is there and none was named, it is the sample's, all of it.
+    """
+    folder = Path(args.data_dir or "data")
+    named = {
+        (name, split): getattr(args, f"{name}_{split}")
+        for name in args.tasks
+        for split in SPLITS
+        if getattr(args, f"{name}_{split}")
+    }
+    warning = None
+    files = [folder / TASKS[name].file_name(split) for name in args.tasks for split in SPLITS]
+    if not args.data_dir and not named and not any(map(Path.exists, files)):
+        warning = (
+            f"none of the course's files is in {folder}/: using the small generated sample in "
+            f"data/sample instead, good for a first run only (python data/prepare.py fetches them)"
+        )
+        folder = HERE / "data" / "sample"
+    return {
+        name: {
+            split: Path(named.get((name, split), folder / TASKS[name].file_name(split)))
+            for split in SPLITS
+        }
+        for name in args.tasks
+    }, warning

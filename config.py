@@ -1,0 +1,180 @@
+"""What can be configured: the encoder, LoRA, the tasks and the paper's recipes.
+
+Plain values with their checks; nothing here needs torch.
+"""
+
+import json
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+
+
+class UserError(Exception):
+    """A mistake of the user's: one line on standard error, before any weights load."""
+
+    exit_code = 2
+
+
+@dataclass(frozen=True)
+class BertConfig:
+    """Sizes of a BERT encoder, under the names of the published `config.json`.
+
+    The defaults are those of `bert-base-uncased` (Devlin et al. 2019).
+    """
+
+    vocab_size: int = 30522
+    hidden_size: int = 768
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    intermediate_size: int = 3072
+    hidden_dropout_prob: float = 0.1
+    attention_probs_dropout_prob: float = 0.1
+    max_position_embeddings: int = 512
+    type_vocab_size: int = 2
+    layer_norm_eps: float = 1e-12
+    initializer_range: float = 0.02
+    pad_token_id: int = 0
+    hidden_act: str = "gelu"
+    position_embedding_type: str = "absolute"
+    model_type: str = "bert"
+
+    # What this encoder implements; a file that asks for anything else would compute other numbers.
+    ONLY = {"hidden_act": "gelu", "position_embedding_type": "absolute", "model_type": "bert"}
+
+    def __post_init__(self):
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"hidden_size {self.hidden_size} is not divisible by "
+                f"num_attention_heads {self.num_attention_heads}"
+            )
+        for name, value in BertConfig.ONLY.items():
+            if getattr(self, name) != value:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; expected {value!r}")
+
+    @classmethod
+    def from_file(cls, path):
+        """Read a published `config.json`; keys this encoder has no use for are left aside."""
+        try:
+            values = json.loads(Path(path).read_text(encoding="utf-8"))
+            known = {field.name for field in fields(cls)}
+            return cls(**{name: value for name, value in values.items() if name in known})
+        except (OSError, ValueError, TypeError, AttributeError) as error:
+            raise UserError(f"{path}: not a BERT config.json: {error}") from error
+
+    def to_dict(self):
+        """Every value, plus the architecture name by which other tools pick their class."""
+        return {"architectures": ["BertModel"], **asdict(self)}
+
+
+LORA_TARGETS = {  # flag value -> the linear layer's name inside one BertLayer
+    "query": "attention.self.query",
+    "key": "attention.self.key",
+    "value": "attention.self.value",
+    "attention_output": "attention.output.dense",
+    "intermediate": "intermediate.dense",
+    "output": "output.dense",
+}
+
+
+@dataclass(frozen=True)
+class LoRAConfig:
+    """Low-rank adaptation (Hu et al. 2021): W x + (alpha / r) B A dropout(x).
+
+    `targets` are keys of `LORA_TARGETS`, the kinds of linear layer that get an adapter.
+    """
+
+    r: int = 32
+    alpha: float = 16.0
+    dropout: float = 0.0
+    targets: tuple = tuple(LORA_TARGETS)
+
+    @property
+    def scaling(self):
+        """The factor alpha / r of the low-rank path."""
+        return self.alpha / self.r
+
+
+@dataclass(frozen=True)
+class Task:
+    """One row a task: its files, columns, labels, metric and prediction header."""
+
+    name: str
+    title: str
+    files: str  # file name with {split} for train, dev, test-student
+    sentences: tuple  # one column, or two for a pair task
+    label: str  # label column
+    kind: str  # "classes" (cross entropy), "binary" (logistic), "score" (mean squared error)
+    num_classes: int  # width of the head's output; 1 for binary and score
+    header: str  # second column of the prediction file
+    heads: tuple  # choices of --<task>_head, the default first
+    low: float = 0.0  # smallest and largest label
+    high: float = 1.0
+    default: bool = True  # trained unless --tasks says otherwise
+
+    @property
+    def is_pair(self):
+        """Whether an example has two sentences."""
+        return len(self.sentences) == 2
+
+    @property
+    def metric(self):
+        """The metric that counts for selection and the overall score."""
+        return "pearson" if self.kind == "score" else "accuracy"
+
+    def file_name(self, split):
+        """File name of `split` ("train", "dev" or "test")."""
+        return self.files.format(split="test-student" if split == "test" else split)
+
+    def format(self, prediction):
+        """A prediction as the course's script prints it: class `3`, binary `1.0`, score `3.25`."""
+        return str(int(prediction)) if self.kind == "classes" else str(prediction)
+
+
+SENTENCE, PAIR = ("sentence",), ("sentence1", "sentence2")
+
+TASKS = {
+    task.name: task
+    for task in (
+        Task("sst", "sentiment", "ids-sst-{split}.csv", SENTENCE, "sentiment",
+             "classes", 5, "Predicted_Sentiment", ("ffn", "linear"), high=4),
+        Task("para", "paraphrase", "quora-{split}.csv", PAIR, "is_duplicate",
+             "binary", 1, "Predicted_Is_Paraphrase", ("features", "dot", "cosine")),
+        Task("sts", "similarity", "sts-{split}.csv", PAIR, "similarity",
+             "score", 1, "Predicted_Similiary", ("cosine", "linear"), high=5),  # the course's spelling
+        Task("cfimdb", "movie reviews", "ids-cfimdb-{split}.csv", SENTENCE, "sentiment",
+             "classes", 2, "Predicted_Sentiment", ("ffn", "linear"), default=False),
+    )
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class MultitaskConfig:
+    """What stands on top of the encoder: heads, pooling and the losses of a training step."""
+
+    tasks: tuple = ("sst", "para", "sts")
+    heads: dict = field(default_factory=dict)  # task -> head; the task's default where not named
+    joint: tuple = ()  # pair tasks encoded as one sequence, [CLS] a [SEP] b [SEP]
+    pooling: str = "mean"  # "mean" over the real tokens or "cls", the first token
+    dropout: float = 0.1  # in front of a head's linear layers
+    max_length: int = 512  # tokens of a sequence, markers included
+    simcse_tasks: tuple = ()  # tasks with the unsupervised contrastive loss
+    supervised_simcse: bool = False  # contrastive loss on the paraphrase pairs
+
+    def head(self, task):
+        """Name of the head of `task`; a jointly encoded pair has one vector and a linear head."""
+        return "linear" if task in self.joint else self.heads.get(task, TASKS[task].heads[0])
+
+    @property
+    def uses_simcse(self):
+        """Whether any contrastive loss is trained."""
+        return bool(self.simcse_tasks) or self.supervised_simcse
+
+
+MODES = ("last-linear-layer", "full-model", "LoRA")
+
+# Peak learning rates by mode, (encoder, heads), measured at batch 16 to 32 with the bundled
+# encoder; see RESULTS.md. The heads start from random numbers and bear a larger rate.
+LEARNING_RATES = {
+    "last-linear-layer": (0.0, 1e-3),
+    "full-model": (5e-5, 5e-4),
+    "LoRA": (5e-4, 5e-4),
+}

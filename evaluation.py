@@ -1,0 +1,377 @@
+"""How good is a model, and what does it predict?
+
+    python evaluation.py                                   # the newest run
+    python evaluation.py --checkpoint runs/LoRA
+    python evaluation.py --sentence "A film to fall in love with."
+
+Prints the dev scores and writes the prediction files of dev and test in the course's format.
+"""
+
+import argparse
+import json
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from base_bert import file_sha256, load_encoder, load_strictly, read_tensors, write_tensors
+from bert import BertModel
+from config import TASKS, LoRAConfig, MultitaskConfig, UserError
+from datasets import Example, TaskDataset, TaskFile, read_task_file
+from device import autocast, select_device, select_precision
+from lora import apply_lora, load_adapter, save_adapter
+from multitask_bert import MultitaskBERT, task_loss
+from run_folder import RunFolder, damage, newest_run, write_file
+
+BATCH_TOKENS = {"cpu": 4096, "cuda": 65536, "mps": 16384}  # tokens of one evaluation batch
+
+
+@dataclass
+class TaskResult:
+    """Predictions for one file, in the file's order."""
+
+    ids: list
+    predictions: np.ndarray  # (n,) class, 0.0 or 1.0, or score, as the prediction file prints it
+    scores: np.ndarray  # (n, classes) probabilities, or (n, 1) probability of 1 or score
+    labels: np.ndarray | None = None
+    loss: float | None = None  # mean over the file
+    metrics: dict = field(default_factory=dict)
+
+    def score(self, task):
+        """The metric that counts for the task: accuracy or Pearson correlation."""
+        return self.metrics[TASKS[task].metric]
+
+
+# -------------------------------------------------------------------------------- predict, measure
+
+
+@torch.no_grad()
+def predict_dataset(model, dataset, precision, check_stop=lambda: None):
+    """Predict a whole `TaskDataset` in batches of like length; returns a `TaskResult`."""
+    task = dataset.task
+    device = next(model.parameters()).device
+    model.eval()
+    outputs = torch.empty(len(dataset), task.num_classes)
+    for rows, batch in dataset.batches_by_length(BATCH_TOKENS[device.type]):
+        check_stop()
+        with autocast(device, precision):
+            outputs[torch.as_tensor(rows)] = model.predict(task.name, batch).cpu()
+    ids = [example.id for example in dataset.examples]
+    result = TaskResult(ids, *to_predictions(task, outputs))
+    if dataset.labels is not None:
+        result.labels = dataset.labels.numpy()
+        result.loss = float(task_loss(task, outputs, dataset.labels))
+        result.metrics = measure(task, result.predictions, result.labels)
+    return result
+
+
+def to_predictions(task, outputs):
+    """A head's raw outputs (n, num_classes) as predictions (n,) and scores (n, …)."""
+    if task.kind == "classes":
+        scores = F.softmax(outputs, dim=-1).numpy()
+    elif task.kind == "binary":
+        scores = torch.sigmoid(outputs).numpy()
+    else:
+        scores = outputs.clamp(task.low, task.high).numpy()
+    return scores_to_predictions(task, scores), scores
+
+
+def scores_to_predictions(task, scores):
+    """Probabilities or scores (n, …) as the predictions (n,) of the course's files."""
+    if task.kind == "classes":
+        return scores.argmax(-1)
+    return scores[:, 0].round() if task.kind == "binary" else scores[:, 0]
+
+
+def measure(task, predictions, labels):
+    """Metrics of predictions (n,) against labels (n,): accuracy and macro-F1, or correlations.
+
+    A correlation with constant predictions is undefined and counts as 0.
+    """
+    if task.kind == "score":
+        from scipy.stats import pearsonr, spearmanr
+
+        if len(labels) < 2 or np.ptp(predictions) == 0 or np.ptp(labels) == 0:
+            return {"pearson": 0.0, "spearman": 0.0}
+        pearson = float(pearsonr(predictions.astype(float), labels).statistic)
+        return {"pearson": pearson, "spearman": float(spearmanr(predictions, labels).statistic)}
+    from sklearn.metrics import accuracy_score, f1_score
+
+    return {
+        "accuracy": float(accuracy_score(labels, predictions)),
+        "macro_f1": float(f1_score(labels, predictions, average="macro", zero_division=0)),
+    }
+
+
+def evaluate(model, datasets, precision, check_stop=lambda: None):
+    """Predict every dataset of `datasets` (task -> `TaskDataset`); returns task -> `TaskResult`."""
+    return {
+        name: predict_dataset(model, dataset, precision, check_stop)
+        for name, dataset in datasets.items()
+    }
+
+
+def overall_score(results):
+    """Mean over the leaderboard's tasks of accuracy or (1 + correlation) / 2.
+
+    An optional task such as CFIMDB counts only where none of the three is there.
+    """
+    names = [name for name in results if TASKS[name].default] or list(results)
+    values = [
+        (1 + results[name].score(name)) / 2
+        if TASKS[name].kind == "score"
+        else results[name].score(name)
+        for name in names
+    ]
+    return float(np.mean(values))
+
+
+def format_table(results):
+    """The dev scores as lines of text."""
+    lines = [f"{'task':<8}{'examples':>9}{'loss':>8}  metrics"]
+    for name, result in results.items():
+        metrics = "  ".join(f"{key} {value:.3f}" for key, value in result.metrics.items())
+        loss = "" if result.loss is None else f"{result.loss:.3f}"
+        lines.append(f"{name:<8}{len(result.ids):>9}{loss:>8}  {metrics}")
+    return "\n".join([*lines, f"overall  {overall_score(results):.3f}"])
+
+
+def undefined_correlations(results):
+    """Tasks whose predictions are constant, so that their correlation is undefined."""
+    return [
+        name
+        for name, result in results.items()
+        if TASKS[name].kind == "score" and np.ptp(result.predictions) == 0
+    ]
+
+
+# -------------------------------------------------------------------------------- prediction files
+
+
+def prediction_path(folder, name, split):
+    """Path of the course's prediction file for task `name`."""
+    return Path(folder) / f"{name}-{split}-output.csv"
+
+
+def format_predictions(task, result):
+    """The course's prediction file, byte for byte."""
+    rows = zip(result.ids, result.predictions, strict=True)
+    return f"id \t {task.header} \n" + "".join(f"{i} , {task.format(p)} \n" for i, p in rows)
+
+
+def write_predictions(folder, results, split, paths=None):
+    """Write `<task>-<split>-output.csv` for every task; `paths` (task -> path) override names."""
+    for name, result in results.items():
+        path = (paths or {}).get(name) or prediction_path(folder, name, split)
+        write_file(path, format_predictions(TASKS[name], result))
+
+
+def write_scores(folder, results, split):
+    """Write `<task>-<split>-scores.tsv`: id, label, prediction, then probabilities or score."""
+    for name, result in results.items():
+        labels = [""] * len(result.ids) if result.labels is None else result.labels
+        columns = [f"score_{i}" for i in range(result.scores.shape[1])]
+        lines = ["\t".join(["id", "label", "prediction", *columns])]
+        for row in zip(result.ids, labels, result.predictions, result.scores, strict=True):
+            lines.append("\t".join(map(str, [*row[:3], *row[3]])))
+        write_file(Path(folder) / f"{name}-{split}-scores.tsv", "\n".join(lines) + "\n")
+
+
+def read_scores(folder, name, split):
+    """Read a file of `write_scores` back as a `TaskResult`."""
+    path = Path(folder) / f"{name}-{split}-scores.tsv"
+    try:
+        rows = [line.split("\t") for line in path.read_text(encoding="utf-8").splitlines()[1:]]
+        scores = np.array([[np.float32(x) for x in row[3:]] for row in rows])
+        result = TaskResult(
+            [row[0] for row in rows], scores_to_predictions(TASKS[name], scores), scores
+        )
+        if rows and rows[0][1]:
+            result.labels = np.array([np.float32(row[1]) for row in rows])
+            result.metrics = measure(TASKS[name], result.predictions, result.labels)
+    except (OSError, ValueError, IndexError) as error:
+        raise UserError(f"{path}: not a file of scores: {error}") from error
+    return result
+
+
+# ----------------------------------------------------------------------------------- saved models
+
+
+def save_model(model, tokenizer, encoder, lora_config, folder):
+    """Write a model in other tools' formats: see the README, "The run folder".
+
+    The encoder for `transformers` and `sentence-transformers`, or with a `LoRAConfig` the adapter
+    for `peft`; the heads beside it.
+    """
+    folder = Path(folder)
+    if lora_config:
+        base = encoder.name
+        save_adapter(model.bert, folder, lora_config, base, encoder.revision)
+        tokenizer.save_pretrained(folder)
+    else:
+        model.bert.save_pretrained(folder, tokenizer)
+        _write_sentence_transformers_files(folder, model.config)
+    heads = {n: t for n, t in model.state_dict().items() if not n.startswith("bert.")}
+    write_tensors(folder / "heads.safetensors", heads)
+    settings = {name: getattr(model.config, name) for name in MultitaskConfig.__dataclass_fields__}
+    (folder / "heads.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+
+
+def _write_sentence_transformers_files(folder, config):
+    """Which modules `SentenceTransformer(folder)` puts together: this encoder and this pooling."""
+    modules = [
+        {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"},
+        {"idx": 1, "name": "1", "path": "1_Pooling", "type": "sentence_transformers.models.Pooling"},
+    ]
+    size = json.loads((folder / "config.json").read_text(encoding="utf-8"))["hidden_size"]
+    pooling = {
+        "word_embedding_dimension": size,
+        "pooling_mode_cls_token": config.pooling == "cls",
+        "pooling_mode_mean_tokens": config.pooling == "mean",
+    }
+    (folder / "1_Pooling").mkdir()
+    for name, content in (
+        ("modules.json", modules),
+        ("1_Pooling/config.json", pooling),
+        ("sentence_bert_config.json", {"max_seq_length": config.max_length}),
+    ):
+        (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def load_weights(model, lora_config, folder):
+    """Read what `save_model` wrote into a model of the same shape; strict about every tensor."""
+    folder = Path(folder)
+    if problem := damage(folder):
+        raise UserError(problem)
+    if lora_config:
+        load_adapter(model.bert, folder, lora_config)
+    else:
+        path = folder / "model.safetensors"
+        load_strictly(model.bert.state_dict(), read_tensors(path), path)
+    own = {n: t for n, t in model.state_dict().items() if not n.startswith("bert.")}
+    load_strictly(own, read_tensors(folder / "heads.safetensors"), folder / "heads.safetensors")
+    model.vectors.clear()
+
+
+def lora_config_of(args):
+    """The `LoRAConfig` of a run's arguments, None in the other modes."""
+    if args["fine_tune_mode"] != "LoRA":
+        return None
+    return LoRAConfig(
+        args["LoRA_r"], args["LoRA_alpha"], args["LoRA_dropout"], tuple(args["LoRA_targets"])
+    )
+
+
+def load_run(run, device):
+    """The best model of a run and what belongs to it: `(model, tokenizer, description)`.
+
+    Raises `UserError` where there is no best model, it is damaged, or the encoder is not the run's.
+    """
+    description = run.description()
+    args = description["args"]
+    if not run.best.exists():
+        raise UserError(f"{run.path}: no best model yet; continue the run with --resume")
+    if problem := damage(run.best):
+        raise UserError(problem)
+    lora = lora_config_of(args)
+    if lora:
+        encoder, tokenizer = load_encoder(description["encoder"]["name"])
+        if encoder.sha256 != description["encoder"]["sha256"]:
+            raise UserError(f"{encoder.folder}: not the encoder that {run.path} was trained on")
+        bert = apply_lora(BertModel.from_pretrained(encoder), lora)
+    else:
+        encoder, tokenizer = load_encoder(run.best)
+        bert = BertModel.from_pretrained(encoder)
+    settings = json.loads((run.best / "heads.json").read_text(encoding="utf-8"))
+    settings = {k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()}
+    frozen = args["fine_tune_mode"] == "last-linear-layer"
+    model = MultitaskBERT(bert, MultitaskConfig(**settings), tokenizer.pad_id, frozen)
+    load_weights(model, lora, run.best)
+    return model.to(device).eval(), tokenizer, description
+
+
+# ------------------------------------------------------------------------------------- the script
+
+
+def evaluate_run(run, device, precision, data=None):
+    """Dev and test results of a run's best model: `{"dev": {task: TaskResult}, "test": {…}}`.
+
+    `data` maps a split to task -> path; by default the run's own files, which must be unchanged.
+    """
+    model, tokenizer, description = load_run(run, device)
+    results = {"dev": {}, "test": {}}
+    for split, of_split in results.items():
+        for name in model.config.tasks:
+            recorded = description["data"][name].get(split)
+            path = (data or {}).get((name, split)) or (recorded and recorded["path"])
+            if path is None or not (split == "dev" or Path(path).exists()):
+                continue
+            task_file = read_task_file(path, TASKS[name], split)
+            if not (data or {}).get((name, split)) and file_sha256(path) != recorded["sha256"]:
+                raise UserError(f"{path}: changed since {run.path} was trained on it")
+            dataset = TaskDataset(task_file, TASKS[name], tokenizer, model.config.max_length)
+            of_split[name] = predict_dataset(model, dataset, precision)
+    return results
+
+
+def predict_text(run, sentence, sentence2, device, precision):
+    """Print what a run's best model says of a sentence, or of a pair of them."""
+    model, tokenizer, _ = load_run(run, device)
+    sentences = (sentence,) if sentence2 is None else (sentence, sentence2)
+    for name in model.config.tasks:
+        task = TASKS[name]
+        if len(task.sentences) != len(sentences):
+            continue
+        text = TaskFile(Path("text"), [Example("text", sentences, None)], [], 1)
+        dataset = TaskDataset(text, task, tokenizer, model.config.max_length)
+        result = predict_dataset(model, dataset, precision)
+        scores = " ".join(f"{score:.3f}" for score in result.scores[0])
+        print(f"{name:<8}{task.title}: {task.format(result.predictions[0])}  ({scores})")
+
+
+def get_args(argv=None):
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    add = parser.add_argument
+    add("--checkpoint", metavar="RUN", help="folder of a run (default: the newest under runs/)")
+    add("--sentence", help="predict on this text instead of on files")
+    add("--sentence2", help="second sentence: paraphrase and similarity of the two")
+    add("--predictions_dir", default="predictions", help="where the prediction files go")
+    add("--use_gpu", action="store_true", help="insist on a GPU")
+    add("--precision", choices=("auto", "fp32", "bf16", "fp16"), default=None,
+        help="default: the run's own")  # fmt: skip
+    add("--debug", action="store_true", help="show the traceback of an error")
+    args = parser.parse_args(argv)
+    if args.sentence2 is not None and args.sentence is None:
+        parser.error("--sentence2 goes with --sentence")
+    return args
+
+
+def main(argv=None):
+    """Evaluate a run, or predict on a text."""
+    args = get_args(argv)
+    run = RunFolder(args.checkpoint or newest_run())
+    device = select_device(args.use_gpu)
+    asked = args.precision or run.description()["precision"]
+    precision, warning = select_precision(asked, device)
+    if warning:
+        print(f"warning: {warning}")
+    print(f"run {run.path}, best model of step {run.best_step()}, {device}, {precision}")
+    if args.sentence is not None:
+        predict_text(run, args.sentence, args.sentence2, device, precision)
+        return
+    results = evaluate_run(run, device, precision)
+    print(format_table(results["dev"]))
+    for split, of_split in results.items():
+        write_predictions(args.predictions_dir, of_split, split)
+        for name in of_split:
+            print(f"wrote {prediction_path(args.predictions_dir, name, split)}")
+
+
+if __name__ == "__main__":
+    from run_folder import run_script
+
+    sys.exit(run_script(main))

@@ -1,0 +1,156 @@
+"""Low-rank adaptation of linear layers (Hu et al. 2021).
+
+A finished model is transformed: `apply_lora(model.bert, LoRAConfig(r=32))` exchanges linear layers
+after their weights are loaded. The encoder itself knows nothing of it.
+"""
+
+import json
+import math
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from base_bert import load_strictly, read_tensors, write_tensors
+from config import LORA_TARGETS, UserError
+
+
+class LoRALinear(nn.Linear):
+    """y = W x + b + (alpha / r) B A dropout(x), with W and b frozen (Hu et al. 2021, §4.1).
+
+    `lora_A` is (r, in_features), Kaiming uniform; `lora_B` is (out_features, r), zero, so that the
+    output at the start is the plain layer's. Weight and bias are those of `linear`, not copies.
+    """
+
+    def __init__(self, linear, config):
+        nn.Module.__init__(self)  # not nn.Linear's: it would draw a new weight
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.weight, self.bias = linear.weight, linear.bias
+        self.scaling, self.r, self.dropout = config.scaling, config.r, nn.Dropout(config.dropout)
+        self.lora_A = nn.Parameter(torch.empty(config.r, self.in_features))
+        self.lora_B = nn.Parameter(torch.zeros(self.out_features, config.r))
+        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+
+    def forward(self, x):
+        """(…, in_features) -> (…, out_features)."""
+        low_rank = F.linear(F.linear(self.dropout(x), self.lora_A), self.lora_B)
+        return F.linear(x, self.weight, self.bias) + self.scaling * low_rank
+
+    def delta(self):
+        """The low-rank path as one matrix (out_features, in_features)."""
+        return self.scaling * (self.lora_B @ self.lora_A)
+
+
+def adapter_layers(model):
+    """The LoRA layers of `model` by module name."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, LoRALinear)}
+
+
+def target_names(model, targets):
+    """Full names of the linear layers that `targets` (keys of `LORA_TARGETS`) select.
+
+    Full names, since `output.dense` would also match `attention.output.dense`.
+    """
+    suffixes = [LORA_TARGETS[target] for target in targets]
+    return [
+        name
+        for name, _ in model.named_modules()
+        if name.startswith("encoder.layer.") and name.split(".", 3)[-1] in suffixes
+    ]
+
+
+def apply_lora(model, config):
+    """Freeze `model` and exchange its targeted linear layers for LoRA layers, in place.
+
+    Raises `ValueError` where r exceeds a targeted layer's smaller side.
+    """
+    model.requires_grad_(False)
+    for name in target_names(model, config.targets):
+        linear = model.get_submodule(name)
+        limit = min(linear.in_features, linear.out_features)
+        if not 1 <= config.r <= limit:
+            raise ValueError(f"r is {config.r}; expected 1 to {limit}, the smaller side of {name}")
+        model.set_submodule(name, LoRALinear(linear, config))
+    return model
+
+
+@torch.no_grad()
+def merge_lora(model):
+    """Add each low-rank path to its weight and put plain linear layers back, in place."""
+    for name, layer in adapter_layers(model).items():
+        linear = nn.Linear(layer.in_features, layer.out_features, device="meta")
+        dtype = layer.weight.dtype
+        weight = layer.weight.float() + layer.delta().float()
+        linear.weight = nn.Parameter(weight.to(dtype), requires_grad=False)
+        linear.bias = layer.bias
+        model.set_submodule(name, linear)
+    return model
+
+
+def adapter_tensors(model):
+    """The adapters' matrices by module and parameter name."""
+    return {
+        f"{name}.{matrix}": getattr(layer, matrix)
+        for name, layer in adapter_layers(model).items()
+        for matrix in ("lora_A", "lora_B")
+    }
+
+
+PEFT_PREFIX = "base_model.model."
+
+
+def save_adapter(model, folder, config, base_model, revision=None):
+    """Write `adapter_config.json` and `adapter_model.safetensors` as `peft` reads them."""
+    folder = Path(folder)
+    settings = {
+        "peft_type": "LORA",
+        "task_type": "FEATURE_EXTRACTION",
+        "base_model_name_or_path": base_model,
+        "revision": revision,
+        "r": config.r,
+        "lora_alpha": config.alpha,
+        "lora_dropout": config.dropout,
+        "target_modules": target_names(model, config.targets),
+        "bias": "none",
+        "inference_mode": True,
+        "fan_in_fan_out": False,
+        "use_rslora": False,
+        "use_dora": False,
+        "init_lora_weights": True,
+    }
+    text = json.dumps(settings, indent=2) + "\n"
+    (folder / "adapter_config.json").write_text(text, encoding="utf-8")
+    tensors = {
+        f"{PEFT_PREFIX}{name}.weight": tensor for name, tensor in adapter_tensors(model).items()
+    }
+    write_tensors(folder / "adapter_model.safetensors", tensors)
+
+
+def load_adapter(model, folder, config):
+    """Read an adapter written by `save_adapter` or `peft` into a model that has LoRA layers.
+
+    Raises `UserError` where r, alpha or the targets differ from `config`, or a tensor is missing,
+    unexpected or of another shape.
+    """
+    folder = Path(folder)
+    path = folder / "adapter_config.json"
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+        found = (settings["r"], float(settings["lora_alpha"]), sorted(settings["target_modules"]))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: not an adapter's configuration: {error!r}") from error
+    wanted = (config.r, float(config.alpha), sorted(target_names(model, config.targets)))
+    labels = ("r", "alpha", "target_modules")
+    differences = [
+        f"{label} is {a}, expected {b}"
+        for label, a, b in zip(labels, found, wanted, strict=True)
+        if a != b
+    ]
+    if differences:
+        raise UserError(f"{path}: {'; '.join(differences)}")
+    tensors = {
+        name.removeprefix(PEFT_PREFIX).removesuffix(".weight"): tensor
+        for name, tensor in read_tensors(folder / "adapter_model.safetensors").items()
+    }
+    load_strictly(adapter_tensors(model), tensors, folder / "adapter_model.safetensors")

@@ -1,0 +1,296 @@
+"""Encoder and task heads: what is predicted, and what is each loss?
+
+One forward pass encodes all sentences of a step together and returns one scalar per loss. The
+script sums them: L = sum of the task losses + unsupervised SimCSE on each task's sentences +
+supervised SimCSE on the paraphrase pairs, the last two when asked for.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from bert import FastDropout, make_rectangles
+from config import TASKS
+from simcse import supervised_simcse_loss, unsupervised_simcse_loss
+from tokenizer import join_pair
+
+VECTOR_CACHE_MIB = 1024  # sentence vectors of a frozen encoder that are kept, at most
+
+# ------------------------------------------------------------------------------------------ heads
+
+
+class SentenceHead(nn.Module):
+    """Logits of one vector: a linear layer, behind a feed-forward layer if `feed_forward`."""
+
+    def __init__(self, hidden, outputs, dropout, feed_forward=False):
+        super().__init__()
+        self.dense = nn.Linear(hidden, hidden) if feed_forward else None
+        self.dropout = FastDropout(dropout)
+        self.projection = nn.Linear(hidden, outputs)
+
+    def forward(self, u):
+        """(batch, hidden) -> (batch, outputs)."""
+        if self.dense is not None:
+            u = F.gelu(self.dense(self.dropout(u)))
+        return self.projection(self.dropout(u))
+
+
+class FeaturesHead(nn.Module):
+    """A linear layer on u, v, |u - v| and the elementwise product (Reimers & Gurevych 2019)."""
+
+    def __init__(self, hidden, dropout):
+        super().__init__()
+        self.dropout = FastDropout(dropout)
+        self.projection = nn.Linear(4 * hidden, 1)
+
+    def forward(self, u, v):
+        """(batch, hidden) twice -> (batch, 1)."""
+        features = torch.cat([u, v, (u - v).abs(), u * v], dim=-1)
+        return self.projection(self.dropout(features))
+
+
+class DotHead(nn.Module):
+    """The product of the two vectors, each through one shared linear layer (the paper's baseline).
+
+    Divided by the square root of the hidden size, so that its size does not depend on the encoder.
+    """
+
+    def __init__(self, hidden, dropout):
+        super().__init__()
+        self.dropout = FastDropout(dropout)
+        self.projection = nn.Linear(hidden, hidden)
+        self.bias = nn.Parameter(torch.zeros(1))
+
+    def forward(self, u, v):
+        """(batch, hidden) twice -> (batch, 1)."""
+        u, v = (self.projection(self.dropout(x)) for x in (u, v))
+        return (u * v).sum(-1, keepdim=True) / u.size(-1) ** 0.5 + self.bias
+
+
+class CosineHead(nn.Module):
+    """scale · cos(u, v) + bias: fixed at the label's range for a score, learned for a yes or no."""
+
+    def __init__(self, task):
+        super().__init__()
+        learned = task.kind == "binary"
+        scale, bias = (10.0, -7.0) if learned else (task.high, 0.0)
+        self.scale = nn.Parameter(torch.tensor([scale])) if learned else scale
+        self.bias = nn.Parameter(torch.tensor([bias])) if learned else bias
+
+    def forward(self, u, v):
+        """(batch, hidden) twice -> (batch, 1)."""
+        return self.scale * F.cosine_similarity(u, v, dim=-1)[:, None] + self.bias
+
+
+def make_head(task, kind, one_vector, hidden, dropout):
+    """The head module of `task` (a row of `TASKS`), of the kind that `--<task>_head` names."""
+    if one_vector:
+        return SentenceHead(hidden, task.num_classes, dropout, feed_forward=kind == "ffn")
+    if kind == "dot":
+        return DotHead(hidden, dropout)
+    return CosineHead(task) if kind == "cosine" else FeaturesHead(hidden, dropout)
+
+
+def task_loss(task, outputs, labels):
+    """Mean loss of a batch: cross entropy, logistic loss or squared error by the task's kind.
+
+    `outputs` (batch, num_classes), `labels` (batch,) fp32. Returns a scalar.
+    """
+    if task.kind == "classes":
+        return F.cross_entropy(outputs, labels.long())
+    if task.kind == "binary":
+        return F.binary_cross_entropy_with_logits(outputs.squeeze(-1), labels)
+    return F.mse_loss(outputs.squeeze(-1), labels)
+
+
+# ------------------------------------------------------------------------------------------ model
+
+
+class MultitaskBERT(nn.Module):
+    """An encoder shared by the heads of several tasks.
+
+    `bert` is a `BertModel`, `config` a `MultitaskConfig`. With `frozen=True` (mode
+    `last-linear-layer`) the encoder stays in eval mode and each sentence is encoded once: its
+    vector is kept, up to `VECTOR_CACHE_MIB`.
+    """
+
+    def __init__(self, bert, config, pad_id=0, frozen=False):
+        super().__init__()
+        self.bert, self.config, self.pad_id, self.frozen = bert, config, pad_id, frozen
+        hidden = bert.config.hidden_size
+        self.heads = nn.ModuleDict({
+            name: make_head(TASKS[name], config.head(name), self.one_vector(name), hidden,
+                            config.dropout)
+            for name in config.tasks
+        })  # fmt: skip
+        if config.uses_simcse:
+            self.simcse_projection = nn.Linear(hidden, hidden)
+        bert.pooler.requires_grad_(False)  # nothing here uses it
+        if frozen:
+            bert.requires_grad_(False)
+        self.vectors = {}  # of a frozen encoder: sequence -> vector
+        self.encoded_sequences = self.encoded_tokens = 0  # running counts, for the log
+
+    def one_vector(self, task):
+        """Whether an example of `task` is one vector: a sentence, or a jointly encoded pair."""
+        return not TASKS[task].is_pair or task in self.config.joint
+
+    def train(self, mode=True):
+        """As `nn.Module.train`; a frozen encoder stays in eval mode."""
+        super().train(mode)
+        if self.frozen:
+            self.bert.eval()
+        return self
+
+    def forward(self, batches):
+        """Losses of one training step.
+
+        `batches` maps a task to its `datasets.TaskBatch`. Returns a dict of scalars: one per task
+        under its name, `simcse_<task>` and `simcse_para_supervised` where configured.
+        """
+        groups = {}  # (task, role) -> sequences; all of them are encoded together
+        for name, batch in batches.items():
+            groups |= self.task_inputs(name, batch) | self.simcse_inputs(name, batch)
+        vectors = self.encode_groups(groups)
+        losses = {}
+        for name, batch in batches.items():
+            outputs = self.outputs(name, vectors)
+            losses[name] = task_loss(TASKS[name], outputs, batch.labels.to(outputs.device))
+        for name in batches:
+            if name in self.config.simcse_tasks:
+                losses[f"simcse_{name}"] = self.unsupervised_simcse(name, vectors)
+        if self.config.supervised_simcse and "para" in batches:
+            first, second = (self.contrast(vectors["para", role]) for role in ("first", "second"))
+            labels = batches["para"].labels.to(first.device)
+            losses["simcse_para_supervised"] = supervised_simcse_loss(first, second, labels)
+        return losses
+
+    def unsupervised_simcse(self, name, vectors):
+        """The task's contrastive loss; a pair's first and second sentences are two groups."""
+        roles = ("first", "second") if TASKS[name].is_pair else ("first",)
+        return sum(
+            unsupervised_simcse_loss(
+                self.contrast(vectors[name, role]), self.contrast(vectors[name, f"{role} again"])
+            )
+            for role in roles
+        ) / len(roles)
+
+    def contrast(self, vectors):
+        """The projection in front of the contrastive losses, (batch, hidden) -> the same."""
+        return torch.tanh(self.simcse_projection(vectors))
+
+    def predict(self, name, batch):
+        """Raw outputs of a task's head for a batch, (batch, num_classes) fp32: logits or scores."""
+        return self.outputs(name, self.encode_groups(self.task_inputs(name, batch))).float()
+
+    def outputs(self, name, vectors):
+        """The head of `name` on its vectors."""
+        roles = ("pair",) if name in self.config.joint else ("first", "second")
+        return self.heads[name](*(vectors[name, r] for r in roles if (name, r) in vectors))
+
+    # ------------------------------------------------------------------ sentences into vectors
+
+    def task_inputs(self, name, batch):
+        """The sequences that the task's head needs, by (task, role); each (ids, segment start)."""
+        if name in self.config.joint:
+            joined = zip(batch.first, batch.second, strict=True)
+            return {(name, "pair"): [join_pair(*ab, self.config.max_length) for ab in joined]}
+        return single_sentences(name, batch)
+
+    def simcse_inputs(self, name, batch):
+        """The sequences that the contrastive losses need: every sentence, by itself, twice over.
+
+        Where the task encodes its sentences by themselves too, that is the first of the two.
+        """
+        groups = {}
+        if name in self.config.simcse_tasks:
+            groups = single_sentences(name, batch)
+            groups |= {(name, f"{role} again"): g for (_, role), g in groups.items()}
+        if name == "para" and self.config.supervised_simcse:
+            groups |= single_sentences(name, batch)
+        return groups
+
+    def encode_groups(self, groups):
+        """Encode all sequences of `groups` in one pass; the vectors come back under their keys."""
+        sequences = [sequence for group in groups.values() for sequence in group]
+        vectors = self.encode_once(sequences) if self.frozen else self.encode(sequences)
+        parts = vectors.split([len(group) for group in groups.values()])
+        return dict(zip(groups, parts, strict=True))
+
+    def encode(self, sequences):
+        """Vectors of sequences (ids, segment start) in their order, (sequences, hidden) fp32."""
+        ids, starts = zip(*sequences, strict=True)
+        self.encoded_sequences += len(ids)
+        self.encoded_tokens += sum(map(len, ids))
+        device = self.bert.embeddings.word_embeddings.weight.device
+        rectangles, place = make_rectangles(ids, starts, self.pad_id, device)
+        hidden_states = self.bert.encode(rectangles)
+        pooled = [
+            self.pool(states, rectangle.attention_mask)
+            for states, rectangle in zip(hidden_states, rectangles, strict=True)
+        ]
+        return torch.cat(pooled)[place]
+
+    def pool(self, hidden_states, attention_mask):
+        """(batch, seq, hidden), (batch, seq) or None -> (batch, hidden) fp32."""
+        if self.config.pooling == "cls":
+            return hidden_states[:, 0].float()
+        if attention_mask is None:
+            return hidden_states.float().mean(1)
+        mask = attention_mask[:, :, None].float()
+        return (hidden_states.float() * mask).sum(1) / mask.sum(1)
+
+    @torch.no_grad()
+    def encode_once(self, sequences):
+        """As `encode`, for a frozen encoder: only what was not encoded before."""
+        keys = [(ids.tobytes(), start) for ids, start in sequences]
+        new = {
+            key: sequence
+            for key, sequence in zip(keys, sequences, strict=True)
+            if key not in self.vectors
+        }
+        fresh = dict(zip(new, self.encode(list(new.values())), strict=True)) if new else {}
+        found = torch.stack([self.vectors[k] if k in self.vectors else fresh[k] for k in keys])
+        room = VECTOR_CACHE_MIB * 2**20 // (4 * found.size(1)) - len(self.vectors)
+        self.vectors |= dict(list(fresh.items())[: max(0, room)])
+        return found
+
+    # --------------------------------------------------------------- the course starter's methods
+
+    def predict_sentiment(self, input_ids, attention_mask):
+        """Sentiment logits (batch, 5) of padded sentences (batch, seq)."""
+        return self.predict("sst", PaddedBatch(input_ids, attention_mask))
+
+    def predict_paraphrase(self, input_ids_1, attention_mask_1, input_ids_2, attention_mask_2):
+        """Paraphrase logits (batch,) of padded sentence pairs, each (batch, seq)."""
+        pairs = PaddedBatch(input_ids_1, attention_mask_1, input_ids_2, attention_mask_2)
+        return self.predict("para", pairs).squeeze(-1)
+
+    def predict_similarity(self, input_ids_1, attention_mask_1, input_ids_2, attention_mask_2):
+        """Similarity (batch,) on the scale 0 to 5 of padded sentence pairs, each (batch, seq)."""
+        pairs = PaddedBatch(input_ids_1, attention_mask_1, input_ids_2, attention_mask_2)
+        return self.predict("sts", pairs).squeeze(-1)
+
+
+class PaddedBatch:
+    """Sentences given as padded tensors, in the shape of a `datasets.TaskBatch`."""
+
+    def __init__(self, input_ids, attention_mask, input_ids_2=None, attention_mask_2=None):
+        self.first = self.unpad(input_ids, attention_mask)
+        self.second = None if input_ids_2 is None else self.unpad(input_ids_2, attention_mask_2)
+
+    @staticmethod
+    def unpad(input_ids, attention_mask):
+        """(batch, seq) twice -> a list of int32 arrays without padding."""
+        rows = zip(input_ids.cpu().int(), attention_mask.cpu().bool(), strict=True)
+        return [ids[mask].numpy() for ids, mask in rows]
+
+
+def single_sentences(name, batch):
+    """Each sentence of a batch by itself, by (task, role)."""
+    roles = {"first": batch.first, "second": batch.second}
+    return {
+        (name, role): [(ids, len(ids)) for ids in sentences]
+        for role, sentences in roles.items()
+        if sentences is not None
+    }

@@ -1,0 +1,561 @@
+"""Fine-tune a hand-written BERT on sentiment, paraphrase and similarity at once.
+
+    python multitask_classifier.py --fine-tune-mode=LoRA --LoRA_r=32
+
+Each step takes one batch of each task and sums their losses, with SimCSE's contrastive losses
+(Gao et al. 2021) when asked for. A run is a folder under runs/; its best model, prediction files
+and log lie there. `python evaluation.py` evaluates it, `--resume` continues it.
+"""
+
+import json
+import math
+import os
+import platform
+import random
+import shlex
+import subprocess
+import sys
+import time
+from collections import defaultdict
+from importlib.metadata import version
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from arguments import HERE, data_paths, get_args
+from base_bert import file_sha256, load_encoder, load_strictly
+from bert import BertModel
+from config import TASKS, MultitaskConfig, UserError
+from datasets import MultitaskBatches, TaskDataset, read_task_file
+from device import autocast, device_name, peak_memory_mib, select_device, select_precision
+from evaluation import (
+    evaluate,
+    format_table,
+    load_weights,
+    lora_config_of,
+    overall_score,
+    prediction_path,
+    save_model,
+    undefined_correlations,
+    write_predictions,
+    write_scores,
+)
+from gradient_surgery import pcgrad
+from lora import apply_lora
+from multitask_bert import MultitaskBERT
+from run_folder import Stopped, StopSignals, run_script
+
+PACKAGES = ("torch", "numpy", "tokenizers", "safetensors", "scikit-learn")
+
+
+class NotFinite(Exception):
+    """Training left the finite numbers; the weights are those before the step."""
+
+    exit_code = 3
+
+
+def say(text):
+    """A line for people, also while the progress bar is up."""
+    tqdm.write(str(text), file=sys.stdout)
+    sys.stdout.flush()
+
+
+# ------------------------------------------------------------------------------------------ data
+
+
+def read_data(paths, require_test):
+    """Read every file: `{task: {split: TaskFile}}`; says what was skipped or is missing."""
+    files = {}
+    for name, of_task in paths.items():
+        files[name] = {}
+        for split, path in of_task.items():
+            if split == "test" and not (path.exists() or path.is_symlink()):
+                if require_test:
+                    raise UserError(f"{path}: no such file, and --require_test was given")
+                say(f"warning: {path}: no such file; no test predictions for {name}")
+                continue
+            files[name][split] = read_task_file(path, TASKS[name], split)
+            for warning in files[name][split].warnings:
+                say(f"warning: {warning}")
+    return files
+
+
+def describe_data(files):
+    """What `run.json` keeps of the data files."""
+    return {
+        name: {
+            split: {
+                "path": str(file.path.resolve()),
+                "sha256": file_sha256(file.path),
+                "rows": file.rows,
+                "examples": len(file.examples),
+            }
+            for split, file in of_task.items()
+        }
+        for name, of_task in files.items()
+    }
+
+
+def describe_run(args, encoder, files, device, precision):
+    """Everything that a run depends on, for `run.json`."""
+    git = subprocess.run(
+        ["git", "rev-parse", "HEAD"], cwd=HERE, capture_output=True, text=True, check=False
+    )
+    values = {name: value for name, value in vars(args).items() if name not in ("given", "weights")}
+    return {
+        "command": shlex.join(["python", "multitask_classifier.py", *sys.argv[1:]]),
+        "args": values,
+        "encoder": encoder.describe(),
+        "data": describe_data(files),
+        "device": device_name(device),
+        "precision": precision,
+        "threads": torch.get_num_threads(),
+        "versions": {"python": platform.python_version()} | {p: version(p) for p in PACKAGES},
+        "git_commit": git.stdout.strip() or None,
+    }
+
+
+MUST_AGREE = ("encoder", "data", "precision", "threads")
+
+
+def check_same_run(old, new):
+    """Raise `UserError` where a run would go on with something else than it began with."""
+    differences = []
+    for key in MUST_AGREE:
+        if old[key] != new[key]:
+            before, now = (json.dumps(values[key]) for values in (old, new))
+            if key == "data":
+                changed = [
+                    f"{name} {split}"
+                    for name in old["data"] | new["data"]
+                    for split in ("train", "dev", "test")
+                    if old["data"].get(name, {}).get(split, {}).get("sha256")
+                    != new["data"].get(name, {}).get(split, {}).get("sha256")
+                ]
+                if not changed:
+                    continue
+                before, now = "as recorded", f"changed: {', '.join(changed)}"
+            differences.append(f"{key} is {now}, was {before}")
+    if differences:
+        raise UserError(f"--resume: not the run that was begun: {'; '.join(differences)}")
+
+
+# ----------------------------------------------------------------------------- model and optimiser
+
+
+def build_model(args, encoder, tokenizer):
+    """Encoder with its pretrained weights, LoRA layers in mode LoRA, and fresh task heads."""
+    bert = BertModel.from_pretrained(encoder)
+    if args.hidden_dropout_prob is not None:
+        bert.set_dropout(args.hidden_dropout_prob)
+    limit = min(tokenizer.model_max_length, bert.config.max_position_embeddings)
+    if args.max_length and args.max_length > limit:
+        raise UserError(f"--max_length {args.max_length}: this encoder has {limit} positions")
+    config = MultitaskConfig(
+        tasks=tuple(args.tasks),
+        heads={name: getattr(args, f"{name}_head") for name in args.tasks},
+        joint=tuple(args.joint),
+        pooling=args.pooling,
+        dropout=bert.embeddings.dropout.p,
+        max_length=args.max_length or limit,
+        simcse_tasks=tuple(args.simcse_tasks or args.tasks) if args.unsupervised_simcse else (),
+        supervised_simcse=args.supervised_simcse,
+    )
+    if lora := lora_config_of(vars(args)):
+        try:
+            apply_lora(bert, lora)
+        except ValueError as error:
+            raise UserError(f"--LoRA_r {lora.r}: {error}") from error
+    frozen = args.fine_tune_mode == "last-linear-layer"
+    return MultitaskBERT(bert, config, tokenizer.pad_id, frozen)
+
+
+def make_optimizer(model, args):
+    """AdamW over what is trained; no decay on biases and LayerNorm, own rates for the heads."""
+    groups = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            rate = args.encoder_rate if name.startswith("bert.") else args.head_rate
+            decay = 0.0 if parameter.ndim < 2 or "LayerNorm" in name else args.weight_decay
+            group = {"params": [], "peak_lr": rate, "lr": rate, "weight_decay": decay}
+            groups.setdefault((rate, decay), group)["params"].append(parameter)
+    fused = next(model.parameters()).device.type in ("cpu", "cuda")
+    return torch.optim.AdamW(list(groups.values()), fused=fused)
+
+
+def set_learning_rate(optimizer, step, total, warmup):
+    """Linear rise over the first `warmup` share of all steps, then linear decay to 0."""
+    rising = round(warmup * total)
+    factor = (step + 1) / rising if step < rising else (total - step) / max(1, total - rising)
+    for group in optimizer.param_groups:
+        group["lr"] = group["peak_lr"] * factor
+    return factor
+
+
+def training_state(model, optimizer):
+    """What continuing needs, by file and name: trained weights and AdamW's moments."""
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    moments = {
+        f"{name}:{key}": value
+        for name, parameter in trained.items()
+        for key, value in optimizer.state.get(parameter, {}).items()
+    }
+    return {"trained": trained, "optimizer": moments}
+
+
+def load_training_state(model, optimizer, tensors):
+    """Put back what `training_state` gave; strict about every name and shape."""
+    trained = {n: p.data for n, p in model.named_parameters() if p.requires_grad}
+    load_strictly(trained, tensors["trained"], "state")
+    parameters = dict(model.named_parameters())
+    for key, value in tensors["optimizer"].items():
+        name, _, moment = key.rpartition(":")
+        parameter = parameters[name]
+        place = value if moment == "step" else value.to(parameter.device)
+        optimizer.state[parameter][moment] = place
+
+
+def seed_everything(*numbers):
+    """Seed dropout's generators from numbers such as (seed, step): nothing else needs saving."""
+    torch.manual_seed(int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1))
+
+
+# ------------------------------------------------------------------------------------- the loop
+
+FRESH_STATE = {
+    "step": 0,  # optimiser steps done
+    "evaluated": -1,  # step of the last evaluation
+    "best_step": None,
+    "best_score": None,  # overall dev score of the best model
+    "misses": 0,  # evaluations since then
+    "meter": {},
+    "scaler": {},
+}
+
+
+class Meter:
+    """Mean losses and speed since the last logged step."""
+
+    def __init__(self, sums=None):
+        self.sums = defaultdict(float, sums or {})  # of losses, and the number of steps
+        self.restart()
+
+    def restart(self):
+        """Begin to count time anew, after an evaluation or a save."""
+        self.began, self.sentences, self.tokens = time.perf_counter(), 0, 0
+
+    def add(self, values, sentences, tokens):
+        """Count one step."""
+        for name, value in (values | {"steps": 1}).items():
+            self.sums[name] += value
+        self.sentences, self.tokens = self.sentences + sentences, self.tokens + tokens
+
+    def means(self):
+        """Mean of each value."""
+        return {n: v / self.sums["steps"] for n, v in self.sums.items() if n != "steps"}
+
+    def speed(self):
+        """Sentences and tokens encoded per second."""
+        seconds = max(1e-9, time.perf_counter() - self.began)
+        return {
+            "sentences_per_s": round(self.sentences / seconds, 1),
+            "tokens_per_s": round(self.tokens / seconds),
+        }
+
+
+def backward(model, step_batches, args, step, precision, scaler):
+    """The gradient of the summed loss of a step; returns each loss as a detached scalar."""
+    device = next(model.parameters()).device
+    losses = defaultdict(float)
+    for micro, batches in enumerate(step_batches):
+        seed_everything(args.seed, step, micro)
+        with autocast(device, precision):
+            of_batch = model(batches)
+        total = sum(args.weights[name] * loss for name, loss in of_batch.items())
+        scaler.scale(total / len(step_batches)).backward()
+        for name, loss in of_batch.items():
+            losses[name] += loss.detach() / len(step_batches)
+    return losses, {}
+
+
+def backward_with_surgery(model, step_batches, args, step, precision, scaler):
+    """As `backward`, task by task, with the encoder's conflicting gradients projected.
+
+    A task's contrastive losses join its own. Returns the losses and what is logged of the conflict.
+    """
+    device = next(model.parameters()).device
+    shared = [p for p in model.bert.parameters() if p.requires_grad]
+    losses, gradients = {}, {}
+    (batches,) = step_batches
+    for number, (name, batch) in enumerate(batches.items()):
+        seed_everything(args.seed, step, number)
+        with autocast(device, precision):
+            of_task = model({name: batch})
+        total = sum(args.weights[key] * loss for key, loss in of_task.items())
+        scaler.scale(total).backward()
+        gradients[name] = torch.cat([p.grad.flatten() for p in shared])
+        for parameter in shared:
+            parameter.grad = None
+        losses |= {key: loss.detach() for key, loss in of_task.items()}
+    order = random.Random(f"{args.seed} {step}")
+    surgery = pcgrad(gradients, order, args.gradient_surgery)
+    parts = surgery.gradient.split([p.numel() for p in shared])
+    for parameter, part in zip(shared, parts, strict=True):
+        parameter.grad = part.view_as(parameter)
+    cosines = {f"cosine {a} {b}": value for (a, b), value in surgery.cosines.items()}
+    return losses, {"conflicts": surgery.conflicts, **cosines}
+
+
+def train(args, run, model, batches, dev, optimizer, precision, state, save_best, signals):
+    """Train from `state` to the end, in place. `save_best(folder)` writes the model.
+
+    Evaluates after each epoch and keeps the best model and the last states in `run`. Raises
+    `NotFinite` before a step with a loss or gradient that is not finite, `Stopped` after the step
+    in which a signal came.
+    """
+    device = next(model.parameters()).device
+    scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+    if state["scaler"]:
+        scaler.load_state_dict(state["scaler"])
+    meter = Meter(state["meter"])
+    compute_gradient = backward_with_surgery if args.gradient_surgery else backward
+    trained = [p for p in model.parameters() if p.requires_grad]
+    bar = tqdm(total=args.total_steps, initial=state["step"], unit="step",
+               disable=not sys.stderr.isatty(), smoothing=0.1)  # fmt: skip
+
+    def save():
+        state.update(meter=dict(meter.sums), scaler=scaler.state_dict())
+        run.save_state(state, training_state(model, optimizer))
+        signals.check()
+        meter.restart()
+
+    with bar:
+        while True:
+            step = state["step"]
+            at_epoch_end = step % args.steps_per_epoch == 0 and step > 0 or args.total_steps == 0
+            if at_epoch_end and state["evaluated"] < step:
+                evaluate_and_keep(args, run, model, dev, precision, state, save_best, save, signals)
+            if step == args.total_steps or 0 < args.patience <= state["misses"]:
+                return
+
+            # ---- fetch
+            first = step * args.accumulate
+            step_batches = [batches[i] for i in range(first, first + args.accumulate)]
+            set_learning_rate(optimizer, step, args.total_steps, args.warmup)
+            counted = model.encoded_sequences, model.encoded_tokens
+
+            # ---- forward and backward: the summed loss
+            model.train()
+            losses, extra = compute_gradient(model, step_batches, args, step, precision, scaler)
+
+            # ---- clip and step
+            scaler.unscale_(optimizer)
+            norm = torch.nn.utils.clip_grad_norm_(trained, args.clip or float("inf"))
+            *values, norm = torch.stack([*losses.values(), norm]).tolist()
+            values = dict(zip(losses, values, strict=True))
+            check_finite(values, norm, step, step_batches, scaler)
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+
+            # ---- log and save
+            state["step"] = step = step + 1
+            sentences = model.encoded_sequences - counted[0]
+            meter.add(values | extra, sentences, model.encoded_tokens - counted[1])
+            bar.update()
+            if step % args.log_every == 0 or step == args.total_steps:
+                log_step(run, bar, meter, step, args, optimizer, device)
+                meter = Meter()
+            if signals.number or (args.save_every and step % args.save_every == 0):
+                save()
+
+
+def check_finite(losses, norm, step, step_batches, scaler):
+    """Raise `NotFinite`, with step, task and ids, where a loss or the gradient is not finite.
+
+    In fp16 the scaler skips a step whose gradient overflowed; its losses still have to be finite.
+    """
+    bad = [name for name, value in losses.items() if not math.isfinite(value)]
+    if not bad and (math.isfinite(norm) or scaler.is_enabled()):
+        return
+    tasks = {name.removeprefix("simcse_").removesuffix("_supervised") for name in bad}
+    tasks = tasks or set(step_batches[0])
+    ids = "; ".join(
+        f"{name}: {' '.join(batch[name].ids)}"
+        for batch in step_batches
+        for name in batch
+        if name in tasks
+    )
+    what = f"loss {', '.join(bad)}" if bad else f"gradient (norm {norm})"
+    raise NotFinite(
+        f"step {step + 1}: {what} is not finite; weights are those before the step; batch {ids}"
+    )
+
+
+def log_step(run, bar, meter, step, args, optimizer, device):
+    """A line of `metrics.jsonl`, the progress bar, and a plain line where there is no terminal."""
+    means, speed = meter.means(), meter.speed()
+    losses = {name: value for name, value in means.items() if name in args.weights}
+    extra = {name: value for name, value in means.items() if name not in args.weights}
+    rate = max(group["lr"] for group in optimizer.param_groups)
+    run.log(kind="train", step=step, losses=losses, **extra, lr=rate, **speed,
+            peak_memory_mib=peak_memory_mib(device))  # fmt: skip
+    shown = "  ".join(f"{name} {value:.3f}" for name, value in losses.items())
+    bar.set_postfix_str(f"{shown}  {speed['sentences_per_s']:.0f} sentences/s")
+    if bar.disable:
+        say(f"step {step}/{args.total_steps}  {shown}  {speed['sentences_per_s']:.0f} sentences/s")
+
+
+def evaluate_and_keep(args, run, model, dev, precision, state, save_best, save, signals):
+    """Evaluate on dev, log it, keep the model if it is the best so far, save the state.
+
+    A signal in the middle saves the state before the evaluation, which continuing makes up for.
+    """
+    began = time.perf_counter()
+    try:
+        results = evaluate(model, dev, precision, signals.check)
+    except Stopped:
+        save()
+        raise
+    step, score = state["step"], overall_score(results)
+    for name in undefined_correlations(results):
+        say(f"warning: {name}: all dev predictions are the same; its correlation counts as 0")
+    run.log(
+        kind="eval",
+        step=step,
+        epoch=step // args.steps_per_epoch,
+        overall=score,
+        dev={name: {"loss": r.loss, **r.metrics} for name, r in results.items()},
+        seconds=round(time.perf_counter() - began, 2),
+    )
+    state.update(evaluated=step, misses=state["misses"] + 1)
+    is_best = state["best_score"] is None or score > state["best_score"]
+    if is_best:
+        state.update(best_step=step, best_score=score, misses=0)
+        run.save_best(step, save_best)
+    mark = "  (best so far)" if is_best else ""
+    say(f"\nepoch {step // args.steps_per_epoch}/{args.epochs}, step {step}{mark}")
+    say(format_table(results))
+    save()
+
+
+# ---------------------------------------------------------------------------------------- the run
+
+
+def prepare_run(args, run, description):
+    """Open the run's folder, new or to be continued, and return the state to start from."""
+    if run.holds_run() and not (args.resume or args.overwrite):
+        command = shlex.join(["python", "multitask_classifier.py", *sys.argv[1:]])
+        raise UserError(
+            f"{run.path} exists; continue it: {command} --resume   "
+            f"or replace it: {command} --overwrite"
+        )
+    run.open(overwrite=args.overwrite and not args.resume)
+    if not (args.resume and run.holds_run()):
+        if args.resume:
+            say(f"{run.path}: nothing to continue; starting at step 0")
+        run.write_description(description)
+        return None
+    check_same_run(run.description(), description)
+    state = run.load_state(say)
+    if state is None:
+        say(f"{run.path}: no state was ever completed; starting at step 0")
+        run.forget_metrics_after(0, -1)
+        return None
+    run.forget_metrics_after(state.values["step"], state.values["evaluated"])
+    say(f"{run.path}: continuing at step {state.values['step']}")
+    return state
+
+
+def write_results(args, run, model, datasets, precision):
+    """Predict dev and test with the best model and write the prediction files and the scores."""
+    for split in ("dev", "test"):
+        of_split = {name: files[split] for name, files in datasets.items() if split in files}
+        results = evaluate(model, of_split, precision)
+        write_scores(run.path / "predictions", results, split)
+        write_predictions(run.path / "predictions", results, split)
+        named = {name: getattr(args, f"{name}_{split}_out") for name in results}
+        write_predictions(args.predictions_dir, results, split, named)
+        for name in results:
+            say(f"wrote {named[name] or prediction_path(args.predictions_dir, name, split)}")
+        if split == "dev":
+            say(f"\nbest model, step {run.best_step()}:\n{format_table(results)}")
+
+
+def main(argv=None):
+    """Train, or continue to train, from the command line."""
+    args, run = get_args(argv)
+    device = select_device(args.use_gpu)
+    precision, warning = select_precision(args.precision, device)
+    if warning:
+        say(f"warning: {warning}")
+    # ---- seed
+    seed_everything(args.seed)
+    if args.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    # ---- data
+    paths, warning = data_paths(args)
+    if warning:
+        say(f"warning: {warning}")
+    files = read_data(paths, args.require_test)
+    encoder, tokenizer = load_encoder(args.pretrained)
+    if encoder.substituted:
+        say(
+            "warning: bert-base-uncased is not in the cache and the hub cannot be reached: using "
+            "the bundled all-MiniLM-L6-v2 instead, a smaller encoder"
+        )
+    state = prepare_run(args, run, describe_run(args, encoder, files, device, precision))
+    # ---- model, pretrained weights, LoRA, freeze
+    model = build_model(args, encoder, tokenizer)
+    datasets = {
+        name: {
+            split: TaskDataset(file, TASKS[name], tokenizer, model.config.max_length)
+            for split, file in of_task.items()
+        }
+        for name, of_task in files.items()
+    }
+    train_sets = {name: of_task["train"] for name, of_task in datasets.items()}
+    batches = MultitaskBatches(train_sets, args.batch_size, args.seed)
+    args.steps_per_epoch = args.steps_per_epoch or min(2000, batches.largest())
+    args.total_steps = args.epochs * args.steps_per_epoch
+    # ---- device, optimiser, continue
+    model.to(device)
+    if precision == "bf16":
+        model.bert.keep_frozen_in(torch.bfloat16)
+    optimizer = make_optimizer(model, args)
+    values = dict(FRESH_STATE)
+    if state:
+        load_training_state(model, optimizer, state.tensors)
+        values = state.values
+    # ---- loop
+    lora = lora_config_of(vars(args))
+    signals = StopSignals()
+    announce(args, run, model, encoder, datasets, device, precision)
+    train(
+        args, run, model, batches, {name: d["dev"] for name, d in datasets.items()}, optimizer,
+        precision, values, lambda folder: save_model(model, tokenizer, encoder, lora, folder),
+        signals,
+    )  # fmt: skip
+    load_weights(model, lora, run.best)
+    write_results(args, run, model, datasets, precision)
+
+
+def announce(args, run, model, encoder, datasets, device, precision):
+    """Say what is about to be trained, on what."""
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    every = sum(p.numel() for p in model.parameters())
+    say(f"run {run.path}: {args.fine_tune_mode}, {encoder.name}, {device_name(device)}, {precision}")
+    say(f"trained parameters: {trained:,} of {every:,}")
+    for name, of_task in datasets.items():
+        counts = ", ".join(f"{split} {len(dataset):,}" for split, dataset in of_task.items())
+        say(f"{name}: {counts} examples")
+    say(
+        f"{args.epochs} epochs of {args.steps_per_epoch} steps, batch {args.batch_size} of each "
+        f"task, learning rate {args.encoder_rate:g} (heads {args.head_rate:g})"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(run_script(main))

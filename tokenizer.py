@@ -1,0 +1,124 @@
+"""Text to WordPiece ids, on the `tokenizers` library.
+
+The vocabulary and the lower-casing rule come from the encoder's own folder. A literal `[SEP]` in a
+text is text, not a marker (as `transformers` with `split_special_tokens=True`).
+"""
+
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+from tokenizers import AddedToken, Tokenizer
+from tokenizers.models import WordPiece
+from tokenizers.normalizers import BertNormalizer
+from tokenizers.pre_tokenizers import BertPreTokenizer
+from tokenizers.processors import TemplateProcessing
+
+from config import UserError
+
+SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+# A text is cut here before it is tokenised, so that a 10 MB line takes no longer than a page:
+# 512 tokens of ordinary text are some 3,000 characters.
+MAX_CHARACTERS = 100_000
+
+
+class BertTokenizer:
+    """WordPiece tokenizer of one encoder (Devlin et al. 2019; Wu et al. 2016).
+
+    `vocab` lists the word pieces in the order of their ids; `lowercase` strips accents too.
+    """
+
+    def __init__(self, vocab, lowercase=True, model_max_length=512):
+        ids = {piece: number for number, piece in enumerate(vocab)}
+        missing = [token for token in SPECIAL_TOKENS if token not in ids]
+        if missing:
+            raise UserError(f"vocabulary: no {' '.join(missing)} among {len(vocab)} word pieces")
+        self.vocab, self.lowercase, self.model_max_length = list(vocab), lowercase, model_max_length
+        self.pad_id, self.unk_id, self.cls_id, self.sep_id = (ids[t] for t in SPECIAL_TOKENS[:4])
+        self._tokenizer = Tokenizer(WordPiece(ids, unk_token="[UNK]", max_input_chars_per_word=100))
+        self._tokenizer.normalizer = BertNormalizer(lowercase=lowercase)
+        self._tokenizer.pre_tokenizer = BertPreTokenizer()
+
+    @classmethod
+    def from_pretrained(cls, folder):
+        """Read `vocab.txt` (else `tokenizer.json`) and `tokenizer_config.json` of a local folder.
+
+        Raises `UserError` where there is no vocabulary to read.
+        """
+        folder = Path(folder)
+        try:
+            if (folder / "vocab.txt").is_file():
+                text = (folder / "vocab.txt").read_text(encoding="utf-8")
+                vocab = text.removesuffix("\n").split("\n")
+            else:
+                model = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["model"]
+                vocab = sorted(model["vocab"], key=model["vocab"].get)
+            settings_file = folder / "tokenizer_config.json"
+            settings = {}
+            if settings_file.is_file():
+                settings = json.loads(settings_file.read_text(encoding="utf-8"))
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{folder}: no readable vocab.txt or tokenizer.json: {error}") from error
+        length = settings.get("model_max_length", 512)
+        return cls(vocab, settings.get("do_lower_case", True), length if length < 10**6 else 512)
+
+    def __len__(self):
+        return len(self.vocab)
+
+    @property
+    def fingerprint(self):
+        """A short hash of all that decides the ids of a text."""
+        content = "\n".join([*self.vocab, str(self.lowercase), str(MAX_CHARACTERS)])
+        return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+    def __call__(self, texts, max_length=None):
+        """Ids of each text as an int32 array `[CLS] … [SEP]` of at most `max_length` tokens."""
+        room = (max_length or self.model_max_length) - 2
+        encodings = self._tokenizer.encode_batch_fast(
+            [text[:MAX_CHARACTERS] for text in texts], add_special_tokens=False
+        )
+        return [
+            np.array([self.cls_id, *encoding.ids[:room], self.sep_id], dtype=np.int32)
+            for encoding in encodings
+        ]
+
+    def save_pretrained(self, folder):
+        """Write the files by which `transformers` and other tools load this same tokenizer."""
+        folder = Path(folder)
+        markers = dict(zip(("pad", "unk", "cls", "sep", "mask"), SPECIAL_TOKENS, strict=True))
+        special = {f"{name}_token": token for name, token in markers.items()}
+        settings = {
+            "tokenizer_class": "BertTokenizer",
+            "do_lower_case": self.lowercase,
+            "model_max_length": self.model_max_length,
+            "strip_accents": None,
+            "tokenize_chinese_chars": True,
+            **special,
+        }
+        (folder / "vocab.txt").write_text("\n".join(self.vocab) + "\n", encoding="utf-8")
+        for name, content in (
+            ("tokenizer_config.json", settings),
+            ("special_tokens_map.json", special),
+        ):
+            (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        complete = Tokenizer.from_str(self._tokenizer.to_str())
+        complete.add_special_tokens([AddedToken(t, special=True) for t in SPECIAL_TOKENS])
+        complete.post_processor = TemplateProcessing(
+            single="[CLS] $A [SEP]",
+            pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+            special_tokens=[("[CLS]", self.cls_id), ("[SEP]", self.sep_id)],
+        )
+        complete.save(str(folder / "tokenizer.json"))
+
+
+def join_pair(first, second, max_length):
+    """One sequence `[CLS] a [SEP] b [SEP]` from two of `[CLS] … [SEP]`, the longer cut first.
+
+    Returns the ids and the number of leading tokens of segment 0 (segment 1 is the rest).
+    """
+    room = max_length - 3
+    a, b = len(first) - 2, len(second) - 2
+    if a + b > room:
+        a, b = min(a, max(room - b, (room + 1) // 2)), min(b, max(room - a, room // 2))
+    return np.concatenate([first[: a + 1], first[-1:], second[1 : b + 1], second[-1:]]), a + 2
