@@ -9,7 +9,6 @@ import hashlib
 import importlib.util
 import json
 import os
-import socket
 import urllib.error
 import urllib.request
 from dataclasses import dataclass
@@ -122,7 +121,7 @@ def _bundled_encoder(substituted=False):
 def _checked_sha256(folder, name):
     """Hash of the folder's weights, compared with the published one where that is known."""
     path = folder / "model.safetensors"
-    missing = [file for file in ("config.json", "model.safetensors") if not (folder / file).exists()]
+    missing = [f for f in ("config.json", "model.safetensors") if not (folder / f).exists()]
     if missing:
         raise UserError(f"{folder}: no {' and no '.join(missing)}; not an encoder's folder")
     digest = file_sha256(path)
@@ -172,9 +171,10 @@ def _download(repo):
         except EntryNotFoundError as error:
             if file in FILES:
                 raise UserError(f"encoder {repo}: the hub has no {file} of it") from error
-        except (HfHubHTTPError, OSError, socket.timeout, RuntimeError, ValueError) as error:
+        except (HfHubHTTPError, OSError, RuntimeError, ValueError) as error:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
-            raise UserError(f"encoder {repo}: {file} not downloaded: {reason}; {WAY_OUT}") from error
+            message = f"encoder {repo}: {file} not downloaded: {reason}; {WAY_OUT}"
+            raise UserError(message) from error
     return folder
 
 

@@ -156,7 +156,7 @@ class BertOutput(nn.Module):
 
 
 class BertLayer(nn.Module):
-    """One transformer layer: attention, then a feed-forward network. Names are the published ones."""
+    """One transformer layer: attention, then a feed-forward network, under the published names."""
 
     def __init__(self, config):
         super().__init__()
@@ -238,7 +238,7 @@ def group_by_length(lengths, rectangle_cost):
     """
     values, starts = np.unique(lengths, return_index=True)
     bounds = [*starts.tolist(), len(lengths)]
-    best, cut = [0.0], [0]  # best[j]: least number of tokens, padding and cost for the first j values
+    best, cut = [0.0], [0]  # best[j]: least tokens, padding and cost for the first j values
     for j in range(1, len(values) + 1):
         options = [
             best[i] + (bounds[j] - bounds[i]) * int(values[j - 1]) + rectangle_cost

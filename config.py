@@ -14,6 +14,10 @@ class UserError(Exception):
     exit_code = 2
 
 
+# What the encoder implements; a file that asks for anything else would compute other numbers.
+IMPLEMENTED = {"hidden_act": "gelu", "position_embedding_type": "absolute", "model_type": "bert"}
+
+
 @dataclass(frozen=True)
 class BertConfig:
     """Sizes of a BERT encoder, under the names of the published `config.json`.
@@ -37,16 +41,13 @@ class BertConfig:
     position_embedding_type: str = "absolute"
     model_type: str = "bert"
 
-    # What this encoder implements; a file that asks for anything else would compute other numbers.
-    ONLY = {"hidden_act": "gelu", "position_embedding_type": "absolute", "model_type": "bert"}
-
     def __post_init__(self):
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"hidden_size {self.hidden_size} is not divisible by "
                 f"num_attention_heads {self.num_attention_heads}"
             )
-        for name, value in BertConfig.ONLY.items():
+        for name, value in IMPLEMENTED.items():
             if getattr(self, name) != value:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; expected {value!r}")
 
@@ -139,7 +140,7 @@ TASKS = {
         Task("para", "paraphrase", "quora-{split}.csv", PAIR, "is_duplicate",
              "binary", 1, "Predicted_Is_Paraphrase", ("features", "dot", "cosine")),
         Task("sts", "similarity", "sts-{split}.csv", PAIR, "similarity",
-             "score", 1, "Predicted_Similiary", ("cosine", "linear"), high=5),  # the course's spelling
+             "score", 1, "Predicted_Similiary", ("cosine", "linear"), high=5),  # spelt so there
         Task("cfimdb", "movie reviews", "ids-cfimdb-{split}.csv", SENTENCE, "sentiment",
              "classes", 2, "Predicted_Sentiment", ("ffn", "linear"), default=False),
     )
@@ -178,3 +179,52 @@ LEARNING_RATES = {
     "full-model": (5e-5, 5e-4),
     "LoRA": (5e-4, 5e-4),
 }
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A row of the paper's Table 1 as flags, and the overall dev score printed there."""
+
+    flags: dict  # flag, under its name in the parsed arguments -> value
+    reading: str  # how the row is read here, where the paper leaves a choice
+    paper: float | None = None
+
+
+COSINE = {"sst_head": "linear", "para_head": "features", "sts_head": "cosine"}
+SIMCSE = {**COSINE, "unsupervised_simcse": True}
+
+RECIPES = {
+    "baseline": Recipe(
+        {"fine_tune_mode": "last-linear-layer", "sst_head": "linear", "para_head": "dot",
+         "sts_head": "linear", "warmup": 0.1},
+        "frozen encoder, linear heads with warm-up, paraphrase by the product of both vectors",
+        0.471,
+    ),
+    "cosine": Recipe(
+        {"fine_tune_mode": "full-model", **COSINE},
+        "all three tasks at once on the whole model, similarity as 5 cos(u, v) with squared error, "
+        "a linear sentiment head, paraphrase from the features of both vectors",
+        0.662,
+    ),
+    "simcse": Recipe(
+        {"fine_tune_mode": "full-model", **SIMCSE},
+        "cosine plus unsupervised SimCSE on the sentences of all tasks",
+        0.703,
+    ),
+    "simcse-lora": Recipe(
+        {"fine_tune_mode": "LoRA", "LoRA_r": 32, "LoRA_alpha": 16.0, **SIMCSE, "sst_head": "ffn"},
+        "simcse with LoRA (r = 32, α = 16, all six kinds of linear layer) and a feed-forward layer "
+        "before the sentiment projection",
+        0.727,
+    ),
+    "simcse-full": Recipe(
+        {"fine_tune_mode": "full-model", **SIMCSE, "sst_head": "ffn"},
+        "simcse-lora with the whole model trained in place of the adapters",
+        0.732,
+    ),
+    "best": Recipe(
+        {"fine_tune_mode": "full-model", "sst_head": "ffn", "sts_head": "cosine",
+         "pair_encoding": ["para=joint", "sts=separate"]},
+        "ours, not the paper's: paraphrase pairs encoded as one sequence, similarity pairs apart",
+    ),
+}  # fmt: skip

@@ -269,12 +269,16 @@ class MultitaskBatches:
     reaches the end of one pass is filled from the next, so that all batches are of one size.
     """
 
-    def __init__(self, datasets, batch_size, seed):
+    def __init__(self, datasets, batch_size, seed, share=slice(None)):
         self.datasets, self.batch_size, self.seed = datasets, batch_size, seed
+        self.share = share  # the rows of a batch that this process takes
         self._permutations = {}
 
     def __getitem__(self, step):
-        return {name: self.datasets[name].batch(self.rows(name, step)) for name in self.datasets}
+        return {
+            name: dataset.batch(self.rows(name, step)[self.share])
+            for name, dataset in self.datasets.items()
+        }
 
     def rows(self, name, step):
         """Rows of task `name` in the batch of `step` (counted from 0), (batch_size,)."""

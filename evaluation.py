@@ -17,6 +17,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+import distributed
 from base_bert import file_sha256, load_encoder, load_strictly, read_tensors, write_tensors
 from bert import BertModel
 from config import TASKS, LoRAConfig, MultitaskConfig, UserError
@@ -54,11 +55,14 @@ def predict_dataset(model, dataset, precision, check_stop=lambda: None):
     task = dataset.task
     device = next(model.parameters()).device
     model.eval()
-    outputs = torch.empty(len(dataset), task.num_classes)
-    for rows, batch in dataset.batches_by_length(BATCH_TOKENS[device.type]):
+    outputs = torch.zeros(len(dataset), task.num_classes, device=device)
+    for number, (rows, batch) in enumerate(dataset.batches_by_length(BATCH_TOKENS[device.type])):
         check_stop()
+        if number % distributed.world_size() != distributed.rank():
+            continue  # the share of another process
         with autocast(device, precision):
-            outputs[torch.as_tensor(rows)] = model.predict(task.name, batch).cpu()
+            outputs[torch.as_tensor(rows)] = model.predict(task.name, batch)
+    outputs = distributed.sum_over_processes(outputs).cpu()
     ids = [example.id for example in dataset.examples]
     result = TaskResult(ids, *to_predictions(task, outputs))
     if dataset.labels is not None:

@@ -14,12 +14,12 @@ class Surgery(NamedTuple):
 
 
 def pcgrad(gradients, generator, reduction="sum"):
-    """Project each task's gradient off those it conflicts with, then add up (Yu et al. 2020, alg. 1).
+    """Project each task's gradient off those it conflicts with, then add up.
 
-    `gradients` maps a task to its flat gradient (parameters,); `generator` (`random.Random`) gives
-    the order in which a task meets the others. The opposing gradients are the original ones.
-    `reduction` is "sum" as published, or "mean" as in the widely used implementation.
-    Returns a `Surgery`.
+    Yu et al. 2020, algorithm 1. `gradients` maps a task to its flat gradient (parameters,);
+    `generator` (`random.Random`) gives the order in which a task meets the others. The opposing
+    gradients are the original ones. `reduction` is "sum" as published, or "mean" as in the widely
+    used implementation. Returns a `Surgery`.
     """
     tasks = list(gradients)
     original = torch.stack([gradients[task] for task in tasks])

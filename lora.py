@@ -127,21 +127,45 @@ def save_adapter(model, folder, config, base_model, revision=None):
     write_tensors(folder / "adapter_model.safetensors", tensors)
 
 
+def selected_targets(model, patterns):
+    """What `target_modules` of an adapter's file select: keys of `LORA_TARGETS`, and other layers.
+
+    `patterns` are full names or ends of names; `peft` itself shortens a long list to such ends.
+    """
+    selected = {
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and any(f".{name}".endswith(f".{p}") for p in patterns)
+    }
+    kinds = {t: set(target_names(model, (t,))) for t in LORA_TARGETS}
+    whole = [target for target, names in kinds.items() if names <= selected]
+    return sorted([*whole, *selected.difference(*(kinds[target] for target in whole))])
+
+
+# Settings of an adapter's file that change what the same matrices compute.
+UNSUPPORTED = (
+    "use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "fan_in_fan_out",
+    "alora_invocation_tokens",
+)  # fmt: skip
+
+
 def load_adapter(model, folder, config):
     """Read an adapter written by `save_adapter` or `peft` into a model that has LoRA layers.
 
-    Raises `UserError` where r, alpha or the targets differ from `config`, or a tensor is missing,
-    unexpected or of another shape.
+    Raises `UserError` where r, alpha or the targets differ from `config`, the file asks for another
+    kind of low-rank path, or a tensor is missing, unexpected or of another shape.
     """
     folder = Path(folder)
     path = folder / "adapter_config.json"
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))
-        found = (settings["r"], float(settings["lora_alpha"]), sorted(settings["target_modules"]))
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        targets = selected_targets(model, settings["target_modules"])
+        found = (settings["r"], float(settings["lora_alpha"]), targets)
+        found += tuple(settings.get(name) or None for name in UNSUPPORTED)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: not an adapter's configuration: {error!r}") from error
-    wanted = (config.r, float(config.alpha), sorted(target_names(model, config.targets)))
-    labels = ("r", "alpha", "target_modules")
+    wanted = (config.r, float(config.alpha), sorted(config.targets)) + (None,) * len(UNSUPPORTED)
+    labels = ("r", "alpha", "target_modules", *UNSUPPORTED)
     differences = [
         f"{label} is {a}, expected {b}"
         for label, a, b in zip(labels, found, wanted, strict=True)

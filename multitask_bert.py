@@ -11,6 +11,7 @@ from torch import nn
 
 from bert import FastDropout, make_rectangles
 from config import TASKS
+from distributed import gather_rows, mean_over_processes
 from simcse import supervised_simcse_loss, unsupervised_simcse_loss
 from tokenizer import join_pair
 
@@ -160,20 +161,28 @@ class MultitaskBERT(nn.Module):
             if name in self.config.simcse_tasks:
                 losses[f"simcse_{name}"] = self.unsupervised_simcse(name, vectors)
         if self.config.supervised_simcse and "para" in batches:
-            first, second = (self.contrast(vectors["para", role]) for role in ("first", "second"))
-            labels = batches["para"].labels.to(first.device)
-            losses["simcse_para_supervised"] = supervised_simcse_loss(first, second, labels)
+            losses["simcse_para_supervised"] = self.supervised_simcse(batches["para"], vectors)
         return losses
 
     def unsupervised_simcse(self, name, vectors):
         """The task's contrastive loss; a pair's first and second sentences are two groups."""
         roles = ("first", "second") if TASKS[name].is_pair else ("first",)
-        return sum(
-            unsupervised_simcse_loss(
-                self.contrast(vectors[name, role]), self.contrast(vectors[name, f"{role} again"])
-            )
-            for role in roles
-        ) / len(roles)
+        losses = []
+        for role in roles:
+            first = self.contrast(vectors[name, role])
+            second, offset = gather_rows(self.contrast(vectors[name, f"{role} again"]))
+            losses.append(unsupervised_simcse_loss(first, second, offset=offset))
+        return sum(losses) / len(losses)
+
+    def supervised_simcse(self, batch, vectors):
+        """The contrastive loss of the paraphrase pairs."""
+        first = self.contrast(vectors["para", "first"])
+        second, offset = gather_rows(self.contrast(vectors["para", "second"]))
+        is_duplicate = batch.labels.to(first.device)
+        anchors = mean_over_processes(is_duplicate.sum())
+        return supervised_simcse_loss(
+            first, second, is_duplicate, offset=offset, anchors_per_process=anchors
+        )
 
     def contrast(self, vectors):
         """The projection in front of the contrastive losses, (batch, hidden) -> the same."""

@@ -17,12 +17,15 @@ import subprocess
 import sys
 import time
 from collections import defaultdict
+from contextlib import nullcontext
 from importlib.metadata import version
 
 import numpy as np
 import torch
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
+import distributed
 from arguments import HERE, data_paths, get_args
 from base_bert import file_sha256, load_encoder, load_strictly
 from bert import BertModel
@@ -44,7 +47,7 @@ from evaluation import (
 from gradient_surgery import pcgrad
 from lora import apply_lora
 from multitask_bert import MultitaskBERT
-from run_folder import Stopped, StopSignals, run_script
+from run_folder import ReadOnlyRunFolder, Stopped, StopSignals, run_script
 
 PACKAGES = ("torch", "numpy", "tokenizers", "safetensors", "scikit-learn")
 
@@ -269,11 +272,13 @@ def backward(model, step_batches, args, step, precision, scaler):
     device = next(model.parameters()).device
     losses = defaultdict(float)
     for micro, batches in enumerate(step_batches):
-        seed_everything(args.seed, step, micro)
-        with autocast(device, precision):
-            of_batch = model(batches)
-        total = sum(args.weights[name] * loss for name, loss in of_batch.items())
-        scaler.scale(total / len(step_batches)).backward()
+        seed_everything(args.seed, step, micro, distributed.rank())
+        last = micro == len(step_batches) - 1
+        with nullcontext() if last or distributed.world_size() == 1 else model.no_sync():
+            with autocast(device, precision):
+                of_batch = model(batches)
+            total = sum(args.weights[name] * loss for name, loss in of_batch.items())
+            scaler.scale(total / len(step_batches)).backward()
         for name, loss in of_batch.items():
             losses[name] += loss.detach() / len(step_batches)
     return losses, {}
@@ -289,12 +294,13 @@ def backward_with_surgery(model, step_batches, args, step, precision, scaler):
     losses, gradients = {}, {}
     (batches,) = step_batches
     for number, (name, batch) in enumerate(batches.items()):
-        seed_everything(args.seed, step, number)
+        seed_everything(args.seed, step, number, distributed.rank())
         with autocast(device, precision):
             of_task = model({name: batch})
         total = sum(args.weights[key] * loss for key, loss in of_task.items())
         scaler.scale(total).backward()
-        gradients[name] = torch.cat([p.grad.flatten() for p in shared])
+        gradient = torch.cat([p.grad.flatten() for p in shared])
+        gradients[name] = distributed.mean_over_processes(gradient)
         for parameter in shared:
             parameter.grad = None
         losses |= {key: loss.detach() for key, loss in of_task.items()}
@@ -303,6 +309,9 @@ def backward_with_surgery(model, step_batches, args, step, precision, scaler):
     parts = surgery.gradient.split([p.numel() for p in shared])
     for parameter, part in zip(shared, parts, strict=True):
         parameter.grad = part.view_as(parameter)
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None and not name.startswith("bert."):
+            parameter.grad = distributed.mean_over_processes(parameter.grad)
     cosines = {f"cosine {a} {b}": value for (a, b), value in surgery.cosines.items()}
     return losses, {"conflicts": surgery.conflicts, **cosines}
 
@@ -319,7 +328,11 @@ def train(args, run, model, batches, dev, optimizer, precision, state, save_best
     if state["scaler"]:
         scaler.load_state_dict(state["scaler"])
     meter = Meter(state["meter"])
-    compute_gradient = backward_with_surgery if args.gradient_surgery else backward
+    compute_gradient, replica = backward, model
+    if args.gradient_surgery:
+        compute_gradient = backward_with_surgery  # averages over processes by itself
+    elif distributed.world_size() > 1:
+        replica = DistributedDataParallel(model)
     trained = [p for p in model.parameters() if p.requires_grad]
     bar = tqdm(total=args.total_steps, initial=state["step"], unit="step",
                disable=not sys.stderr.isatty(), smoothing=0.1)  # fmt: skip
@@ -327,7 +340,8 @@ def train(args, run, model, batches, dev, optimizer, precision, state, save_best
     def save():
         state.update(meter=dict(meter.sums), scaler=scaler.state_dict())
         run.save_state(state, training_state(model, optimizer))
-        signals.check()
+        if number := distributed.largest(signals.number or 0):
+            raise Stopped(number)
         meter.restart()
 
     with bar:
@@ -347,12 +361,14 @@ def train(args, run, model, batches, dev, optimizer, precision, state, save_best
 
             # ---- forward and backward: the summed loss
             model.train()
-            losses, extra = compute_gradient(model, step_batches, args, step, precision, scaler)
+            losses, extra = compute_gradient(replica, step_batches, args, step, precision, scaler)
 
             # ---- clip and step
             scaler.unscale_(optimizer)
             norm = torch.nn.utils.clip_grad_norm_(trained, args.clip or float("inf"))
-            *values, norm = torch.stack([*losses.values(), norm]).tolist()
+            stop = norm.new_tensor(float(signals.number or 0))
+            values = torch.stack([*losses.values(), norm, stop])
+            *values, norm, stop = distributed.mean_over_processes(values).tolist()
             values = dict(zip(losses, values, strict=True))
             check_finite(values, norm, step, step_batches, scaler)
             scaler.step(optimizer)
@@ -367,7 +383,7 @@ def train(args, run, model, batches, dev, optimizer, precision, state, save_best
             if step % args.log_every == 0 or step == args.total_steps:
                 log_step(run, bar, meter, step, args, optimizer, device)
                 meter = Meter()
-            if signals.number or (args.save_every and step % args.save_every == 0):
+            if stop or (args.save_every and step % args.save_every == 0):
                 save()
 
 
@@ -400,7 +416,7 @@ def log_step(run, bar, meter, step, args, optimizer, device):
     extra = {name: value for name, value in means.items() if name not in args.weights}
     rate = max(group["lr"] for group in optimizer.param_groups)
     run.log(kind="train", step=step, losses=losses, **extra, lr=rate, **speed,
-            peak_memory_mib=peak_memory_mib(device))  # fmt: skip
+            peak_memory_mib=peak_memory_mib(device), seconds=run.seconds())  # fmt: skip
     shown = "  ".join(f"{name} {value:.3f}" for name, value in losses.items())
     bar.set_postfix_str(f"{shown}  {speed['sentences_per_s']:.0f} sentences/s")
     if bar.disable:
@@ -414,7 +430,8 @@ def evaluate_and_keep(args, run, model, dev, precision, state, save_best, save, 
     """
     began = time.perf_counter()
     try:
-        results = evaluate(model, dev, precision, signals.check)
+        several = distributed.world_size() > 1  # they stop together, at the end of a step
+        results = evaluate(model, dev, precision, *([] if several else [signals.check]))
     except Stopped:
         save()
         raise
@@ -427,7 +444,8 @@ def evaluate_and_keep(args, run, model, dev, precision, state, save_best, save, 
         epoch=step // args.steps_per_epoch,
         overall=score,
         dev={name: {"loss": r.loss, **r.metrics} for name, r in results.items()},
-        seconds=round(time.perf_counter() - began, 2),
+        evaluation_seconds=round(time.perf_counter() - began, 2),
+        seconds=run.seconds(),
     )
     state.update(evaluated=step, misses=state["misses"] + 1)
     is_best = state["best_score"] is None or score > state["best_score"]
@@ -473,6 +491,8 @@ def write_results(args, run, model, datasets, precision):
     for split in ("dev", "test"):
         of_split = {name: files[split] for name, files in datasets.items() if split in files}
         results = evaluate(model, of_split, precision)
+        if distributed.rank() > 0:
+            continue
         write_scores(run.path / "predictions", results, split)
         write_predictions(run.path / "predictions", results, split)
         named = {name: getattr(args, f"{name}_{split}_out") for name in results}
@@ -486,7 +506,8 @@ def write_results(args, run, model, datasets, precision):
 def main(argv=None):
     """Train, or continue to train, from the command line."""
     args, run = get_args(argv)
-    device = select_device(args.use_gpu)
+    device = distributed.start(select_device(args.use_gpu))
+    distributed.quiet_unless_first()
     precision, warning = select_precision(args.precision, device)
     if warning:
         say(f"warning: {warning}")
@@ -506,9 +527,13 @@ def main(argv=None):
             "warning: bert-base-uncased is not in the cache and the hub cannot be reached: using "
             "the bundled all-MiniLM-L6-v2 instead, a smaller encoder"
         )
+    if distributed.rank() > 0:
+        run = ReadOnlyRunFolder(run.path)
     state = prepare_run(args, run, describe_run(args, encoder, files, device, precision))
+    distributed.wait()
     # ---- model, pretrained weights, LoRA, freeze
     model = build_model(args, encoder, tokenizer)
+    run.write_description(run.description() | {"parameters": count_parameters(model)})
     datasets = {
         name: {
             split: TaskDataset(file, TASKS[name], tokenizer, model.config.max_length)
@@ -517,7 +542,8 @@ def main(argv=None):
         for name, of_task in files.items()
     }
     train_sets = {name: of_task["train"] for name, of_task in datasets.items()}
-    batches = MultitaskBatches(train_sets, args.batch_size, args.seed)
+    share = distributed.share(args.batch_size)
+    batches = MultitaskBatches(train_sets, args.batch_size, args.seed, share)
     args.steps_per_epoch = args.steps_per_epoch or min(2000, batches.largest())
     args.total_steps = args.epochs * args.steps_per_epoch
     # ---- device, optimiser, continue
@@ -542,12 +568,17 @@ def main(argv=None):
     write_results(args, run, model, datasets, precision)
 
 
+def count_parameters(model):
+    """Numbers of trained and of all parameters."""
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return {"trained": trained, "all": sum(p.numel() for p in model.parameters())}
+
+
 def announce(args, run, model, encoder, datasets, device, precision):
     """Say what is about to be trained, on what."""
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    every = sum(p.numel() for p in model.parameters())
+    count = count_parameters(model)
     say(f"run {run.path}: {args.fine_tune_mode}, {encoder.name}, {device_name(device)}, {precision}")
-    say(f"trained parameters: {trained:,} of {every:,}")
+    say(f"trained parameters: {count['trained']:,} of {count['all']:,}")
     for name, of_task in datasets.items():
         counts = ", ".join(f"{split} {len(dataset):,}" for split, dataset in of_task.items())
         say(f"{name}: {counts} examples")

@@ -19,6 +19,7 @@ import re
 import shutil
 import signal
 import sys
+import time
 import traceback
 from pathlib import Path
 from typing import NamedTuple
@@ -155,6 +156,7 @@ class RunFolder:
     def __init__(self, path):
         self.path = Path(path)
         self._lock = None
+        self._began = time.perf_counter()  # minus what the run took before it was continued
 
     def open(self, overwrite=False):
         """Create the folder or take it over; with `overwrite` an earlier run in it is removed.
@@ -214,6 +216,10 @@ class RunFolder:
         """`metrics.jsonl`: one JSON object a line."""
         return self.path / "metrics.jsonl"
 
+    def seconds(self):
+        """Seconds that the run has taken so far, up to the state it was continued from."""
+        return round(time.perf_counter() - self._began, 1)
+
     def log(self, **values):
         """Append one line to the metrics."""
         with output_errors(self.metrics_file), open(self.metrics_file, "a", encoding="utf-8") as file:
@@ -234,6 +240,7 @@ class RunFolder:
             if line["step"] <= (evaluated_step if line["kind"] == "eval" else step)
         ]
         write_file(self.metrics_file, "".join(json.dumps(line) + "\n" for line in kept))
+        self._began = time.perf_counter() - max([line["seconds"] for line in kept], default=0)
 
     # ----------------------------------------------------------------------------- the best model
 
@@ -313,6 +320,15 @@ class RunFolder:
                 f"start anew with --overwrite"
             )
         return None
+
+
+class ReadOnlyRunFolder(RunFolder):
+    """The run's folder as the processes beside the first see it: they write nothing."""
+
+    def _nothing(self, *args, **kwargs):
+        """Leave it to the first process."""
+
+    open = write_description = log = forget_metrics_after = save_best = save_state = _nothing
 
 
 def newest_run(runs="runs"):

@@ -59,7 +59,7 @@ class BertTokenizer:
             if settings_file.is_file():
                 settings = json.loads(settings_file.read_text(encoding="utf-8"))
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{folder}: no readable vocab.txt or tokenizer.json: {error}") from error
+            raise UserError(f"{folder}: no readable vocabulary: {error}") from error
         length = settings.get("model_max_length", 512)
         return cls(vocab, settings.get("do_lower_case", True), length if length < 10**6 else 512)
 
@@ -94,6 +94,7 @@ class BertTokenizer:
             "model_max_length": self.model_max_length,
             "strip_accents": None,
             "tokenize_chinese_chars": True,
+            "split_special_tokens": True,  # a literal [SEP] in a text is text there too
             **special,
         }
         (folder / "vocab.txt").write_text("\n".join(self.vocab) + "\n", encoding="utf-8")

@@ -1,0 +1,79 @@
+"""Shared by all tests: a tiny encoder's sizes, a toy vocabulary, where real data and weights lie."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from base_bert import resolve_encoder
+from config import BertConfig, UserError
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+SAMPLE = REPOSITORY / "data" / "sample"
+REAL_DATA = Path(os.environ.get("REAL_DATA_DIR") or REPOSITORY.parent / "shared" / "data")
+THREADS = 2
+
+# Words and pieces of the toy vocabulary; every lower-case letter is there too, alone and as the
+# rest of a word, so that any English text becomes ids other than [UNK].
+TOY_MARKERS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+TOY_WORDS = """
+    the a an of and is it not to in this that movie film good bad great awful how what why do i my
+    you can best way learn dog cat man woman running playing ##ing ##ed ##s ##ly ##er ##est un ##able
+""".split()
+LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789"
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    """The same random numbers and threads for a test, whichever tests ran before it."""
+    torch.set_num_threads(THREADS)
+    torch.manual_seed(11711)
+
+
+@pytest.fixture(scope="session")
+def toy_vocab():
+    """Word pieces of the toy vocabulary in the order of their ids."""
+    letters = [*LETTERS, *(f"##{letter}" for letter in LETTERS), *".,?!'\"-()"]
+    return list(dict.fromkeys([*TOY_MARKERS, *TOY_WORDS, *letters]))
+
+
+@pytest.fixture(scope="session")
+def toy_vocab_folder(toy_vocab, tmp_path_factory):
+    """A folder with the toy vocabulary as `vocab.txt`, and `tokenizer_config.json`."""
+    folder = tmp_path_factory.mktemp("toy_vocab")
+    (folder / "vocab.txt").write_text("\n".join(toy_vocab) + "\n", encoding="utf-8")
+    settings = {"do_lower_case": True, "model_max_length": 40}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_config(toy_vocab):
+    """A tiny encoder whose sizes all differ, so that swapped axes cannot pass."""
+    return BertConfig(
+        vocab_size=len(toy_vocab),
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=52,
+        max_position_embeddings=40,
+    )
+
+
+@pytest.fixture(scope="session")
+def real_data():
+    """The folder of the course's own files (REAL_DATA_DIR, else shared/data beside the project)."""
+    if not (REAL_DATA / "ids-sst-train.csv").is_file():
+        pytest.skip(f"no real data in {REAL_DATA}; name its folder in REAL_DATA_DIR")
+    return REAL_DATA
+
+
+@pytest.fixture(scope="session")
+def bundled_folder():
+    """The folder of the bundled encoder, all-MiniLM-L6-v2, with its real weights."""
+    try:
+        return resolve_encoder("bundled").folder
+    except UserError as error:
+        pytest.skip(f"the bundled encoder is not installed: {error}")
