@@ -7,23 +7,25 @@ data or weights load.
 import argparse
 import difflib
 import math
+import shlex
 import sys
 from pathlib import Path
 
-from config import LEARNING_RATES, LORA_TARGETS, MODES, TASKS, UserError
+from config import LEARNING_RATES, LORA_TARGETS, MODES, RECIPES, TASKS, UserError
 from device import PRECISIONS
 from run_folder import RunFolder, run_name
 
 HERE = Path(__file__).resolve().parent
 SPLITS = ("train", "dev", "test")
+OF_ONE_COMMAND = {"resume", "overwrite", "debug", "runs_dir"}  # flags that a run does not keep
 # Flags that may differ when a run is continued: nothing computed depends on them.
 FREE_WHEN_CONTINUING = {
-    "resume", "overwrite", "debug", "save_every", "log_every", "use_gpu", "predictions_dir",
-    "require_test", "runs_dir",
+    "save_every", "log_every", "use_gpu", "predictions_dir", "require_test",
 } | {f"{task}_{split}_out" for task in TASKS for split in ("dev", "test")}  # fmt: skip
 
+
 class FlagParser(argparse.ArgumentParser):
-    """An argument parser without abbreviations, whose errors are one line and name the near flag."""
+    """An argument parser without abbreviations; its errors are one line and name the near flag."""
 
     def __init__(self, **settings):
         super().__init__(allow_abbrev=False, **settings)
@@ -49,18 +51,18 @@ def number(kind, low, high, *, above=False):
 
     def parse(text):
         limits = f"{'above' if above else 'from'} {low:g}" + (f" to {high:g}" if high else "")
+        limits = limits if above or high else f"{limits} on"
         try:
             value = kind(text)
-        except ValueError:
-            value = math.nan
-        if not math.isfinite(value) or value < low or (above and value == low):
-            raise argparse.ArgumentTypeError(f"{text!r}; expected {kind.__name__} {limits}")
-        if high is not None and value > high:
-            raise argparse.ArgumentTypeError(f"{text!r}; expected {kind.__name__} {limits}")
+            good = math.isfinite(value) and value >= low and not (above and value == low)
+            good = good and (high is None or value <= high)
+        except (ValueError, OverflowError):  # no number, or an int beyond all floats
+            good = False
+        if not good:
+            raise argparse.ArgumentTypeError(f"{text[:40]!r}; expected {kind.__name__} {limits}")
         return value
 
     return parse
-
 
 
 def make_parser():
@@ -70,6 +72,8 @@ def make_parser():
     rate, share = number(float, 0, None, above=True), number(float, 0, 1)
 
     add = parser.add_argument_group("what is trained").add_argument
+    add("--recipe", choices=RECIPES, metavar="NAME", help="the flags of a row of the paper's table "
+        f"1, or our best: {', '.join(RECIPES)}; a flag given beside it wins")
     add("--fine-tune-mode", choices=MODES, default="full-model", help="default full-model")
     add("--tasks", nargs="+", choices=TASKS, metavar="TASK", help=f"of {', '.join(TASKS)}",
         default=[name for name, task in TASKS.items() if task.default])
@@ -112,8 +116,8 @@ def make_parser():
         "since each batch's loss is complete by itself")
     add("--lr", type=rate, help="peak learning rate of the encoder (heads in last-linear-layer), "
         f"default by mode: {', '.join(f'{m} {(r[0] or r[1]):g}' for m, r in LEARNING_RATES.items())}")
-    add("--head_lr", type=rate, help="peak learning rate of the heads; default by mode, or --lr "
-        "where only that is given")
+    add("--head_lr", type=rate, help="peak learning rate of the heads, which start from random "
+        f"numbers and bear a larger one; default {LEARNING_RATES['full-model'][1]:g} beside a trained encoder")
     add("--warmup", type=share, default=0.1, metavar="SHARE",
         help="share of all steps with rising learning rate, then linear decay; default 0.1")
     add("--weight_decay", type=number(float, 0, None), default=1e-3,
@@ -164,27 +168,60 @@ def get_args(argv=None):
     """
     argv = sys.argv[1:] if argv is None else list(argv)
     parser = make_parser()
+    recipe = parser.parse_args(argv).recipe
+    if recipe:
+        parser.set_defaults(**RECIPES[recipe].flags)
     args = parser.parse_args(argv)
     unset = object()  # a flag that keeps this value was not given
     blank = argparse.Namespace(**dict.fromkeys(vars(args), unset))
     given = vars(parser.parse_args(argv, namespace=blank))
     args.given = {name for name, value in given.items() if value is not unset}
     args.tasks = [name for name in TASKS if name in args.tasks]
-    run = RunFolder(Path(args.runs_dir) / run_name(args.fine_tune_mode, args.model_file_suffix))
+    args.expanded_command = expanded_command(parser, args, argv)
+    name = run_name(args.fine_tune_mode, args.model_file_suffix or args.recipe)
+    run = RunFolder(Path(args.runs_dir) / name)
+    if args.resume and args.overwrite:
+        raise UserError("--resume and --overwrite exclude each other")
     if args.resume and run.holds_run():
         take_over(args, run.description())
     check_args(args)
+    if run.holds_run() and not (args.resume or args.overwrite):
+        command = shlex.join(["python", "multitask_classifier.py", *argv])
+        raise UserError(
+            f"{run.path} holds a run; continue it with `{command} --resume` "
+            f"or replace it with `{command} --overwrite`"
+        )
     return args, run
+
+
+def expanded_command(parser, args, argv):
+    """The command line with the recipe's flags written out, None without a recipe.
+
+    The flags of the recipe that were given otherwise, and LoRA's in another mode, are left away.
+    """
+    if args.recipe is None:
+        return None
+    words = []
+    for action in parser._actions:
+        name = action.dest
+        lost = name.startswith("LoRA_") and args.fine_tune_mode != "LoRA"
+        if name in RECIPES[args.recipe].flags and name not in args.given and not lost:
+            value = getattr(args, name)
+            values = value if isinstance(value, list) else [] if value is True else [value]
+            words += [action.option_strings[0], *(f"{v:g}" if isinstance(v, float) else str(v)
+                                                  for v in values)]  # fmt: skip
+    return shlex.join(["python", "multitask_classifier.py", *words, *argv])
 
 
 def take_over(args, description):
     """Fill in the flags of the run to continue; one that was given must be the run's."""
     differences = []
     for name, value in description["args"].items():
-        if name in FREE_WHEN_CONTINUING:
+        own = getattr(args, name, None)
+        if name in OF_ONE_COMMAND or (name in FREE_WHEN_CONTINUING and name in args.given):
             continue
-        if name in args.given and getattr(args, name) != value:
-            differences.append(f"--{name} is {getattr(args, name)}, was {value}")
+        if name in args.given and own != value:
+            differences.append(f"--{name} is {own}, was {value}")
         setattr(args, name, value)
     if differences:
         raise UserError(f"--resume: not the run that was begun: {'; '.join(differences)}")
@@ -215,15 +252,16 @@ def check_args(args):
             raise UserError(f"--gradient_surgery: {frozen}; tasks share no trained weights")
         if args.tasks == ["sts"] and args.sts_head == "cosine" and not args.joint:
             raise UserError(f"--sts_head cosine: {frozen}; nothing to train; use --sts_head linear")
+    outputs = [getattr(args, name) for name in given if name.endswith(("_dev_out", "_test_out"))]
+    if len(set(outputs)) < len(outputs):
+        raise UserError(f"{', '.join(sorted(outputs))}: one file for several predictions")
     if args.gradient_surgery and args.accumulate > 1:
         raise UserError("--gradient_surgery: not with --accumulate; raise --batch_size")
     args.weights = loss_weights(args.loss_weights)
     encoder_lr, head_lr = LEARNING_RATES[mode]
-    if mode == "last-linear-layer":
-        args.encoder_rate, args.head_rate = 0.0, args.head_lr or args.lr or head_lr
-    else:
-        args.encoder_rate = args.lr or encoder_lr
-        args.head_rate = args.head_lr or args.lr or head_lr
+    frozen_encoder = mode == "last-linear-layer"
+    args.encoder_rate = 0.0 if frozen_encoder else args.lr or encoder_lr
+    args.head_rate = args.head_lr or (args.lr if frozen_encoder else None) or head_lr
 
 
 def joint_tasks(values, tasks):
@@ -268,6 +306,9 @@ def data_paths(args):
         for split in SPLITS
         if getattr(args, f"{name}_{split}")
     }
+    for (name, split), path in named.items():
+        if split == "test" and not (Path(path).exists() or Path(path).is_symlink()):
+            raise UserError(f"--{name}_test {path}: no such file")
     warning = None
     files = [folder / TASKS[name].file_name(split) for name in args.tasks for split in SPLITS]
     if not args.data_dir and not named and not any(map(Path.exists, files)):

@@ -124,6 +124,8 @@ def _checked_sha256(folder, name):
     missing = [f for f in ("config.json", "model.safetensors") if not (folder / f).exists()]
     if missing:
         raise UserError(f"{folder}: no {' and no '.join(missing)}; not an encoder's folder")
+    for file in FILES:
+        _check_download(folder / file)
     digest = file_sha256(path)
     if name in SHA256 and digest != SHA256[name]:
         raise UserError(
@@ -131,6 +133,21 @@ def _checked_sha256(folder, name):
             f"not the published file; remove it and start again"
         )
     return digest
+
+
+def _check_download(path):
+    """Raise `UserError` where a file of the hub's cache is not what it is named after there: its
+    SHA-256, or for a small file git's SHA-1."""
+    blob = path.resolve()
+    if blob.parent.name != "blobs" or len(blob.name) not in (40, 64) or not blob.is_file():
+        return
+    if len(blob.name) == 64:
+        digest = file_sha256(blob)
+    else:
+        content = blob.read_bytes()
+        digest = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+    if digest != blob.name:
+        raise UserError(f"{blob}: damaged: its hash is {digest[:12]}…; remove it and start again")
 
 
 def _cached_folder(repo):

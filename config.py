@@ -147,6 +147,14 @@ TASKS = {
 }  # fmt: skip
 
 
+def overall_tasks(names):
+    """Those of the tasks `names` that count for the overall score.
+
+    An optional task such as CFIMDB counts only where none of the others is there.
+    """
+    return [name for name in names if TASKS[name].default] or list(names)
+
+
 @dataclass(frozen=True)
 class MultitaskConfig:
     """What stands on top of the encoder: heads, pooling and the losses of a training step."""

@@ -20,6 +20,7 @@ csv.field_size_limit(2**31 - 1)
 
 ID_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(?: [A-Za-z0-9._-]+)*")
 INTEGER = re.compile(r"[+-]?[0-9]+(?:\.0*)?")
+LINE_END = re.compile(r"\r\n?|\n")
 DECIMAL = re.compile(r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?")
 
 
@@ -72,7 +73,7 @@ def read_task_file(path, task, split):
         lines.setdefault(example.id, []).append(line)
     if not rows:
         raise UserError(f"{path}: only a header; expected rows below it")
-    if len(skipped) > max(5, rows // 100):
+    if len(skipped) > max(5, rows // 100) or not examples:
         raise UserError(f"{skipped[0]}; {len(skipped)} of {rows} rows like this, too many to skip")
     if skipped:
         listed = "\n".join(f"  {problem}" for problem in skipped[:5])
@@ -87,13 +88,15 @@ class BadRow(ValueError):
 
 def _decode(path):
     """The file's text without byte-order mark and NULs, and warnings."""
-    if path.is_dir():
-        raise UserError(f"{path}: a folder; expected a tab-separated file")
-    if path.is_symlink() and not path.exists():
-        raise UserError(f"{path}: a dangling link to {path.readlink()}")
-    if not path.exists():
-        raise UserError(f"{path}: no such file; fetch the data with: python data/prepare.py")
     try:
+        if path.is_dir():
+            raise UserError(f"{path}: a folder; expected a tab-separated file")
+        if path.is_symlink() and not path.exists():
+            raise UserError(f"{path}: a dangling link to {path.readlink()}")
+        if not path.exists():
+            raise UserError(f"{path}: no such file; fetch the data with: python data/prepare.py")
+        if not path.is_file():
+            raise UserError(f"{path}: a pipe or a device; expected a file, which is read twice")
         content = path.read_bytes()
     except OSError as error:
         raise UserError(f"{path}: not readable: {error.strerror}") from error
@@ -102,7 +105,7 @@ def _decode(path):
     if content.startswith(b"version https://git-lfs"):
         raise UserError(f"{path}: a git-LFS pointer, not the data; run: git lfs pull")
     if content.lstrip()[:15].lower().startswith((b"<!doctype", b"<html")):
-        raise UserError(f"{path}: an HTML page, not the data; fetch it with: python data/prepare.py")
+        raise UserError(f"{path}: an HTML page, not data; fetch it with: python data/prepare.py")
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -119,30 +122,50 @@ def _decode(path):
 def _records(path, text):
     """Yield (line, fields) for each record, the header first; blank lines are none.
 
-    A quote that is left open swallows the rows after it. It shows in two ways: it reaches the end
-    of the file, where it would swallow a row that is put there; or it ends at another row's quote,
-    with whole rows, tabs and all, inside one field.
+    Raises `UserError` where a quote that was left open swallows the rows after it.
     """
-    end_mark = "end-of-file-mark"
-    reader = csv.reader(io.StringIO(f"{text}\n{end_mark}\n", newline=""), delimiter="\t")
-    start, width = 1, None
+    taken = []  # the lines of the record that is being read
+
+    def lines():
+        for line in io.StringIO(text, newline=""):
+            taken.append(line)
+            yield line
+
+    reader, start, width = csv.reader(lines(), delimiter="\t"), 1, None
     for record in reader:
-        if record == [end_mark]:
-            return
         if record:
             width = width or len(record)
-            open_quote = any(end_mark in field or _holds_a_row(field, width) for field in record)
-            if open_quote:
+            if _quote_left_open("".join(taken), record, width):
                 raise UserError(
                     f"{path}:{start}: a quote that is not closed swallows the rows after it; "
                     f"expected its end on the same line"
                 )
             yield start, record
+        taken.clear()
         start = reader.line_num + 1
 
 
-def _holds_a_row(field, width):
-    return "\n" in field and any(line.count("\t") >= width - 1 for line in field.splitlines())
+def _quote_left_open(raw, record, width):
+    """Whether a record, `raw` in the file, is more than one: a quote that nobody closed.
+
+    It either reaches the end of the file or ends at another row's quote. There it leaves a quote in
+    the middle of a field, or a wrong number of fields, or a field that holds the end of one row
+    and the beginning of another, tabs and all.
+    """
+    parts = [LINE_END.split(field) for field in record]
+    if all(len(lines) == 1 for lines in parts) and LINE_END.search(raw):
+        return False
+    try:
+        next(csv.reader([raw], delimiter="\t", strict=True))
+    except csv.Error:
+        return True
+    return any(
+        len(record) != width
+        or any(line.count("\t") >= width - 1 for line in lines)
+        or (lines[0].count("\t") == width - 1 - place and lines[-1].count("\t") == place)
+        for place, lines in enumerate(parts)
+        if len(lines) > 1
+    )
 
 
 def _columns(path, header, task, split):
@@ -248,6 +271,10 @@ class TaskDataset:
     def lengths(self):
         """Tokens of each example, both sentences together, (examples,)."""
         return np.sum([[len(ids) for ids in column] for column in self.sentences], axis=0)
+
+    def longest(self):
+        """Tokens of the longest single sequence."""
+        return max(len(ids) for column in self.sentences for ids in column)
 
     def batches_by_length(self, batch_tokens):
         """Yield (rows, `TaskBatch`) of at most `batch_tokens` tokens, short examples first."""

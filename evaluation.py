@@ -2,12 +2,13 @@
 
     python evaluation.py                                   # the newest run
     python evaluation.py --checkpoint runs/LoRA
+    python evaluation.py --checkpoint runs/a runs/b        # their ensemble
+    python evaluation.py --report runs/a runs/b            # tables and figures
     python evaluation.py --sentence "A film to fall in love with."
 
 Prints the dev scores and writes the prediction files of dev and test in the course's format.
 """
 
-import argparse
 import json
 import sys
 from dataclasses import dataclass, field
@@ -18,14 +19,15 @@ import torch
 import torch.nn.functional as F
 
 import distributed
+from arguments import FlagParser
 from base_bert import file_sha256, load_encoder, load_strictly, read_tensors, write_tensors
 from bert import BertModel
-from config import TASKS, LoRAConfig, MultitaskConfig, UserError
+from config import TASKS, LoRAConfig, MultitaskConfig, UserError, overall_tasks
 from datasets import Example, TaskDataset, TaskFile, read_task_file
 from device import autocast, select_device, select_precision
 from lora import apply_lora, load_adapter, save_adapter
 from multitask_bert import MultitaskBERT, task_loss
-from run_folder import RunFolder, damage, newest_run, write_file
+from run_folder import RunFolder, damage, newest_run, write_files
 
 BATCH_TOKENS = {"cpu": 4096, "cuda": 65536, "mps": 16384}  # tokens of one evaluation batch
 
@@ -57,7 +59,8 @@ def predict_dataset(model, dataset, precision, check_stop=lambda: None):
     model.eval()
     outputs = torch.zeros(len(dataset), task.num_classes, device=device)
     for number, (rows, batch) in enumerate(dataset.batches_by_length(BATCH_TOKENS[device.type])):
-        check_stop()
+        if number % distributed.world_size() == 0:
+            check_stop()
         if number % distributed.world_size() != distributed.rank():
             continue  # the share of another process
         with autocast(device, precision):
@@ -100,8 +103,9 @@ def measure(task, predictions, labels):
 
         if len(labels) < 2 or np.ptp(predictions) == 0 or np.ptp(labels) == 0:
             return {"pearson": 0.0, "spearman": 0.0}
-        pearson = float(pearsonr(predictions.astype(float), labels).statistic)
-        return {"pearson": pearson, "spearman": float(spearmanr(predictions, labels).statistic)}
+        pearson = pearsonr(predictions.astype(float), labels).statistic
+        spearman = spearmanr(predictions, labels).statistic  # nan_to_num: as good as constant
+        return {"pearson": float(np.nan_to_num(pearson)), "spearman": float(np.nan_to_num(spearman))}
     from sklearn.metrics import accuracy_score, f1_score
 
     return {
@@ -119,16 +123,12 @@ def evaluate(model, datasets, precision, check_stop=lambda: None):
 
 
 def overall_score(results):
-    """Mean over the leaderboard's tasks of accuracy or (1 + correlation) / 2.
-
-    An optional task such as CFIMDB counts only where none of the three is there.
-    """
-    names = [name for name in results if TASKS[name].default] or list(results)
+    """Mean over the leaderboard's tasks of accuracy or (1 + correlation) / 2."""
     values = [
         (1 + results[name].score(name)) / 2
         if TASKS[name].kind == "score"
         else results[name].score(name)
-        for name in names
+        for name in overall_tasks(results)
     ]
     return float(np.mean(values))
 
@@ -166,26 +166,37 @@ def format_predictions(task, result):
     return f"id \t {task.header} \n" + "".join(f"{i} , {task.format(p)} \n" for i, p in rows)
 
 
+def prediction_files(folder, results, split, paths=None):
+    """The text of `<task>-<split>-output.csv` by path; `paths` (task -> path) override names."""
+    return {
+        (paths or {}).get(name) or prediction_path(folder, name, split): format_predictions(
+            TASKS[name], result
+        )
+        for name, result in results.items()
+    }
+
+
 def write_predictions(folder, results, split, paths=None):
-    """Write `<task>-<split>-output.csv` for every task; `paths` (task -> path) override names."""
-    for name, result in results.items():
-        path = (paths or {}).get(name) or prediction_path(folder, name, split)
-        write_file(path, format_predictions(TASKS[name], result))
+    """Write `prediction_files`."""
+    write_files(prediction_files(folder, results, split, paths))
 
 
-def write_scores(folder, results, split):
-    """Write `<task>-<split>-scores.tsv`: id, label, prediction, then probabilities or score."""
+def score_files(folder, results, split):
+    """The text of `<task>-<split>-scores.tsv` by path: id, label, prediction, then probabilities
+    or score."""
+    texts = {}
     for name, result in results.items():
         labels = [""] * len(result.ids) if result.labels is None else result.labels
         columns = [f"score_{i}" for i in range(result.scores.shape[1])]
         lines = ["\t".join(["id", "label", "prediction", *columns])]
         for row in zip(result.ids, labels, result.predictions, result.scores, strict=True):
             lines.append("\t".join(map(str, [*row[:3], *row[3]])))
-        write_file(Path(folder) / f"{name}-{split}-scores.tsv", "\n".join(lines) + "\n")
+        texts[Path(folder) / f"{name}-{split}-scores.tsv"] = "\n".join(lines) + "\n"
+    return texts
 
 
 def read_scores(folder, name, split):
-    """Read a file of `write_scores` back as a `TaskResult`."""
+    """Read a file of `score_files` back as a `TaskResult`."""
     path = Path(folder) / f"{name}-{split}-scores.tsv"
     try:
         rows = [line.split("\t") for line in path.read_text(encoding="utf-8").splitlines()[1:]]
@@ -199,6 +210,87 @@ def read_scores(folder, name, split):
     except (OSError, ValueError, IndexError) as error:
         raise UserError(f"{path}: not a file of scores: {error}") from error
     return result
+
+
+# ---------------------------------------------------------------------------------- several runs
+
+
+def read_run_scores(run, split):
+    """Results of a finished run by task, from its `predictions/` alone; test files may be missing.
+
+    Raises `UserError` where the run has no scores of the dev set.
+    """
+    description, folder = run.description(), run.path / "predictions"
+    found = {}
+    for name in description["args"]["tasks"]:
+        path = folder / f"{name}-{split}-scores.tsv"
+        if path.exists():
+            found[name] = read_scores(folder, name, split)
+        elif split == "dev":
+            raise UserError(
+                f"{path}: no such file: the run is not finished; it is written at its end: "
+                f"{description['command']} --resume"
+            )
+    return found
+
+
+def average_results(runs):
+    """The ensemble of several runs' results: mean probabilities and scores, task by task.
+
+    `runs` maps a run's name to its results (task -> `TaskResult`). Raises `UserError` where tasks,
+    ids or labels differ.
+    """
+    (first_name, first), *others = runs.items()
+    for name, results in others:
+        if set(results) != set(first):
+            raise UserError(
+                f"{name}: predictions for {', '.join(results) or 'no task'}; expected those of "
+                f"{first_name}: {', '.join(first) or 'no task'}"
+            )
+        for task in first:
+            if results[task].ids != first[task].ids:
+                raise UserError(f"{name}: other {task} examples than {first_name}; ids differ")
+            if not np.array_equal(results[task].labels, first[task].labels):
+                raise UserError(f"{name}: other {task} labels than {first_name}")
+    averaged = {}
+    for task, result in first.items():
+        scores = np.mean([r[task].scores for r in runs.values()], axis=0, dtype=np.float64)
+        scores = scores.astype(np.float32)
+        predictions = scores_to_predictions(TASKS[task], scores)
+        averaged[task] = TaskResult(result.ids, predictions, scores, result.labels)
+        if result.labels is not None:
+            averaged[task].metrics = measure(TASKS[task], predictions, result.labels)
+    return averaged
+
+
+def evaluate_ensemble(paths, predictions_dir):
+    """Print the dev scores of several runs and of their ensemble, write its prediction files."""
+    runs = {str(path): RunFolder(path) for path in paths}
+    if len({run.path.resolve() for run in runs.values()}) < len(paths):
+        raise UserError("--checkpoint: a run is named twice; expected different runs")
+    files = {}
+    for split in ("dev", "test"):
+        results = {name: read_run_scores(run, split) for name, run in runs.items()}
+        averaged = average_results(results)
+        files |= prediction_files(predictions_dir, averaged, split)
+        if split == "dev":
+            for name, of_run in (results | {f"ensemble of {len(runs)} runs": averaged}).items():
+                print(f"{name}\n{format_table(of_run)}\n")
+    write_files(files)
+    for path in files:
+        print(f"wrote {path}")
+
+
+def report_runs(paths, folder):
+    """Write tables and figures of finished runs into `folder`; returns the path of the document."""
+    from report import Run, write_report  # with matplotlib, which nothing else needs
+
+    runs = []
+    for path in paths:
+        run = RunFolder(path)
+        dev = read_run_scores(run, "dev")
+        runs.append(Run(str(path), run.description(), run.metrics(), dev, overall_score(dev)))
+    return write_report(runs, folder)
 
 
 # ----------------------------------------------------------------------------------- saved models
@@ -338,9 +430,12 @@ def predict_text(run, sentence, sentence2, device, precision):
 
 def get_args(argv=None):
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = FlagParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("--checkpoint", metavar="RUN", help="folder of a run (default: the newest under runs/)")
+    add("--checkpoint", nargs="+", metavar="RUN", help="folder of a run (default: the newest under "
+        "runs/); of several: their ensemble, from the scores that each run kept")
+    add("--report", nargs="+", metavar="RUN", help="write tables and figures of these runs")
+    add("--report_dir", default="report", help="where the report goes, default report")
     add("--sentence", help="predict on this text instead of on files")
     add("--sentence2", help="second sentence: paraphrase and similarity of the two")
     add("--predictions_dir", default="predictions", help="where the prediction files go")
@@ -351,13 +446,23 @@ def get_args(argv=None):
     args = parser.parse_args(argv)
     if args.sentence2 is not None and args.sentence is None:
         parser.error("--sentence2 goes with --sentence")
+    if args.sentence is not None and (args.report or len(args.checkpoint or []) > 1):
+        parser.error("--sentence takes one run")
+    if args.report and args.checkpoint:
+        parser.error("--report and --checkpoint exclude each other")
     return args
 
 
 def main(argv=None):
-    """Evaluate a run, or predict on a text."""
+    """Evaluate a run or an ensemble of runs, predict on a text, or write a report."""
     args = get_args(argv)
-    run = RunFolder(args.checkpoint or newest_run())
+    if args.report:
+        print(f"wrote {report_runs(args.report, args.report_dir)}")
+        return
+    if args.checkpoint and len(args.checkpoint) > 1:
+        evaluate_ensemble(args.checkpoint, args.predictions_dir)
+        return
+    run = RunFolder(args.checkpoint[0] if args.checkpoint else newest_run())
     device = select_device(args.use_gpu)
     asked = args.precision or run.description()["precision"]
     precision, warning = select_precision(asked, device)

@@ -13,12 +13,16 @@ import os
 import platform
 import random
 import shlex
+import signal
 import subprocess
 import sys
 import time
 from collections import defaultdict
 from contextlib import nullcontext
 from importlib.metadata import version
+
+if __name__ == "__main__":  # Ctrl-C during the seconds of the imports below: no traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import numpy as np
 import torch
@@ -29,7 +33,7 @@ import distributed
 from arguments import HERE, data_paths, get_args
 from base_bert import file_sha256, load_encoder, load_strictly
 from bert import BertModel
-from config import TASKS, MultitaskConfig, UserError
+from config import TASKS, BertConfig, MultitaskConfig, UserError
 from datasets import MultitaskBatches, TaskDataset, read_task_file
 from device import autocast, device_name, peak_memory_mib, select_device, select_precision
 from evaluation import (
@@ -38,16 +42,22 @@ from evaluation import (
     load_weights,
     lora_config_of,
     overall_score,
-    prediction_path,
+    prediction_files,
     save_model,
+    score_files,
     undefined_correlations,
-    write_predictions,
-    write_scores,
 )
 from gradient_surgery import pcgrad
 from lora import apply_lora
 from multitask_bert import MultitaskBERT
-from run_folder import ReadOnlyRunFolder, Stopped, StopSignals, run_script
+from run_folder import (
+    ReadOnlyRunFolder,
+    Stopped,
+    StopSignals,
+    memory_errors,
+    run_script,
+    write_files,
+)
 
 PACKAGES = ("torch", "numpy", "tokenizers", "safetensors", "scikit-learn")
 
@@ -56,6 +66,7 @@ class NotFinite(Exception):
     """Training left the finite numbers; the weights are those before the step."""
 
     exit_code = 3
+    on_all_processes = True
 
 
 def say(text):
@@ -107,19 +118,22 @@ def describe_run(args, encoder, files, device, precision):
     )
     values = {name: value for name, value in vars(args).items() if name not in ("given", "weights")}
     return {
-        "command": shlex.join(["python", "multitask_classifier.py", *sys.argv[1:]]),
+        "command": shlex.join(
+            [*distributed.launch_command(), "multitask_classifier.py", *sys.argv[1:]]
+        ),
         "args": values,
         "encoder": encoder.describe(),
         "data": describe_data(files),
         "device": device_name(device),
         "precision": precision,
         "threads": torch.get_num_threads(),
+        "processes": distributed.world_size(),
         "versions": {"python": platform.python_version()} | {p: version(p) for p in PACKAGES},
         "git_commit": git.stdout.strip() or None,
     }
 
 
-MUST_AGREE = ("encoder", "data", "precision", "threads")
+MUST_AGREE = ("encoder", "data", "precision")
 
 
 def check_same_run(old, new):
@@ -147,14 +161,26 @@ def check_same_run(old, new):
 # ----------------------------------------------------------------------------- model and optimiser
 
 
+def check_fit(args, encoder, tokenizer):
+    """Raise `UserError` where more is asked for than the encoder has; no weights load."""
+    config = BertConfig.from_file(encoder.folder / "config.json")
+    limit = min(tokenizer.model_max_length, config.max_position_embeddings)
+    if args.max_length and args.max_length > limit:
+        raise UserError(f"--max_length {args.max_length}: this encoder has {limit} positions")
+    if lora := lora_config_of(vars(args)):
+        try:
+            with torch.device("meta"):
+                apply_lora(BertModel(config), lora)
+        except ValueError as error:
+            raise UserError(f"--LoRA_r {lora.r}: {error}") from error
+
+
 def build_model(args, encoder, tokenizer):
     """Encoder with its pretrained weights, LoRA layers in mode LoRA, and fresh task heads."""
     bert = BertModel.from_pretrained(encoder)
     if args.hidden_dropout_prob is not None:
         bert.set_dropout(args.hidden_dropout_prob)
     limit = min(tokenizer.model_max_length, bert.config.max_position_embeddings)
-    if args.max_length and args.max_length > limit:
-        raise UserError(f"--max_length {args.max_length}: this encoder has {limit} positions")
     config = MultitaskConfig(
         tasks=tuple(args.tasks),
         heads={name: getattr(args, f"{name}_head") for name in args.tasks},
@@ -166,10 +192,7 @@ def build_model(args, encoder, tokenizer):
         supervised_simcse=args.supervised_simcse,
     )
     if lora := lora_config_of(vars(args)):
-        try:
-            apply_lora(bert, lora)
-        except ValueError as error:
-            raise UserError(f"--LoRA_r {lora.r}: {error}") from error
+        apply_lora(bert, lora)
     frozen = args.fine_tune_mode == "last-linear-layer"
     return MultitaskBERT(bert, config, tokenizer.pad_id, frozen)
 
@@ -214,6 +237,8 @@ def load_training_state(model, optimizer, tensors):
     parameters = dict(model.named_parameters())
     for key, value in tensors["optimizer"].items():
         name, _, moment = key.rpartition(":")
+        if name not in trained:
+            raise UserError(f"state: does not fit: unexpected {key}")
         parameter = parameters[name]
         place = value if moment == "step" else value.to(parameter.device)
         optimizer.state[parameter][moment] = place
@@ -335,13 +360,13 @@ def train(args, run, model, batches, dev, optimizer, precision, state, save_best
         replica = DistributedDataParallel(model)
     trained = [p for p in model.parameters() if p.requires_grad]
     bar = tqdm(total=args.total_steps, initial=state["step"], unit="step",
-               disable=not sys.stderr.isatty(), smoothing=0.1)  # fmt: skip
+               disable=distributed.rank() > 0 or not sys.stderr.isatty(),
+               smoothing=0.1)  # fmt: skip
 
     def save():
         state.update(meter=dict(meter.sums), scaler=scaler.state_dict())
         run.save_state(state, training_state(model, optimizer))
-        if number := distributed.largest(signals.number or 0):
-            raise Stopped(number)
+        signals.check()
         meter.restart()
 
     with bar:
@@ -366,19 +391,24 @@ def train(args, run, model, batches, dev, optimizer, precision, state, save_best
             # ---- clip and step
             scaler.unscale_(optimizer)
             norm = torch.nn.utils.clip_grad_norm_(trained, args.clip or float("inf"))
-            stop = norm.new_tensor(float(signals.number or 0))
-            values = torch.stack([*losses.values(), norm, stop])
-            *values, norm, stop = distributed.mean_over_processes(values).tolist()
+            sentences, tokens = model.encoded_sequences, model.encoded_tokens
+            own = [sentences - counted[0], tokens - counted[1], signals.number or 0]
+            values = torch.stack([*losses.values(), norm, *norm.new_tensor(own)])
+            values = distributed.mean_over_processes(values).tolist()
+            *values, norm, sentences, tokens, stop = values
             values = dict(zip(losses, values, strict=True))
-            check_finite(values, norm, step, step_batches, scaler)
+            numbers = [*values.values(), 0.0 if scaler.is_enabled() else norm]
+            if not all(map(math.isfinite, numbers)):  # fp16's scaler skips gradients by itself
+                save()
+                raise not_finite(model, values, step_batches, args, step, precision)
             scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad()
 
             # ---- log and save
             state["step"] = step = step + 1
-            sentences = model.encoded_sequences - counted[0]
-            meter.add(values | extra, sentences, model.encoded_tokens - counted[1])
+            processes = distributed.world_size()
+            meter.add(values | extra, sentences * processes, tokens * processes)
             bar.update()
             if step % args.log_every == 0 or step == args.total_steps:
                 log_step(run, bar, meter, step, args, optimizer, device)
@@ -387,26 +417,42 @@ def train(args, run, model, batches, dev, optimizer, precision, state, save_best
                 save()
 
 
-def check_finite(losses, norm, step, step_batches, scaler):
-    """Raise `NotFinite`, with step, task and ids, where a loss or the gradient is not finite.
-
-    In fp16 the scaler skips a step whose gradient overflowed; its losses still have to be finite.
-    """
+def not_finite(model, losses, step_batches, args, step, precision):
+    """The `NotFinite` of a step: which loss, or whose gradient, and the ids of that task's batch."""
     bad = [name for name, value in losses.items() if not math.isfinite(value)]
-    if not bad and (math.isfinite(norm) or scaler.is_enabled()):
-        return
+    what = f"loss {', '.join(bad)}"
+    if not bad:
+        bad = bad_gradients(model, step_batches, args, step, precision)
+        bad = sorted(set(" ".join(distributed.gather_texts(" ".join(bad))).split())) or list(losses)
+        what = f"gradient of the loss {', '.join(bad)}"
     tasks = {name.removeprefix("simcse_").removesuffix("_supervised") for name in bad}
-    tasks = tasks or set(step_batches[0])
     ids = "; ".join(
-        f"{name}: {' '.join(batch[name].ids)}"
+        f"{name}: {' '.join(distributed.gather_texts(' '.join(batch[name].ids)))}"
         for batch in step_batches
         for name in batch
         if name in tasks
     )
-    what = f"loss {', '.join(bad)}" if bad else f"gradient (norm {norm})"
-    raise NotFinite(
-        f"step {step + 1}: {what} is not finite; weights are those before the step; batch {ids}"
+    return NotFinite(
+        f"step {step + 1}: {what} is not finite; the weights, saved, are those before the step; "
+        f"try a lower --lr; batch {ids}"
     )
+
+
+def bad_gradients(model, step_batches, args, step, precision):
+    """Names of the losses whose gradient is not finite: each one's is computed again, by itself."""
+    device = next(model.parameters()).device
+    bad = set()
+    for micro, batches in enumerate(step_batches):
+        seed_everything(args.seed, step, micro, distributed.rank())
+        with autocast(device, precision):
+            losses = model(batches)
+        for name, loss in losses.items():
+            model.zero_grad()
+            loss.backward(retain_graph=True)
+            gradients = [p.grad for p in model.parameters() if p.grad is not None]
+            if not all(gradient.isfinite().all() for gradient in gradients):
+                bad.add(name)
+    return sorted(bad)
 
 
 def log_step(run, bar, meter, step, args, optimizer, device):
@@ -430,8 +476,7 @@ def evaluate_and_keep(args, run, model, dev, precision, state, save_best, save, 
     """
     began = time.perf_counter()
     try:
-        several = distributed.world_size() > 1  # they stop together, at the end of a step
-        results = evaluate(model, dev, precision, *([] if several else [signals.check]))
+        results = evaluate(model, dev, precision, signals.check)
     except Stopped:
         save()
         raise
@@ -462,45 +507,54 @@ def evaluate_and_keep(args, run, model, dev, precision, state, save_best, save, 
 
 
 def prepare_run(args, run, description):
-    """Open the run's folder, new or to be continued, and return the state to start from."""
-    if run.holds_run() and not (args.resume or args.overwrite):
-        command = shlex.join(["python", "multitask_classifier.py", *sys.argv[1:]])
-        raise UserError(
-            f"{run.path} exists; continue it: {command} --resume   "
-            f"or replace it: {command} --overwrite"
-        )
-    run.open(overwrite=args.overwrite and not args.resume)
+    """Lock the run's folder and return the state to go on from, None for a run that begins."""
+    run.open()
     if not (args.resume and run.holds_run()):
         if args.resume:
             say(f"{run.path}: nothing to continue; starting at step 0")
-        run.write_description(description)
         return None
-    check_same_run(run.description(), description)
+    earlier = run.description()
+    check_same_run(earlier, description)
+    if earlier.get("threads") != description["threads"]:
+        say(f"warning: {description['threads']} threads, were {earlier.get('threads')}: the result "
+            "will not be that of an unbroken run to the last bit")  # fmt: skip
     state = run.load_state(say)
     if state is None:
         say(f"{run.path}: no state was ever completed; starting at step 0")
-        run.forget_metrics_after(0, -1)
         return None
     run.forget_metrics_after(state.values["step"], state.values["evaluated"])
     say(f"{run.path}: continuing at step {state.values['step']}")
     return state
 
 
-def write_results(args, run, model, datasets, precision):
-    """Predict dev and test with the best model and write the prediction files and the scores."""
+def check_same_everywhere(description, state):
+    """Raise `UserError` where the processes, perhaps on several machines, would train unlike."""
+    files = [file for of_task in description["data"].values() for file in of_task.values()]
+    hashes = [values["sha256"] for values in (description["encoder"], *files)]
+    distributed.require_same(f"{hashes} {description['precision']}", "data, encoder and precision")
+    step = state.values["step"] if state else 0
+    distributed.require_same(f"{step}", "state to go on from: --runs_dir has to be a shared folder")
+
+
+def write_results(args, run, model, datasets, precision, signals):
+    """Predict dev and test with the best model and write the prediction files and the scores.
+
+    All files are written once all are known: a full disk leaves those of an earlier run as a whole.
+    """
+    texts, wrote = {}, []
     for split in ("dev", "test"):
         of_split = {name: files[split] for name, files in datasets.items() if split in files}
-        results = evaluate(model, of_split, precision)
-        if distributed.rank() > 0:
-            continue
-        write_scores(run.path / "predictions", results, split)
-        write_predictions(run.path / "predictions", results, split)
+        results = evaluate(model, of_split, precision, signals.check)
         named = {name: getattr(args, f"{name}_{split}_out") for name in results}
-        write_predictions(args.predictions_dir, results, split, named)
-        for name in results:
-            say(f"wrote {named[name] or prediction_path(args.predictions_dir, name, split)}")
+        predictions = prediction_files(args.predictions_dir, results, split, named)
+        wrote += predictions
+        texts |= predictions | prediction_files(run.path / "predictions", results, split)
+        texts |= score_files(run.path / "predictions", results, split)
         if split == "dev":
             say(f"\nbest model, step {run.best_step()}:\n{format_table(results)}")
+    if distributed.rank() == 0:
+        write_files(texts)
+        say("\n".join(f"wrote {path}" for path in wrote))
 
 
 def main(argv=None):
@@ -508,6 +562,7 @@ def main(argv=None):
     args, run = get_args(argv)
     device = distributed.start(select_device(args.use_gpu))
     distributed.quiet_unless_first()
+    share = distributed.share(args.batch_size)
     precision, warning = select_precision(args.precision, device)
     if warning:
         say(f"warning: {warning}")
@@ -529,11 +584,13 @@ def main(argv=None):
         )
     if distributed.rank() > 0:
         run = ReadOnlyRunFolder(run.path)
-    state = prepare_run(args, run, describe_run(args, encoder, files, device, precision))
-    distributed.wait()
+    check_fit(args, encoder, tokenizer)
+    description = describe_run(args, encoder, files, device, precision)
+    with distributed.first_process_first():
+        state = prepare_run(args, run, description)
+    check_same_everywhere(description, state)
     # ---- model, pretrained weights, LoRA, freeze
     model = build_model(args, encoder, tokenizer)
-    run.write_description(run.description() | {"parameters": count_parameters(model)})
     datasets = {
         name: {
             split: TaskDataset(file, TASKS[name], tokenizer, model.config.max_length)
@@ -542,7 +599,6 @@ def main(argv=None):
         for name, of_task in files.items()
     }
     train_sets = {name: of_task["train"] for name, of_task in datasets.items()}
-    share = distributed.share(args.batch_size)
     batches = MultitaskBatches(train_sets, args.batch_size, args.seed, share)
     args.steps_per_epoch = args.steps_per_epoch or min(2000, batches.largest())
     args.total_steps = args.epochs * args.steps_per_epoch
@@ -555,17 +611,22 @@ def main(argv=None):
     if state:
         load_training_state(model, optimizer, state.tensors)
         values = state.values
+    else:  # only now, when nothing that was asked for can be wrong any more
+        run.start(description | {"parameters": count_parameters(model)})
     # ---- loop
     lora = lora_config_of(vars(args))
     signals = StopSignals()
     announce(args, run, model, encoder, datasets, device, precision)
-    train(
-        args, run, model, batches, {name: d["dev"] for name, d in datasets.items()}, optimizer,
-        precision, values, lambda folder: save_model(model, tokenizer, encoder, lora, folder),
-        signals,
-    )  # fmt: skip
-    load_weights(model, lora, run.best)
-    write_results(args, run, model, datasets, precision)
+    longest = max(d["train"].longest() for d in datasets.values())
+    with memory_errors(device, f"batches of {args.batch_size} × up to {longest} tokens"):
+        train(
+            args, run, model, batches, {name: d["dev"] for name, d in datasets.items()}, optimizer,
+            precision, values, lambda folder: save_model(model, tokenizer, encoder, lora, folder),
+            signals,
+        )  # fmt: skip
+        load_weights(model, lora, run.best)
+        write_results(args, run, model, datasets, precision, signals)
+    distributed.finish()
 
 
 def count_parameters(model):

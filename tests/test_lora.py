@@ -1,0 +1,302 @@
+"""LoRA: where it goes, what it trains, and that merging and saving change no number."""
+
+import json
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from bert import BertModel
+from config import LORA_TARGETS, LoRAConfig, MultitaskConfig, UserError
+from lora import (
+    LoRALinear,
+    adapter_layers,
+    adapter_tensors,
+    apply_lora,
+    load_adapter,
+    merge_lora,
+    save_adapter,
+    target_names,
+)
+from multitask_bert import MultitaskBERT
+
+CONFIG = LoRAConfig(r=3, alpha=6.0)
+IDS = torch.tensor([[2, 9, 14, 22, 3], [2, 30, 11, 3, 0]])
+MASK = (IDS != 0).long()
+
+
+@pytest.fixture
+def bert(tiny_config):
+    """A tiny encoder in eval mode with large weights."""
+    return BertModel(replace(tiny_config, initializer_range=0.2)).eval()
+
+
+def copy_of(bert):
+    """A second encoder with the same weights."""
+    twin = BertModel(bert.config).eval()
+    twin.load_state_dict(bert.state_dict())
+    return twin
+
+
+def train_a_little(model):
+    """Adapters as they are after training: B is not zero any more."""
+    for name, tensor in adapter_tensors(model).items():
+        if name.endswith("lora_B"):
+            nn.init.normal_(tensor, std=0.3)
+    return model
+
+
+def output(model):
+    """The pooled output of the two sentences."""
+    with torch.no_grad():
+        return model(IDS, MASK)["pooler_output"]
+
+
+# ---------------------------------------------------------------------------------- at the start
+
+
+def test_the_output_at_the_start_is_the_plain_models(bert):
+    before = output(bert)
+    assert torch.equal(output(apply_lora(bert, CONFIG)), before)
+
+
+def test_the_base_keys_do_not_change_and_weights_are_not_copied(bert):
+    before = dict(bert.named_parameters())
+    keys = set(bert.state_dict())
+    after = dict(apply_lora(bert, CONFIG).named_parameters())
+    assert keys <= set(bert.state_dict())
+    assert all(after[name] is parameter for name, parameter in before.items())
+    extra = set(bert.state_dict()) - keys
+    assert extra == set(adapter_tensors(bert))
+
+
+def test_initial_values_are_hus(bert):
+    """A Kaiming uniform with a = √5, which is ± 1 / √in; B zero (Hu et al. 2021, §4.1)."""
+    apply_lora(bert, LoRAConfig(r=16))
+    for layer in adapter_layers(bert).values():
+        bound = 1 / math.sqrt(layer.in_features)
+        assert layer.lora_A.shape == (16, layer.in_features)
+        assert layer.lora_B.shape == (layer.out_features, 16)
+        assert layer.lora_A.abs().max() <= bound
+        assert layer.lora_A.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.15)
+        assert not layer.lora_B.any()
+
+
+def test_one_layer_by_hand():
+    linear = nn.Linear(2, 2)
+    layer = LoRALinear(linear, LoRAConfig(r=1, alpha=4.0))
+    with torch.no_grad():
+        linear.weight.copy_(torch.tensor([[1.0, 2.0], [3.0, 4.0]]))
+        linear.bias.copy_(torch.tensor([0.5, -0.5]))
+        layer.lora_A.copy_(torch.tensor([[1.0, -1.0]]))
+        layer.lora_B.copy_(torch.tensor([[2.0], [0.5]]))
+        found = layer(torch.tensor([[3.0, 1.0]]))
+    # W x + b = (5.5, 12.5); A x = 2; B A x = (4, 1); alpha / r = 4
+    assert found.tolist() == [[5.5 + 16.0, 12.5 + 4.0]]
+    assert layer.delta().tolist() == [[8.0, -8.0], [2.0, -2.0]]
+
+
+def test_gradcheck_of_a_layer():
+    layer = LoRALinear(nn.Linear(4, 3), LoRAConfig(r=2)).double()
+    nn.init.normal_(layer.lora_B)
+    x = torch.randn(5, 4, dtype=torch.float64, requires_grad=True)
+
+    def function(x, a, b):
+        return torch.func.functional_call(layer, {"lora_A": a, "lora_B": b}, (x,))
+
+    matrices = (layer.lora_A, layer.lora_B)
+    assert torch.autograd.gradcheck(function, (x, *matrices))
+
+
+def test_dropout_is_on_the_low_rank_path_alone():
+    linear = nn.Linear(50, 4)
+    layer = LoRALinear(linear, LoRAConfig(r=2, dropout=0.5)).train()
+    x = torch.randn(3, 50)
+    assert torch.equal(layer(x), linear(x))  # B is zero: nothing else may be dropped
+    nn.init.normal_(layer.lora_B)
+    assert not torch.equal(layer(x), layer(x))
+    layer.eval()
+    torch.testing.assert_close(layer(x), linear(x) + x @ layer.delta().T)
+
+
+# ---------------------------------------------------------------------------------- where it goes
+
+
+@pytest.mark.parametrize("target", LORA_TARGETS)
+def test_each_target_is_one_kind_of_layer(bert, target):
+    """`output` must not hit `attention.output` too, whose name ends alike."""
+    suffix = LORA_TARGETS[target]
+    expected = [f"encoder.layer.{i}.{suffix}" for i in range(bert.config.num_hidden_layers)]
+    assert target_names(bert, (target,)) == expected
+    apply_lora(bert, replace(CONFIG, targets=(target,)))
+    assert list(adapter_layers(bert)) == expected
+
+
+def test_all_targets_are_every_linear_layer_of_the_encoders_layers(bert):
+    linears = {
+        name
+        for name, module in bert.named_modules()
+        if isinstance(module, nn.Linear) and name.startswith("encoder.")
+    }
+    assert set(target_names(bert, tuple(LORA_TARGETS))) == linears
+    apply_lora(bert, CONFIG)
+    assert set(adapter_layers(bert)) == linears
+    assert target_names(bert, tuple(LORA_TARGETS)) == list(adapter_layers(bert))
+
+
+@pytest.mark.parametrize("r", [0, -1, 33])
+def test_r_has_to_fit_the_layers(bert, r):
+    with pytest.raises(ValueError, match=f"r is {r}; expected 1 to 32"):
+        apply_lora(bert, replace(CONFIG, r=r))
+
+
+def test_the_largest_r_works(bert):
+    before = output(bert)
+    assert torch.equal(output(apply_lora(bert, replace(CONFIG, r=32))), before)
+
+
+# ------------------------------------------------------------------------------------ what trains
+
+
+def test_only_adapters_and_heads_train(bert):
+    apply_lora(bert, CONFIG)
+    model = MultitaskBERT(bert, MultitaskConfig())
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    adapters = {f"bert.{name}" for name in adapter_tensors(bert)}
+    heads = {name for name, _ in model.named_parameters() if name.startswith("heads.")}
+    assert trained == adapters | heads
+    assert adapters
+    assert heads
+
+
+def test_a_training_step_moves_adapters_and_leaves_the_base(bert):
+    before = {name: value.clone() for name, value in bert.state_dict().items()}
+    apply_lora(bert, CONFIG)
+    trained = [p for p in bert.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=0.1)
+    for _ in range(2):  # A moves from the second step on, once B is not zero
+        bert(IDS, MASK)["last_hidden_state"].square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    for name, value in before.items():
+        assert torch.equal(bert.state_dict()[name], value), name
+    assert all(layer.lora_B.any() for layer in adapter_layers(bert).values())
+
+
+# ------------------------------------------------------------------------------- merging, saving
+
+
+def test_merged_equals_unmerged_and_is_a_plain_model(bert):
+    train_a_little(apply_lora(bert, CONFIG))
+    before = output(bert)
+    keys = set(BertModel(bert.config).state_dict())
+    merge_lora(bert)
+    torch.testing.assert_close(output(bert), before, rtol=1e-4, atol=1e-5)
+    assert not adapter_layers(bert)
+    assert set(bert.state_dict()) == keys
+
+
+def test_an_untrained_adapter_would_show(bert):
+    """The twin of merged equals unmerged: trained adapters do change the output."""
+    before = output(bert)
+    train_a_little(apply_lora(bert, CONFIG))
+    assert (output(bert) - before).abs().max() > 1e-2
+
+
+def test_eval_and_train_merge_nothing(bert):
+    """loralib's eval() merges: saved then and loaded again, the update would count twice."""
+    train_a_little(apply_lora(bert, CONFIG))
+    before = {name: value.clone() for name, value in bert.state_dict().items()}
+    bert.train().eval().train().eval()
+    assert all(torch.equal(bert.state_dict()[name], value) for name, value in before.items())
+
+
+def test_eval_save_load_eval_gives_the_same_numbers(bert, tmp_path):
+    plain = copy_of(bert)
+    train_a_little(apply_lora(bert, CONFIG)).eval()
+    expected = output(bert)
+    save_adapter(bert, tmp_path, CONFIG, "some/encoder")
+    again = apply_lora(plain, CONFIG)
+    load_adapter(again, tmp_path, CONFIG)
+    assert torch.equal(output(again.eval()), expected)
+    assert torch.equal(output(bert), expected)
+
+
+def test_a_merged_model_saves_and_loads_as_a_plain_one(bert, tmp_path):
+    train_a_little(apply_lora(bert, CONFIG))
+    expected = output(bert)
+    merge_lora(bert).save_pretrained(tmp_path)
+    found = output(BertModel.from_pretrained(tmp_path))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.fixture
+def saved(bert, tmp_path):
+    """A folder with a trained adapter, and a fresh model to read it into."""
+    fresh = apply_lora(copy_of(bert), CONFIG)
+    save_adapter(train_a_little(apply_lora(bert, CONFIG)), tmp_path, CONFIG, "some/encoder")
+    return tmp_path, fresh
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"r": 4}, "r is 3, expected 4"),
+        ({"alpha": 7.0}, "alpha is 6.0, expected 7.0"),
+        ({"targets": ("query", "value")}, "target_modules is "),
+    ],
+)
+def test_an_adapter_of_another_kind_is_refused(saved, change, message):
+    """With another alpha every number would be off, with nothing else to show for it."""
+    folder, fresh = saved
+    with pytest.raises(UserError, match=message):
+        load_adapter(fresh, folder, replace(CONFIG, **change))
+
+
+@pytest.mark.parametrize("setting", ["use_rslora", "use_dora"])
+def test_another_kind_of_low_rank_path_is_refused(saved, setting):
+    folder, fresh = saved
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {setting: True}))
+    with pytest.raises(UserError, match=f"{setting} is True"):
+        load_adapter(fresh, folder, CONFIG)
+
+
+@pytest.mark.parametrize("fault", ["missing", "unexpected", "shape"])
+def test_an_adapter_with_a_wrong_tensor_is_refused_and_nothing_is_copied(saved, fault):
+    folder, fresh = saved
+    path = folder / "adapter_model.safetensors"
+    tensors = load_file(path)
+    name = next(iter(tensors))
+    if fault == "missing":
+        del tensors[name]
+    elif fault == "unexpected":
+        tensors["base_model.model.classifier.weight"] = torch.zeros(2)
+    else:
+        tensors[name] = tensors[name][:, :-1].contiguous()
+    save_file(tensors, path)
+    before = {n: t.clone() for n, t in adapter_tensors(fresh).items()}
+    with pytest.raises(UserError, match=fault if fault != "shape" else "expected"):
+        load_adapter(fresh, folder, CONFIG)
+    assert all(torch.equal(t, before[n]) for n, t in adapter_tensors(fresh).items())
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"r": 3, "lora_alpha": "much"}'])
+def test_a_damaged_adapter_configuration_is_refused(saved, text):
+    folder, fresh = saved
+    (folder / "adapter_config.json").write_text(text)
+    with pytest.raises(UserError, match="adapter_config"):
+        load_adapter(fresh, folder, CONFIG)
+
+
+def test_the_written_configuration_is_one_peft_reads(saved):
+    folder, _ = saved
+    settings = json.loads((folder / "adapter_config.json").read_text())
+    assert (settings["peft_type"], settings["r"], settings["lora_alpha"]) == ("LORA", 3, 6.0)
+    assert settings["base_model_name_or_path"] == "some/encoder"
+    assert all(name.startswith("encoder.layer.") for name in settings["target_modules"])
+    names = set(load_file(folder / "adapter_model.safetensors"))
+    assert "base_model.model.encoder.layer.0.attention.self.query.lora_A.weight" in names

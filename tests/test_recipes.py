@@ -1,0 +1,124 @@
+"""`--recipe`: the flags of the paper's rows, what wins over them, and what is kept of them."""
+
+import json
+import shlex
+import signal
+
+import pytest
+from conftest import SAMPLE
+
+import multitask_classifier
+from arguments import get_args, make_parser
+from bert import BertModel
+from config import RECIPES, TASKS, UserError
+from tokenizer import BertTokenizer
+
+# What the recipes are documented to stand for, written out as a user would.
+DOCUMENTED = {
+    "baseline": "--fine-tune-mode last-linear-layer --sst_head linear --para_head dot "
+    "--sts_head linear --warmup 0.1",
+    "cosine": "--fine-tune-mode full-model --sst_head linear --para_head features "
+    "--sts_head cosine",
+    "simcse": "--fine-tune-mode full-model --sst_head linear --para_head features "
+    "--sts_head cosine --unsupervised_simcse",
+    "simcse-lora": "--fine-tune-mode LoRA --LoRA_r 32 --LoRA_alpha 16 --sst_head ffn "
+    "--para_head features --sts_head cosine --unsupervised_simcse",
+    "simcse-full": "--fine-tune-mode full-model --sst_head ffn --para_head features "
+    "--sts_head cosine --unsupervised_simcse",
+}
+OWN = ("given", "recipe", "expanded_command")  # what only a recipe's command line sets
+
+
+def parsed(command):
+    """Checked arguments of a command line, as a dict without what is a recipe's own."""
+    args, _ = get_args(shlex.split(command))
+    return {name: value for name, value in vars(args).items() if name not in OWN}
+
+
+@pytest.mark.parametrize("name", DOCUMENTED)
+def test_a_recipe_is_its_documented_flags(name):
+    assert parsed(f"--recipe {name}") == parsed(DOCUMENTED[name])
+
+
+def test_every_recipe_of_the_paper_is_documented_and_no_other_has_its_score():
+    assert {name for name, recipe in RECIPES.items() if recipe.paper} == set(DOCUMENTED)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipes_name_flags_and_choices_that_exist(name):
+    """`set_defaults` takes any name and value: a typing error would do nothing, in silence."""
+    actions = {action.dest: action for action in make_parser()._actions}
+    for flag, value in RECIPES[name].flags.items():
+        choices = actions[flag].choices
+        assert choices is None or value in choices
+
+
+def test_the_best_recipe_passes_the_checks_and_encodes_paraphrase_pairs_jointly():
+    args, _ = get_args(["--recipe", "best"])
+    assert "para" in args.joint and args.tasks == [n for n, t in TASKS.items() if t.default]
+
+
+def test_a_flag_given_beside_the_recipe_wins_wherever_it_stands():
+    for command in ("--recipe simcse-lora --LoRA_r 4", "--LoRA_r 4 --recipe=simcse-lora"):
+        assert parsed(command) == parsed(f"{DOCUMENTED['simcse-lora']} --LoRA_r 4")
+    assert parsed("--recipe simcse-lora --LoRA_r 4") != parsed("--recipe simcse-lora")
+
+
+def test_another_mode_takes_the_recipes_lora_flags_away():
+    """They would be an error in full-model mode, though the user gave none of them."""
+    args, _ = get_args(["--recipe", "simcse-lora", "--fine-tune-mode", "full-model"])
+    assert args.unsupervised_simcse and "LoRA" not in args.expanded_command.split("--recipe")[0]
+    get_args(shlex.split(args.expanded_command)[2:])  # may be pasted
+    with pytest.raises(UserError, match="LoRA_r"):  # but one that the user gave stays an error
+        get_args(["--recipe", "simcse-lora", "--fine-tune-mode", "full-model", "--LoRA_r", "4"])
+
+
+@pytest.mark.parametrize("given", ["", " --LoRA_r 4 --seed 3", " --fine-tune-mode full-model"])
+def test_the_expanded_command_gives_the_same_run(given):
+    """It is what a reader pastes: the same flags in the same folder."""
+    args, run = get_args(shlex.split(f"--recipe simcse-lora{given}"))
+    words = shlex.split(args.expanded_command)
+    assert words[:2] == ["python", "multitask_classifier.py"] and "--unsupervised_simcse" in words
+    again, same_run = get_args(words[2:])
+    assert same_run.path == run.path
+    assert {n: v for n, v in vars(again).items() if n not in OWN} == parsed(
+        f"--recipe simcse-lora{given}"
+    )
+
+
+def test_the_run_is_named_by_the_recipe_unless_it_has_a_name():
+    assert get_args(["--recipe", "simcse-lora"])[1].path.name == "LoRA-simcse-lora"
+    named = ["--recipe", "simcse-lora", "--model_file_suffix", "x"]
+    assert get_args(named)[1].path.name == "LoRA-x"
+    assert get_args([])[1].path.name == "full-model"
+
+
+def test_an_unknown_recipe_is_an_error_that_lists_them():
+    with pytest.raises(UserError, match="simcse-lora"):
+        get_args(["--recipe", "simcse_lora"])
+
+
+def test_without_a_recipe_there_is_no_expanded_command():
+    assert get_args([])[0].expanded_command is None
+
+
+def test_the_expanded_command_is_printed_and_kept_and_may_be_continued(
+    tiny_config, toy_vocab_folder, tmp_path, monkeypatch, capsys
+):
+    """A run that does not say what its recipe meant cannot be repeated once the recipe changes."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)  # pytest keeps its own handlers
+    tokenizer = BertTokenizer.from_pretrained(toy_vocab_folder)
+    BertModel(tiny_config).save_pretrained(tmp_path / "encoder", tokenizer)
+    command = ["--pretrained", "encoder", "--data_dir", str(SAMPLE), "--recipe", "simcse"]
+    command += ["--tasks", "sts", "--epochs", "0"]
+    multitask_classifier.main(command)
+    kept = json.loads((tmp_path / "runs/full-model-simcse/run.json").read_text("utf-8"))
+    assert "--sts_head cosine --unsupervised_simcse" in kept["expanded_command"]
+    assert kept["expanded_command"] in capsys.readouterr().out
+    changed = RECIPES["simcse"].flags | {"pooling": "cls"}
+    monkeypatch.setitem(RECIPES, "simcse", type(RECIPES["simcse"])(changed, "changed since"))
+    multitask_classifier.main([*command, "--resume"])  # goes on with the run's own flags
+    assert get_args([*command, "--resume"])[0].pooling == "mean"
+    with pytest.raises(UserError, match="epochs"):
+        multitask_classifier.main([*command, "--resume", "--epochs", "1"])

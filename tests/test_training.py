@@ -1,0 +1,472 @@
+"""The training and evaluation scripts end to end, on a tiny encoder and a cut of the sample."""
+
+import csv
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import REPOSITORY, SAMPLE
+from safetensors.torch import load_file
+
+import evaluation
+import multitask_classifier
+from bert import BertModel
+from config import TASKS, BertConfig, UserError
+from lora import LORA_TARGETS
+from tokenizer import BertTokenizer
+
+ROWS = {"train": 24, "dev": 12, "test": 6}  # of each file of the sample
+THREE = ("sst", "para", "sts")
+SMALL = "--pretrained encoder --data_dir data --batch_size 4 --log_every 1"
+
+
+@pytest.fixture(autouse=True)
+def workplace(tmp_path, monkeypatch):
+    """A working directory of the test's own; pytest keeps its signal handlers.
+
+    One thread: two would spend the time waiting for each other on models this small.
+    """
+    torch.set_num_threads(1)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    return tmp_path
+
+
+@pytest.fixture(scope="session")
+def tiny_encoder(toy_vocab_folder, toy_vocab, tmp_path_factory):
+    """A random encoder of 512 positions with the toy vocabulary, as a folder."""
+    torch.manual_seed(1)
+    config = BertConfig(
+        vocab_size=len(toy_vocab), hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+        intermediate_size=52, initializer_range=0.1,
+    )  # fmt: skip
+    folder = tmp_path_factory.mktemp("encoder")
+    tokenizer = BertTokenizer.from_pretrained(toy_vocab_folder)
+    tokenizer.model_max_length = 512
+    BertModel(config).save_pretrained(folder, tokenizer)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def cut_sample(tmp_path_factory):
+    """The first rows of each file of the sample."""
+    folder = tmp_path_factory.mktemp("data")
+    for task in TASKS.values():
+        for split, count in ROWS.items():
+            name = task.file_name(split)
+            lines = (SAMPLE / name).read_text(encoding="utf-8").splitlines(keepends=True)
+            (folder / name).write_text("".join(lines[: count + 1]), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture
+def train(workplace, tiny_encoder, cut_sample):
+    """Runs the training script in this process and gives back the run's folder."""
+    shutil.copytree(tiny_encoder, workplace / "encoder")
+    shutil.copytree(cut_sample, workplace / "data")
+
+    def run(flags, expected):
+        multitask_classifier.main(f"{SMALL} {flags}".split())
+        return workplace / "runs" / expected
+
+    return run
+
+
+def metrics(run, kind):
+    """Lines of a kind of a run's metrics."""
+    lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [line for line in map(json.loads, lines) if line["kind"] == kind]
+
+
+def prediction_files(folder):
+    """Content of the prediction files by name."""
+    return {path.name: path.read_bytes() for path in folder.glob("*-output.csv")}
+
+
+def check_complete(run, workplace, tasks=THREE, steps=3):
+    """Everything that a finished run leaves, and in the course's formats."""
+    names = {f"{name}-{split}-output.csv" for name in tasks for split in ("dev", "test")}
+    written = prediction_files(workplace / "predictions")
+    assert set(written) == names
+    assert prediction_files(run / "predictions") == written
+    for name in tasks:
+        for split in ("dev", "test"):
+            lines = written[f"{name}-{split}-output.csv"].decode().splitlines()
+            assert lines[0] == f"id \t {TASKS[name].header} "
+            ids = [line.split(" , ")[0] for line in lines[1:]]
+            assert ids == read_ids(workplace / "data" / TASKS[name].file_name(split))
+            assert all(line.endswith(" ") for line in lines)
+        assert (run / "predictions" / f"{name}-dev-scores.tsv").is_file()
+    assert [line["step"] for line in metrics(run, "train")] == list(range(1, steps + 1))
+    evaluations = metrics(run, "eval")
+    assert evaluations[-1]["step"] == steps
+    assert set(evaluations[-1]["dev"]) == set(tasks)
+    assert all(line["dev"][name]["loss"] > 0 for line in evaluations for name in tasks)
+    assert (run / "best").is_symlink()
+    assert list((run / "state").iterdir())
+    assert not list(run.rglob(".tmp-*"))
+
+
+def read_ids(path):
+    """Ids of a task file in order."""
+    with open(path, encoding="utf-8", newline="") as file:
+        header, *rows = csv.reader(file, delimiter="\t")
+    return [row[header.index("id")] for row in rows]
+
+
+# ------------------------------------------------------------------------------- the three modes
+
+
+@pytest.mark.parametrize(
+    ("flags", "name"),
+    [
+        ("--fine-tune-mode last-linear-layer", "last-linear-layer"),
+        ("--fine-tune-mode full-model", "full-model"),
+        ("--fine-tune-mode LoRA --LoRA_r 4 --LoRA_dropout 0.1", "LoRA"),
+        ("--unsupervised_simcse --supervised_simcse --model_file_suffix simcse",
+         "full-model-simcse"),
+        ("--fine-tune-mode LoRA --LoRA_r 2 --pair_encoding joint --unsupervised_simcse", "LoRA"),
+        ("--gradient_surgery --unsupervised_simcse --supervised_simcse", "full-model"),
+        ("--fine-tune-mode LoRA --LoRA_r 4 --gradient_surgery mean", "LoRA"),
+        ("--pair_encoding para=joint --pooling cls --sst_head linear --sts_head linear",
+         "full-model"),
+        ("--para_head dot --max_length 12 --loss_weights para=0.5 --patience 1", "full-model"),
+        ("--accumulate 3 --para_head cosine --clip 0 --warmup 0", "full-model"),
+    ],
+)  # fmt: skip
+def test_a_run_of_three_steps_and_its_evaluation(train, workplace, flags, name):
+    """The full run folder, six prediction files, and evaluation.py writes the very same bytes."""
+    run = train(f"{flags} --epochs 1 --steps_per_epoch 3", name)
+    check_complete(run, workplace)
+    lora = "--fine-tune-mode LoRA" in flags
+    best = {path.name for path in (run / "best").iterdir()}
+    assert ("adapter_model.safetensors" in best) == lora
+    assert ("model.safetensors" in best) == (not lora)
+    written = prediction_files(workplace / "predictions")
+    shutil.rmtree(workplace / "predictions")
+    evaluation.main([])  # the newest run, its own encoder, data and precision
+    assert prediction_files(workplace / "predictions") == written
+
+
+def test_what_run_json_says(train, workplace):
+    run = train("--fine-tune-mode LoRA --LoRA_r 4 --epochs 1 --steps_per_epoch 2", "LoRA")
+    description = json.loads((run / "run.json").read_text(encoding="utf-8"))
+    assert description["args"]["LoRA_r"] == 4
+    assert description["encoder"]["substituted"] is False
+    assert description["encoder"]["name"] == str(workplace / "encoder")
+    assert description["data"]["sst"]["train"]["examples"] == ROWS["train"]
+    assert len(description["data"]["para"]["dev"]["sha256"]) == 64
+    assert {"torch", "numpy", "tokenizers", "python"} <= set(description["versions"])
+    count = description["parameters"]
+    assert 0 < count["trained"] < count["all"]
+
+
+def test_what_a_logged_step_says(train):
+    run = train("--unsupervised_simcse --epochs 1 --steps_per_epoch 3 --warmup 0.34", "full-model")
+    lines = metrics(run, "train")
+    names = {*THREE, *(f"simcse_{name}" for name in THREE)}
+    assert all(set(line["losses"]) == names for line in lines)
+    assert all(line["sentences_per_s"] > 0 and line["tokens_per_s"] > 0 for line in lines)
+    rates = [line["lr"] for line in lines]
+    assert rates[0] == max(rates)  # one step of warm-up, then down
+    assert rates == sorted(rates, reverse=True)
+
+
+def test_gradient_surgery_logs_the_conflicts(train):
+    run = train("--gradient_surgery --epochs 1 --steps_per_epoch 2", "full-model")
+    for line in metrics(run, "train"):
+        assert 0 <= line["conflicts"] <= 1
+        assert -1.001 <= line["cosine sst para"] <= 1.001
+
+
+@pytest.mark.parametrize(
+    ("flags", "name", "changes"),
+    [
+        ("--fine-tune-mode last-linear-layer", "last-linear-layer", False),
+        ("--fine-tune-mode full-model", "full-model", True),
+    ],
+)
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_what_is_frozen_is_saved_as_it_was_read(train, tiny_encoder, flags, name, changes,
+                                                 precision):  # fmt: skip
+    """bf16 copies of frozen weights are for computing; rounded ones are another encoder."""
+    run = train(f"{flags} --epochs 1 --steps_per_epoch 2 --precision {precision}", name)
+    before = load_file(tiny_encoder / "model.safetensors")
+    after = load_file(run / "best" / "model.safetensors")
+    assert before.keys() == after.keys()
+    frozen = [n for n in before if not changes or n.startswith("pooler.")]
+    for tensor in frozen:
+        assert torch.equal(before[tensor], after[tensor]), tensor
+    if changes:
+        assert any(not torch.equal(before[n], after[n]) for n in before)
+
+
+def test_lora_saves_adapters_of_the_named_layers_alone(train):
+    run = train(
+        "--fine-tune-mode LoRA --LoRA_r 3 --LoRA_targets query output --epochs 1 "
+        "--steps_per_epoch 2", "LoRA",
+    )  # fmt: skip
+    names = load_file(run / "best" / "adapter_model.safetensors")
+    expected = [LORA_TARGETS["query"], LORA_TARGETS["output"]]
+    assert len(names) == 2 * 2 * 2  # layers, kinds, matrices
+    assert all(any(f".{layer}." in name for layer in expected) for name in names)
+    assert all(".attention.output." not in name for name in names)
+
+
+# ------------------------------------------------------------------------- corners of the command
+
+
+def test_no_epochs_only_evaluate(train, workplace, tiny_encoder):
+    run = train("--epochs 0 --precision fp32", "full-model")
+    check_complete(run, workplace, steps=0)
+    saved = load_file(run / "best" / "model.safetensors")
+    before = load_file(tiny_encoder / "model.safetensors")
+    assert all(torch.equal(saved[name], before[name]) for name in before)
+
+
+def test_the_fourth_task_with_a_review_beyond_every_limit(train, workplace):
+    path = workplace / "data" / TASKS["cfimdb"].file_name("train")
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(f"99\tlong1\t{'a truly awful film . ' * 400}\t0\n")
+    run = train("--tasks sst para sts cfimdb --epochs 1 --steps_per_epoch 7 --batch_size 4",
+                "full-model")  # fmt: skip
+    check_complete(run, workplace, tasks=TASKS, steps=7)  # 25 reviews in batches of 4: it was in one
+    assert all("cfimdb" in line["losses"] for line in metrics(run, "train"))
+
+
+def test_a_single_task(train, workplace):
+    run = train("--tasks cfimdb --epochs 1 --steps_per_epoch 2", "full-model")
+    check_complete(run, workplace, tasks=("cfimdb",), steps=2)
+    accuracy = metrics(run, "eval")[-1]["dev"]["cfimdb"]["accuracy"]
+    assert metrics(run, "eval")[-1]["overall"] == accuracy
+
+
+def test_named_prediction_files_and_a_folder_of_ones_own(train, workplace):
+    train("--epochs 0 --predictions_dir mine --sst_dev_out mine/leaderboard.csv", "full-model")
+    names = {path.name for path in (workplace / "mine").iterdir()}
+    assert "leaderboard.csv" in names
+    assert "sst-dev-output.csv" not in names
+    assert "sst-test-output.csv" in names
+    assert not (workplace / "predictions").exists()
+
+
+def test_without_a_test_file_dev_is_written_and_no_partial_test_file(train, workplace, capsys):
+    (workplace / "data" / TASKS["sts"].file_name("test")).unlink()
+    train("--epochs 0", "full-model")
+    assert "no test predictions for sts" in capsys.readouterr().out
+    names = set(prediction_files(workplace / "predictions"))
+    assert "sts-dev-output.csv" in names
+    assert "sts-test-output.csv" not in names
+    assert "sst-test-output.csv" in names
+
+
+def test_epochs_evaluations_and_patience(train):
+    """Three epochs are three evaluations; a learning rate that moves nothing stops the run early."""
+    run = train("--epochs 3 --steps_per_epoch 2", "full-model")
+    assert [line["epoch"] for line in metrics(run, "eval")] == [1, 2, 3]
+    still = "--lr 1e-30 --head_lr 1e-30 --patience 2 --overwrite"
+    run = train(f"--epochs 9 --steps_per_epoch 1 {still}", "full-model")
+    assert [line["epoch"] for line in metrics(run, "eval")] == [1, 2, 3]
+
+
+def test_the_best_model_is_the_one_with_the_best_score(train):
+    run = train("--epochs 4 --steps_per_epoch 3 --lr 0.01", "full-model")
+    evaluations = metrics(run, "eval")
+    best = max(evaluations, key=lambda line: line["overall"])
+    first = next(line for line in evaluations if line["overall"] == best["overall"])
+    assert int((run / "best").readlink().name.split("-")[1].split(".")[0]) == first["step"]
+
+
+def test_the_default_number_of_steps_is_a_pass_of_the_largest_task(train, workplace):
+    sst = workplace / "data" / TASKS["sst"].file_name("train")
+    lines = sst.read_text(encoding="utf-8").splitlines(keepends=True)
+    sst.write_text("".join(lines[:10]), encoding="utf-8")
+    run = train("--epochs 1 --batch_size 8", "full-model")
+    assert metrics(run, "eval")[-1]["step"] == 3  # 24 pairs in batches of 8
+
+
+def test_two_runs_of_one_seed_are_the_same_and_of_another_are_not(train, workplace):
+    """Weights to the last bit, so that a result can be had again."""
+    flags = "--unsupervised_simcse --epochs 1 --steps_per_epoch 3 --model_file_suffix"
+    runs = [
+        train(f"{flags} {name} --seed {seed}", f"full-model-{name}")
+        for name, seed in (("a", 1), ("b", 1), ("c", 2))
+    ]
+    weights = [load_file(run / "best" / "model.safetensors") for run in runs]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    assert any(not torch.equal(weights[0][name], weights[2][name]) for name in weights[0])
+
+
+def test_accumulated_batches_equal_one_large_one(train):
+    """Without contrastive losses, whose negatives stay those of one batch. Dropout off, fp32."""
+    flags = "--precision fp32 --hidden_dropout_prob 0 --epochs 1 --steps_per_epoch 3"
+    one = train(f"{flags} --batch_size 8 --model_file_suffix one", "full-model-one")
+    two = train(f"{flags} --batch_size 4 --accumulate 2 --model_file_suffix two", "full-model-two")
+    a, b = (load_file(run / "best" / "model.safetensors") for run in (one, two))
+    for name in a:
+        # AdamW's first steps have the size of the rate whatever the gradient: where that is zero
+        # in exact arithmetic, as for key.bias, its sign is rounding's
+        if not name.endswith("key.bias"):
+            torch.testing.assert_close(a[name], b[name], rtol=1e-3, atol=3e-5, msg=name)
+
+
+# ----------------------------------------------------------------------------------- it learns
+
+
+@pytest.mark.parametrize(
+    ("flags", "name"),
+    [
+        ("--fine-tune-mode full-model --lr 2e-3", "full-model"),
+        ("--fine-tune-mode LoRA --LoRA_r 8 --lr 1e-2 --head_lr 2e-3", "LoRA"),
+        ("--fine-tune-mode last-linear-layer --lr 1e-2 --sts_head linear", "last-linear-layer"),
+    ],
+)
+def test_losses_fall_on_a_small_sample(train, workplace, flags, name):
+    """Eight examples of each task, sixty times over: every mode has to learn them."""
+    for task in (TASKS[n] for n in THREE):
+        path = workplace / "data" / task.file_name("train")
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        path.write_text("".join(lines[:9]), encoding="utf-8")
+    run = train(f"{flags} --hidden_dropout_prob 0 --batch_size 8 --epochs 1 --steps_per_epoch 60 "
+                "--precision fp32", name)  # fmt: skip
+    lines = metrics(run, "train")
+    share = 0.95 if name == "last-linear-layer" else 0.6
+    for task in THREE:
+        first, last = lines[0]["losses"][task], lines[-1]["losses"][task]
+        assert last < share * first, (task, first, last)
+
+
+# ---------------------------------------------------------------------- the scripts as processes
+
+
+def run_script(script, *flags):
+    """A script in a process of its own."""
+    return subprocess.run(
+        [sys.executable, str(REPOSITORY / script), *flags], capture_output=True, text=True,
+        timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+
+
+PAPER = {
+    "full-model-both_simcse_batch_16": (
+        "--fine-tune-mode=full-model --lr=1e-5 --weight_decay=1e-3 --epoch=1 --batch_size=16 "
+        "--supervised_simcse --unsupervised_simcse --model_file_suffix=both_simcse_batch_16"
+    ),
+    "LoRA": "--fine-tune-mode=LoRA --LoRA_r=4 --lr=1e-4 --weight_decay=1e-2 --epoch=1",
+}
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_the_papers_command_lines_run_as_printed(train, workplace, name):
+    """With the data and an encoder added, and fewer epochs."""
+    done = run_script("multitask_classifier.py", *PAPER[name].split(), "--data_dir", "data",
+                      "--pretrained", "encoder", "--log_every", "1")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    run = workplace / "runs" / name
+    steps = metrics(run, "eval")[-1]["step"]
+    check_complete(run, workplace, steps=steps)
+    assert "overall" in done.stdout
+    assert f"step {steps}/{steps}" in done.stdout  # plain lines where there is no terminal
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.skipif(torch.cuda.is_available() or torch.backends.mps.is_available(),
+                    reason="there is a GPU")  # fmt: skip
+def test_use_gpu_without_a_gpu_is_one_clear_line(train, workplace):
+    done = run_script("multitask_classifier.py", "--use_gpu", *PAPER["LoRA"].split())
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: --use_gpu")
+    assert "cpu" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    assert not (workplace / "runs").exists()
+
+
+def test_evaluation_as_a_process_prints_the_table(train, workplace):
+    run = train("--epochs 0", "full-model")
+    written = prediction_files(workplace / "predictions")
+    done = run_script("evaluation.py", "--checkpoint", str(run), "--predictions_dir", "again")
+    assert done.returncode == 0, done.stderr
+    for word in ("accuracy", "macro_f1", "pearson", "spearman", "overall"):
+        assert word in done.stdout
+    again = prediction_files(workplace / "again")
+    assert {n: t for n, t in again.items() if "para" in n} == {
+        n: t for n, t in written.items() if "para" in n
+    }
+
+
+# ------------------------------------------------------------------------------------ evaluation
+
+
+def test_predictions_on_text(train, capsys):
+    train("--epochs 0", "full-model")
+    capsys.readouterr()
+    evaluation.main(["--sentence", "A film to fall in love with."])
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["run", "sst"]
+    evaluation.main(["--sentence", "A man sleeps.", "--sentence2", "A man is asleep."])
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == [
+        "run", "para", "sts",
+    ]  # fmt: skip
+
+
+def test_the_newest_run_is_the_one_evaluated(train, capsys):
+    for name in ("b", "a"):
+        train(f"--epochs 0 --model_file_suffix {name}", f"full-model-{name}")
+    capsys.readouterr()
+    evaluation.main(["--sentence", "x"])
+    assert "full-model-a" in capsys.readouterr().out
+
+
+def test_changed_data_or_encoder_is_not_evaluated_in_silence(train, workplace):
+    run = train("--epochs 0 --fine-tune-mode LoRA --LoRA_r 2", "LoRA")
+    dev = workplace / "data" / TASKS["sst"].file_name("dev")
+    content = dev.read_bytes()
+    dev.write_bytes(content.replace(b"\t2\n", b"\t3\n"))
+    assert dev.read_bytes() != content
+    with pytest.raises(UserError, match="changed since"):
+        evaluation.main(["--checkpoint", str(run)])
+    dev.write_bytes(content)
+    evaluation.main(["--checkpoint", str(run)])
+    torch.manual_seed(77)
+    encoder = workplace / "encoder"
+    BertModel(BertConfig.from_file(encoder / "config.json")).save_pretrained(encoder)
+    with pytest.raises(UserError, match="not the encoder"):
+        evaluation.main(["--checkpoint", str(run)])
+
+
+def test_without_a_run_there_is_nothing_to_evaluate():
+    with pytest.raises(UserError, match="no finished run"):
+        evaluation.main([])
+
+
+# ---------------------------------------------------------------------------------- the default
+
+
+@pytest.mark.slow
+def test_the_default_encoder_learns_the_sample(workplace, bundled_folder):
+    """The README's first command: well above chance (0.2) within a few CPU minutes."""
+    flags = "--pretrained bundled --fine-tune-mode LoRA --LoRA_r 32 --epochs 4"
+    multitask_classifier.main(flags.split())
+    best = max(metrics(workplace / "runs" / "LoRA", "eval"), key=lambda line: line["overall"])
+    assert best["dev"]["sst"]["accuracy"] > 0.4
+    assert best["dev"]["para"]["accuracy"] > 0.65
+    assert best["dev"]["sts"]["pearson"] > 0.5
+
+
+def test_seeds_of_steps_and_passes_do_not_coincide():
+    """Steps that share dropout masks would train less than they seem to."""
+    numbers = [(11711, step, micro, rank) for step in range(50) for micro in (0, 1)
+               for rank in (0, 1)]  # fmt: skip
+    seen = set()
+    for seeds in numbers:
+        multitask_classifier.seed_everything(*seeds)
+        seen.add(tuple(torch.randint(2**62, (2,)).tolist()))
+    assert len(seen) == len(numbers)
+    random.seed(0)  # and Python's own generator takes no part
+    multitask_classifier.seed_everything(11711, 0, 0, 0)
+    assert tuple(torch.randint(2**62, (2,)).tolist()) in seen
