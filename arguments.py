@@ -13,6 +13,7 @@ from pathlib import Path
 
 from config import LEARNING_RATES, LORA_TARGETS, MODES, RECIPES, TASKS, UserError
 from device import PRECISIONS
+from distributed import launch_command
 from run_folder import RunFolder, run_name
 
 HERE = Path(__file__).resolve().parent
@@ -21,7 +22,8 @@ OF_ONE_COMMAND = {"resume", "overwrite", "debug", "runs_dir"}  # flags that a ru
 # Flags that may differ when a run is continued: nothing computed depends on them.
 FREE_WHEN_CONTINUING = {
     "save_every", "log_every", "use_gpu", "predictions_dir", "require_test",
-} | {f"{task}_{split}_out" for task in TASKS for split in ("dev", "test")}  # fmt: skip
+    "data_dir",  # the files' content is compared, wherever they lie
+} | {f"{task}_{what}" for task in TASKS for what in (*SPLITS, "dev_out", "test_out")}  # fmt: skip
 
 
 class FlagParser(argparse.ArgumentParser):
@@ -49,9 +51,11 @@ class FlagParser(argparse.ArgumentParser):
 def number(kind, low, high, *, above=False):
     """An argparse type: an int or float from `low` (or above it) to `high`, finite."""
 
+    expected = "a whole number" if kind is int else "a number"
+    expected += f" {'above' if above else 'from'} {low:g}"
+    expected += f" to {high:g}" if high else "" if above else " on"
+
     def parse(text):
-        limits = f"{'above' if above else 'from'} {low:g}" + (f" to {high:g}" if high else "")
-        limits = limits if above or high else f"{limits} on"
         try:
             value = kind(text)
             good = math.isfinite(value) and value >= low and not (above and value == low)
@@ -59,7 +63,7 @@ def number(kind, low, high, *, above=False):
         except (ValueError, OverflowError):  # no number, or an int beyond all floats
             good = False
         if not good:
-            raise argparse.ArgumentTypeError(f"{text[:40]!r}; expected {kind.__name__} {limits}")
+            raise argparse.ArgumentTypeError(f"{text[:40]!r}; expected {expected}")
         return value
 
     return parse
@@ -110,14 +114,16 @@ def make_parser():
     add("--epochs", "--epoch", type=natural, default=10, help="default 10; 0 only evaluates")
     add("--steps_per_epoch", type=positive, metavar="N", help="optimiser steps per epoch, default "
         "the batches of the largest task, at most 2000")
-    add("--batch_size", type=positive, default=8, help="examples of each task a step, default 8")
+    add("--batch_size", type=positive, default=8,
+        help="examples of each task a step, over all processes; default 8")
     add("--accumulate", type=positive, default=1, metavar="N",
         help="batches per optimiser step, default 1; in-batch negatives stay those of one batch, "
         "since each batch's loss is complete by itself")
     add("--lr", type=rate, help="peak learning rate of the encoder (heads in last-linear-layer), "
-        f"default by mode: {', '.join(f'{m} {(r[0] or r[1]):g}' for m, r in LEARNING_RATES.items())}")
+        f"default by mode: {', '.join(f'{m} {r[0] or r[1]:g}' for m, r in LEARNING_RATES.items())}")
     add("--head_lr", type=rate, help="peak learning rate of the heads, which start from random "
-        f"numbers and bear a larger one; default {LEARNING_RATES['full-model'][1]:g} beside a trained encoder")
+        "numbers and bear a larger one; default "
+        f"{LEARNING_RATES['full-model'][1]:g} beside a trained encoder")
     add("--warmup", type=share, default=0.1, metavar="SHARE",
         help="share of all steps with rising learning rate, then linear decay; default 0.1")
     add("--weight_decay", type=number(float, 0, None), default=1e-3,
@@ -186,7 +192,7 @@ def get_args(argv=None):
         take_over(args, run.description())
     check_args(args)
     if run.holds_run() and not (args.resume or args.overwrite):
-        command = shlex.join(["python", "multitask_classifier.py", *argv])
+        command = shlex.join([*launch_command(), "multitask_classifier.py", *argv])
         raise UserError(
             f"{run.path} holds a run; continue it with `{command} --resume` "
             f"or replace it with `{command} --overwrite`"

@@ -178,7 +178,7 @@ def _hub_reachable():
 def _download(repo):
     """Fetch the files of `repo` from the hub; a download that began and failed is an error."""
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
+    from huggingface_hub.errors import EntryNotFoundError
 
     revision, folder = REVISIONS.get(repo), None
     print(f"downloading {repo} from the hub", flush=True)
@@ -188,7 +188,7 @@ def _download(repo):
         except EntryNotFoundError as error:
             if file in FILES:
                 raise UserError(f"encoder {repo}: the hub has no {file} of it") from error
-        except (HfHubHTTPError, OSError, RuntimeError, ValueError) as error:
+        except Exception as error:  # the client's, its HTTP library's, the system's: no common base
             reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
             message = f"encoder {repo}: {file} not downloaded: {reason}; {WAY_OUT}"
             raise UserError(message) from error

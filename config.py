@@ -42,6 +42,10 @@ class BertConfig:
     model_type: str = "bert"
 
     def __post_init__(self):
+        for size in fields(self):
+            value, least = getattr(self, size.name), 0 if size.name == "pad_token_id" else 1
+            if size.type is int and (type(value) is not int or value < least):
+                raise ValueError(f"{size.name} is {value!r}; expected an integer from {least} on")
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"hidden_size {self.hidden_size} is not divisible by "

@@ -100,7 +100,7 @@ def _decode(path):
         content = path.read_bytes()
     except OSError as error:
         raise UserError(f"{path}: not readable: {error.strerror}") from error
-    if not content.strip():
+    if not content.strip(b"\0\r\n\t \xef\xbb\xbf"):
         raise UserError(f"{path}: an empty file; fetch the data with: python data/prepare.py")
     if content.startswith(b"version https://git-lfs"):
         raise UserError(f"{path}: a git-LFS pointer, not the data; run: git lfs pull")
@@ -149,8 +149,7 @@ def _quote_left_open(raw, record, width):
     """Whether a record, `raw` in the file, is more than one: a quote that nobody closed.
 
     It either reaches the end of the file or ends at another row's quote. There it leaves a quote in
-    the middle of a field, or a wrong number of fields, or a field that holds the end of one row
-    and the beginning of another, tabs and all.
+    the middle of a field, or a wrong number of fields, or a field that holds rows or parts of rows.
     """
     parts = [LINE_END.split(field) for field in record]
     if all(len(lines) == 1 for lines in parts) and LINE_END.search(raw):
@@ -159,18 +158,29 @@ def _quote_left_open(raw, record, width):
         next(csv.reader([raw], delimiter="\t", strict=True))
     except csv.Error:
         return True
-    return any(
-        len(record) != width
-        or any(line.count("\t") >= width - 1 for line in lines)
-        or (lines[0].count("\t") == width - 1 - place and lines[-1].count("\t") == place)
-        for place, lines in enumerate(parts)
-        if len(lines) > 1
+    of_several_lines = [(place, lines) for place, lines in enumerate(parts) if len(lines) > 1]
+    return bool(of_several_lines) and (
+        len(record) != width or any(_holds_rows(*field, width) for field in of_several_lines)
+    )
+
+
+def _holds_rows(place, lines, width):
+    """Whether a field in column `place` ends with the beginning of a row of `width` fields and
+    begins with the end of one, or holds a whole one, going by the tabs in its `lines`."""
+    tabs = [line.count("\t") for line in lines]
+    before, after = place, width - 1 - place
+    begins, ends = tabs[-1] >= before, tabs[0] >= after
+    return (
+        max(tabs) >= width - 1
+        or (begins and ends)
+        or (begins and before > 1)
+        or (ends and after > 1)
     )
 
 
 def _columns(path, header, task, split):
     """Positions of the id, the sentences and the label (None in a test file without labels)."""
-    names = [name.strip().lower() for name in header]
+    names = [name.strip(" ").lower() for name in header]
     wanted = ["id", *task.sentences] + ([] if split == "test" else [task.label])
     missing = [name for name in wanted if names.count(name) != 1]
     if missing:
@@ -276,10 +286,15 @@ class TaskDataset:
         """Tokens of the longest single sequence."""
         return max(len(ids) for column in self.sentences for ids in column)
 
-    def batches_by_length(self, batch_tokens):
-        """Yield (rows, `TaskBatch`) of at most `batch_tokens` tokens, short examples first."""
+    def batches_by_length(self, batch_tokens, rows=None):
+        """Yield (rows, `TaskBatch`) of at most `batch_tokens` tokens, short examples first.
+
+        All examples, or those at `rows`.
+        """
         lengths = self.lengths()
         order = np.argsort(lengths, kind="stable")
+        if rows is not None:
+            order = order[np.isin(order, rows)]
         start = 0
         while start < len(order):
             end = start + 1
@@ -314,6 +329,13 @@ class MultitaskBatches:
         return np.array(
             [self.permutation(name, p)[i] for p, i in zip(passes, offsets, strict=True)]
         )
+
+    def rows_until(self, name, steps):
+        """The rows of task `name` that this process takes in the first `steps` batches, sorted."""
+        if steps * self.batch_size >= len(self.datasets[name]) and self.share == slice(None):
+            return np.arange(len(self.datasets[name]))
+        rows = [self.rows(name, step)[self.share] for step in range(steps)]
+        return np.unique(np.concatenate(rows)) if rows else np.arange(0)
 
     def permutation(self, name, number):
         """Order of pass `number` of a task; the last one is kept."""

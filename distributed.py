@@ -188,6 +188,11 @@ def quiet_unless_first():
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
 
 
+def is_first():
+    """Whether this process is the first of all, or the only one: the one that writes."""
+    return not launched() or int(os.environ["RANK"]) == 0
+
+
 def is_first_here():
     """Whether this is the first process on its machine, or the only one."""
     return not launched() or int(os.environ.get("LOCAL_RANK", 0)) == 0

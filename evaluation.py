@@ -9,7 +9,6 @@
 Prints the dev scores and writes the prediction files of dev and test in the course's format.
 """
 
-import json
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,14 +19,13 @@ import torch.nn.functional as F
 
 import distributed
 from arguments import FlagParser
-from base_bert import file_sha256, load_encoder, load_strictly, read_tensors, write_tensors
-from bert import BertModel
-from config import TASKS, LoRAConfig, MultitaskConfig, UserError, overall_tasks
+from base_bert import file_sha256
+from config import TASKS, UserError, overall_tasks
 from datasets import Example, TaskDataset, TaskFile, read_task_file
 from device import autocast, select_device, select_precision
-from lora import apply_lora, load_adapter, save_adapter
-from multitask_bert import MultitaskBERT, task_loss
-from run_folder import RunFolder, damage, newest_run, write_files
+from multitask_bert import task_loss
+from run_folder import RunFolder, newest_run, write_files
+from saved_models import load_run
 
 BATCH_TOKENS = {"cpu": 4096, "cuda": 65536, "mps": 16384}  # tokens of one evaluation batch
 
@@ -99,19 +97,29 @@ def measure(task, predictions, labels):
     A correlation with constant predictions is undefined and counts as 0.
     """
     if task.kind == "score":
-        from scipy.stats import pearsonr, spearmanr
-
-        if len(labels) < 2 or np.ptp(predictions) == 0 or np.ptp(labels) == 0:
-            return {"pearson": 0.0, "spearman": 0.0}
-        pearson = pearsonr(predictions.astype(float), labels).statistic
-        spearman = spearmanr(predictions, labels).statistic  # nan_to_num: as good as constant
-        return {"pearson": float(np.nan_to_num(pearson)), "spearman": float(np.nan_to_num(spearman))}
+        return {
+            "pearson": correlation(predictions, labels),
+            "spearman": correlation(ranks(predictions), ranks(labels)),
+        }
     from sklearn.metrics import accuracy_score, f1_score
 
     return {
         "accuracy": float(accuracy_score(labels, predictions)),
         "macro_f1": float(f1_score(labels, predictions, average="macro", zero_division=0)),
     }
+
+
+def correlation(a, b):
+    """Pearson correlation of two arrays (n,); 0 where one is constant."""
+    if len(a) < 2 or np.ptp(a) == 0 or np.ptp(b) == 0:
+        return 0.0
+    return float(np.corrcoef(a.astype(np.float64), b.astype(np.float64))[0, 1])
+
+
+def ranks(values):
+    """Ranks of `values` (n,), ties sharing their mean rank: what Spearman correlates."""
+    _, place, counts = np.unique(values, return_inverse=True, return_counts=True)
+    return (np.cumsum(counts) - (counts - 1) / 2)[place]
 
 
 def evaluate(model, datasets, precision, check_stop=lambda: None):
@@ -293,102 +301,6 @@ def report_runs(paths, folder):
     return write_report(runs, folder)
 
 
-# ----------------------------------------------------------------------------------- saved models
-
-
-def save_model(model, tokenizer, encoder, lora_config, folder):
-    """Write a model in other tools' formats: see the README, "The run folder".
-
-    The encoder for `transformers` and `sentence-transformers`, or with a `LoRAConfig` the adapter
-    for `peft`; the heads beside it.
-    """
-    folder = Path(folder)
-    if lora_config:
-        base = encoder.name
-        save_adapter(model.bert, folder, lora_config, base, encoder.revision)
-        tokenizer.save_pretrained(folder)
-    else:
-        model.bert.save_pretrained(folder, tokenizer)
-        _write_sentence_transformers_files(folder, model.config)
-    heads = {n: t for n, t in model.state_dict().items() if not n.startswith("bert.")}
-    write_tensors(folder / "heads.safetensors", heads)
-    settings = {name: getattr(model.config, name) for name in MultitaskConfig.__dataclass_fields__}
-    (folder / "heads.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-
-
-def _write_sentence_transformers_files(folder, config):
-    """Which modules `SentenceTransformer(folder)` puts together: this encoder and this pooling."""
-    modules = [
-        {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"},
-        {"idx": 1, "name": "1", "path": "1_Pooling", "type": "sentence_transformers.models.Pooling"},
-    ]
-    size = json.loads((folder / "config.json").read_text(encoding="utf-8"))["hidden_size"]
-    pooling = {
-        "word_embedding_dimension": size,
-        "pooling_mode_cls_token": config.pooling == "cls",
-        "pooling_mode_mean_tokens": config.pooling == "mean",
-    }
-    (folder / "1_Pooling").mkdir()
-    for name, content in (
-        ("modules.json", modules),
-        ("1_Pooling/config.json", pooling),
-        ("sentence_bert_config.json", {"max_seq_length": config.max_length}),
-    ):
-        (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-
-def load_weights(model, lora_config, folder):
-    """Read what `save_model` wrote into a model of the same shape; strict about every tensor."""
-    folder = Path(folder)
-    if problem := damage(folder):
-        raise UserError(problem)
-    if lora_config:
-        load_adapter(model.bert, folder, lora_config)
-    else:
-        path = folder / "model.safetensors"
-        load_strictly(model.bert.state_dict(), read_tensors(path), path)
-    own = {n: t for n, t in model.state_dict().items() if not n.startswith("bert.")}
-    load_strictly(own, read_tensors(folder / "heads.safetensors"), folder / "heads.safetensors")
-    model.vectors.clear()
-
-
-def lora_config_of(args):
-    """The `LoRAConfig` of a run's arguments, None in the other modes."""
-    if args["fine_tune_mode"] != "LoRA":
-        return None
-    return LoRAConfig(
-        args["LoRA_r"], args["LoRA_alpha"], args["LoRA_dropout"], tuple(args["LoRA_targets"])
-    )
-
-
-def load_run(run, device):
-    """The best model of a run and what belongs to it: `(model, tokenizer, description)`.
-
-    Raises `UserError` where there is no best model, it is damaged, or the encoder is not the run's.
-    """
-    description = run.description()
-    args = description["args"]
-    if not run.best.exists():
-        raise UserError(f"{run.path}: no best model yet; continue the run with --resume")
-    if problem := damage(run.best):
-        raise UserError(problem)
-    lora = lora_config_of(args)
-    if lora:
-        encoder, tokenizer = load_encoder(description["encoder"]["name"])
-        if encoder.sha256 != description["encoder"]["sha256"]:
-            raise UserError(f"{encoder.folder}: not the encoder that {run.path} was trained on")
-        bert = apply_lora(BertModel.from_pretrained(encoder), lora)
-    else:
-        encoder, tokenizer = load_encoder(run.best)
-        bert = BertModel.from_pretrained(encoder)
-    settings = json.loads((run.best / "heads.json").read_text(encoding="utf-8"))
-    settings = {k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()}
-    frozen = args["fine_tune_mode"] == "last-linear-layer"
-    model = MultitaskBERT(bert, MultitaskConfig(**settings), tokenizer.pad_id, frozen)
-    load_weights(model, lora, run.best)
-    return model.to(device).eval(), tokenizer, description
-
-
 # ------------------------------------------------------------------------------------- the script
 
 
@@ -463,7 +375,8 @@ def main(argv=None):
         evaluate_ensemble(args.checkpoint, args.predictions_dir)
         return
     run = RunFolder(args.checkpoint[0] if args.checkpoint else newest_run())
-    device = select_device(args.use_gpu)
+    device = distributed.start(select_device(args.use_gpu))
+    distributed.quiet_unless_first()
     asked = args.precision or run.description()["precision"]
     precision, warning = select_precision(asked, device)
     if warning:
@@ -473,7 +386,10 @@ def main(argv=None):
         predict_text(run, args.sentence, args.sentence2, device, precision)
         return
     results = evaluate_run(run, device, precision)
+    distributed.finish()
     print(format_table(results["dev"]))
+    if not distributed.is_first():
+        return
     for split, of_split in results.items():
         write_predictions(args.predictions_dir, of_split, split)
         for name in of_split:
@@ -481,6 +397,6 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    from run_folder import run_script
+    from script import run_script
 
     sys.exit(run_script(main))

@@ -7,19 +7,15 @@ Each step takes one batch of each task and sums their losses, with SimCSE's cont
 and log lie there. `python evaluation.py` evaluates it, `--resume` continues it.
 """
 
-import json
 import math
 import os
-import platform
 import random
-import shlex
 import signal
-import subprocess
 import sys
 import time
 from collections import defaultdict
 from contextlib import nullcontext
-from importlib.metadata import version
+from dataclasses import replace
 
 if __name__ == "__main__":  # Ctrl-C during the seconds of the imports below: no traceback
     signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -30,184 +26,37 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import distributed
-from arguments import HERE, data_paths, get_args
-from base_bert import file_sha256, load_encoder, load_strictly
-from bert import BertModel
-from config import TASKS, BertConfig, MultitaskConfig, UserError
-from datasets import MultitaskBatches, TaskDataset, read_task_file
+from arguments import data_paths, get_args
+from base_bert import load_encoder
+from config import TASKS
+from datasets import MultitaskBatches, TaskDataset
 from device import autocast, device_name, peak_memory_mib, select_device, select_precision
 from evaluation import (
     evaluate,
     format_table,
-    load_weights,
-    lora_config_of,
     overall_score,
     prediction_files,
-    save_model,
     score_files,
     undefined_correlations,
 )
 from gradient_surgery import pcgrad
-from lora import apply_lora
-from multitask_bert import MultitaskBERT
-from run_folder import (
-    ReadOnlyRunFolder,
-    Stopped,
-    StopSignals,
-    memory_errors,
-    run_script,
-    write_files,
+from preparation import (
+    build_model,
+    check_fit,
+    check_same_everywhere,
+    check_same_run,
+    count_parameters,
+    describe_run,
+    encode_in_advance,
+    load_training_state,
+    make_optimizer,
+    read_data,
+    recorded_paths,
+    training_state,
 )
-
-PACKAGES = ("torch", "numpy", "tokenizers", "safetensors", "scikit-learn")
-
-
-class NotFinite(Exception):
-    """Training left the finite numbers; the weights are those before the step."""
-
-    exit_code = 3
-    on_all_processes = True
-
-
-def say(text):
-    """A line for people, also while the progress bar is up."""
-    tqdm.write(str(text), file=sys.stdout)
-    sys.stdout.flush()
-
-
-# ------------------------------------------------------------------------------------------ data
-
-
-def read_data(paths, require_test):
-    """Read every file: `{task: {split: TaskFile}}`; says what was skipped or is missing."""
-    files = {}
-    for name, of_task in paths.items():
-        files[name] = {}
-        for split, path in of_task.items():
-            if split == "test" and not (path.exists() or path.is_symlink()):
-                if require_test:
-                    raise UserError(f"{path}: no such file, and --require_test was given")
-                say(f"warning: {path}: no such file; no test predictions for {name}")
-                continue
-            files[name][split] = read_task_file(path, TASKS[name], split)
-            for warning in files[name][split].warnings:
-                say(f"warning: {warning}")
-    return files
-
-
-def describe_data(files):
-    """What `run.json` keeps of the data files."""
-    return {
-        name: {
-            split: {
-                "path": str(file.path.resolve()),
-                "sha256": file_sha256(file.path),
-                "rows": file.rows,
-                "examples": len(file.examples),
-            }
-            for split, file in of_task.items()
-        }
-        for name, of_task in files.items()
-    }
-
-
-def describe_run(args, encoder, files, device, precision):
-    """Everything that a run depends on, for `run.json`."""
-    git = subprocess.run(
-        ["git", "rev-parse", "HEAD"], cwd=HERE, capture_output=True, text=True, check=False
-    )
-    values = {name: value for name, value in vars(args).items() if name not in ("given", "weights")}
-    return {
-        "command": shlex.join(
-            [*distributed.launch_command(), "multitask_classifier.py", *sys.argv[1:]]
-        ),
-        "args": values,
-        "encoder": encoder.describe(),
-        "data": describe_data(files),
-        "device": device_name(device),
-        "precision": precision,
-        "threads": torch.get_num_threads(),
-        "processes": distributed.world_size(),
-        "versions": {"python": platform.python_version()} | {p: version(p) for p in PACKAGES},
-        "git_commit": git.stdout.strip() or None,
-    }
-
-
-MUST_AGREE = ("encoder", "data", "precision")
-
-
-def check_same_run(old, new):
-    """Raise `UserError` where a run would go on with something else than it began with."""
-    differences = []
-    for key in MUST_AGREE:
-        if old[key] != new[key]:
-            before, now = (json.dumps(values[key]) for values in (old, new))
-            if key == "data":
-                changed = [
-                    f"{name} {split}"
-                    for name in old["data"] | new["data"]
-                    for split in ("train", "dev", "test")
-                    if old["data"].get(name, {}).get(split, {}).get("sha256")
-                    != new["data"].get(name, {}).get(split, {}).get("sha256")
-                ]
-                if not changed:
-                    continue
-                before, now = "as recorded", f"changed: {', '.join(changed)}"
-            differences.append(f"{key} is {now}, was {before}")
-    if differences:
-        raise UserError(f"--resume: not the run that was begun: {'; '.join(differences)}")
-
-
-# ----------------------------------------------------------------------------- model and optimiser
-
-
-def check_fit(args, encoder, tokenizer):
-    """Raise `UserError` where more is asked for than the encoder has; no weights load."""
-    config = BertConfig.from_file(encoder.folder / "config.json")
-    limit = min(tokenizer.model_max_length, config.max_position_embeddings)
-    if args.max_length and args.max_length > limit:
-        raise UserError(f"--max_length {args.max_length}: this encoder has {limit} positions")
-    if lora := lora_config_of(vars(args)):
-        try:
-            with torch.device("meta"):
-                apply_lora(BertModel(config), lora)
-        except ValueError as error:
-            raise UserError(f"--LoRA_r {lora.r}: {error}") from error
-
-
-def build_model(args, encoder, tokenizer):
-    """Encoder with its pretrained weights, LoRA layers in mode LoRA, and fresh task heads."""
-    bert = BertModel.from_pretrained(encoder)
-    if args.hidden_dropout_prob is not None:
-        bert.set_dropout(args.hidden_dropout_prob)
-    limit = min(tokenizer.model_max_length, bert.config.max_position_embeddings)
-    config = MultitaskConfig(
-        tasks=tuple(args.tasks),
-        heads={name: getattr(args, f"{name}_head") for name in args.tasks},
-        joint=tuple(args.joint),
-        pooling=args.pooling,
-        dropout=bert.embeddings.dropout.p,
-        max_length=args.max_length or limit,
-        simcse_tasks=tuple(args.simcse_tasks or args.tasks) if args.unsupervised_simcse else (),
-        supervised_simcse=args.supervised_simcse,
-    )
-    if lora := lora_config_of(vars(args)):
-        apply_lora(bert, lora)
-    frozen = args.fine_tune_mode == "last-linear-layer"
-    return MultitaskBERT(bert, config, tokenizer.pad_id, frozen)
-
-
-def make_optimizer(model, args):
-    """AdamW over what is trained; no decay on biases and LayerNorm, own rates for the heads."""
-    groups = {}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            rate = args.encoder_rate if name.startswith("bert.") else args.head_rate
-            decay = 0.0 if parameter.ndim < 2 or "LayerNorm" in name else args.weight_decay
-            group = {"params": [], "peak_lr": rate, "lr": rate, "weight_decay": decay}
-            groups.setdefault((rate, decay), group)["params"].append(parameter)
-    fused = next(model.parameters()).device.type in ("cpu", "cuda")
-    return torch.optim.AdamW(list(groups.values()), fused=fused)
+from run_folder import ReadOnlyRunFolder, write_files
+from saved_models import load_weights, lora_config_of, save_model
+from script import NotFinite, Stopped, StopSignals, memory_errors, run_script, say
 
 
 def set_learning_rate(optimizer, step, total, warmup):
@@ -217,31 +66,6 @@ def set_learning_rate(optimizer, step, total, warmup):
     for group in optimizer.param_groups:
         group["lr"] = group["peak_lr"] * factor
     return factor
-
-
-def training_state(model, optimizer):
-    """What continuing needs, by file and name: trained weights and AdamW's moments."""
-    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    moments = {
-        f"{name}:{key}": value
-        for name, parameter in trained.items()
-        for key, value in optimizer.state.get(parameter, {}).items()
-    }
-    return {"trained": trained, "optimizer": moments}
-
-
-def load_training_state(model, optimizer, tensors):
-    """Put back what `training_state` gave; strict about every name and shape."""
-    trained = {n: p.data for n, p in model.named_parameters() if p.requires_grad}
-    load_strictly(trained, tensors["trained"], "state")
-    parameters = dict(model.named_parameters())
-    for key, value in tensors["optimizer"].items():
-        name, _, moment = key.rpartition(":")
-        if name not in trained:
-            raise UserError(f"state: does not fit: unexpected {key}")
-        parameter = parameters[name]
-        place = value if moment == "step" else value.to(parameter.device)
-        optimizer.state[parameter][moment] = place
 
 
 def seed_everything(*numbers):
@@ -341,6 +165,19 @@ def backward_with_surgery(model, step_batches, args, step, precision, scaler):
     return losses, {"conflicts": surgery.conflicts, **cosines}
 
 
+def fix_order_of_sums(replica, batches, args, precision):
+    """A pass that counts for nothing, over the same batch in a new and in a continued run.
+
+    From its second pass on DDP adds gradients up in the order in which they came in the first. A
+    continued run has to add them in that order at once, to be the unbroken run to the last bit.
+    """
+    seed_everything(args.seed)
+    with autocast(next(replica.parameters()).device, precision):
+        losses = replica.train()(batches)
+    sum(losses.values()).backward()
+    replica.zero_grad()
+
+
 def train(args, run, model, batches, dev, optimizer, precision, state, save_best, signals):
     """Train from `state` to the end, in place. `save_best(folder)` writes the model.
 
@@ -358,6 +195,7 @@ def train(args, run, model, batches, dev, optimizer, precision, state, save_best
         compute_gradient = backward_with_surgery  # averages over processes by itself
     elif distributed.world_size() > 1:
         replica = DistributedDataParallel(model)
+        fix_order_of_sums(replica, batches[0], args, precision)
     trained = [p for p in model.parameters() if p.requires_grad]
     bar = tqdm(total=args.total_steps, initial=state["step"], unit="step",
                disable=distributed.rank() > 0 or not sys.stderr.isatty(),
@@ -372,7 +210,7 @@ def train(args, run, model, batches, dev, optimizer, precision, state, save_best
     with bar:
         while True:
             step = state["step"]
-            at_epoch_end = step % args.steps_per_epoch == 0 and step > 0 or args.total_steps == 0
+            at_epoch_end = (step % args.steps_per_epoch == 0 and step > 0) or args.total_steps == 0
             if at_epoch_end and state["evaluated"] < step:
                 evaluate_and_keep(args, run, model, dev, precision, state, save_best, save, signals)
             if step == args.total_steps or 0 < args.patience <= state["misses"]:
@@ -418,7 +256,7 @@ def train(args, run, model, batches, dev, optimizer, precision, state, save_best
 
 
 def not_finite(model, losses, step_batches, args, step, precision):
-    """The `NotFinite` of a step: which loss, or whose gradient, and the ids of that task's batch."""
+    """The `NotFinite` of a step: which loss, or whose gradient, and the ids of its task's batch."""
     bad = [name for name, value in losses.items() if not math.isfinite(value)]
     what = f"loss {', '.join(bad)}"
     if not bad:
@@ -527,15 +365,6 @@ def prepare_run(args, run, description):
     return state
 
 
-def check_same_everywhere(description, state):
-    """Raise `UserError` where the processes, perhaps on several machines, would train unlike."""
-    files = [file for of_task in description["data"].values() for file in of_task.values()]
-    hashes = [values["sha256"] for values in (description["encoder"], *files)]
-    distributed.require_same(f"{hashes} {description['precision']}", "data, encoder and precision")
-    step = state.values["step"] if state else 0
-    distributed.require_same(f"{step}", "state to go on from: --runs_dir has to be a shared folder")
-
-
 def write_results(args, run, model, datasets, precision, signals):
     """Predict dev and test with the best model and write the prediction files and the scores.
 
@@ -563,6 +392,8 @@ def main(argv=None):
     device = distributed.start(select_device(args.use_gpu))
     distributed.quiet_unless_first()
     share = distributed.share(args.batch_size)
+    if args.expanded_command:
+        say(f"--recipe {args.recipe} is: {args.expanded_command}")
     precision, warning = select_precision(args.precision, device)
     if warning:
         say(f"warning: {warning}")
@@ -572,11 +403,16 @@ def main(argv=None):
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
     # ---- data
-    paths, warning = data_paths(args)
+    earlier = run.description() if args.resume and run.holds_run() else None
+    paths, warning = recorded_paths(args, earlier) if earlier else data_paths(args)
     if warning:
         say(f"warning: {warning}")
     files = read_data(paths, args.require_test)
-    encoder, tokenizer = load_encoder(args.pretrained)
+    if earlier:  # the run's own encoder, whatever can be reached today
+        encoder, tokenizer = load_encoder(earlier["encoder"]["name"])
+        encoder = replace(encoder, substituted=earlier["encoder"]["substituted"])
+    else:
+        encoder, tokenizer = load_encoder(args.pretrained)
     if encoder.substituted:
         say(
             "warning: bert-base-uncased is not in the cache and the hub cannot be reached: using "
@@ -604,7 +440,7 @@ def main(argv=None):
     args.total_steps = args.epochs * args.steps_per_epoch
     # ---- device, optimiser, continue
     model.to(device)
-    if precision == "bf16":
+    if precision == "bf16" and args.fine_tune_mode == "LoRA":  # elsewhere they are saved, in fp32
         model.bert.keep_frozen_in(torch.bfloat16)
     optimizer = make_optimizer(model, args)
     values = dict(FRESH_STATE)
@@ -619,6 +455,8 @@ def main(argv=None):
     announce(args, run, model, encoder, datasets, device, precision)
     longest = max(d["train"].longest() for d in datasets.values())
     with memory_errors(device, f"batches of {args.batch_size} × up to {longest} tokens"):
+        if model.frozen:
+            encode_in_advance(model, batches, args, precision, signals.check)
         train(
             args, run, model, batches, {name: d["dev"] for name, d in datasets.items()}, optimizer,
             precision, values, lambda folder: save_model(model, tokenizer, encoder, lora, folder),
@@ -629,16 +467,11 @@ def main(argv=None):
     distributed.finish()
 
 
-def count_parameters(model):
-    """Numbers of trained and of all parameters."""
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    return {"trained": trained, "all": sum(p.numel() for p in model.parameters())}
-
-
 def announce(args, run, model, encoder, datasets, device, precision):
     """Say what is about to be trained, on what."""
     count = count_parameters(model)
-    say(f"run {run.path}: {args.fine_tune_mode}, {encoder.name}, {device_name(device)}, {precision}")
+    hardware = f"{device_name(device)}, {precision}"
+    say(f"run {run.path}: {args.fine_tune_mode}, {encoder.name}, {hardware}")
     say(f"trained parameters: {count['trained']:,} of {count['all']:,}")
     for name, of_task in datasets.items():
         counts = ", ".join(f"{split} {len(dataset):,}" for split, dataset in of_task.items())

@@ -122,7 +122,7 @@ def describe_data(run):
     data = run.description["data"]
     folders = [Path(file["path"]).parent for of_task in data.values() for file in of_task.values()]
     sample = any(folder.parts[-2:] == ("data", "sample") for folder in folders)
-    kind = "the **generated sample**" if sample else "not the sample"
+    kind = "the **generated sample**" if sample else "the files named in `run.json`, no sample"
     counts = (f"{name} {of_task['train']['examples']:,}" for name, of_task in data.items())
     return f"{kind}; training examples: {', '.join(counts)}"
 
@@ -358,10 +358,16 @@ def looks_of(runs):
     return looks
 
 
+def smooth(values, reach):
+    """Mean of each value and `reach` neighbours on either side, of fewer on both near an end."""
+    last = len(values) - 1
+    reaches = (min(reach, i, last - i) for i in range(len(values)))
+    return [np.mean(values[i - r : i + r + 1]) for i, r in enumerate(reaches)]
+
+
 def plot_smoothed(axes, steps, values, colour, **settings):
     """Raw values, pale, and over them their moving average over a tenth of the curve."""
-    reach = -(-len(values) // 20)
-    means = [np.mean(values[max(0, i - reach) : i + reach + 1]) for i in range(len(values))]
+    means = smooth(values, -(-len(values) // 20))
     axes.plot(steps, values, color=colour, alpha=0.25, linewidth=0.8)
     return axes.plot(steps, means, color=colour, linewidth=1.8, **settings)[0]
 

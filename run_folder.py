@@ -1,4 +1,4 @@
-"""How is a run kept, continued, logged and stopped?
+"""How is a run kept, continued and logged?
 
     runs/<mode>[-<suffix>]/
         run.json                what was asked for, of what, with what
@@ -18,23 +18,17 @@ import json
 import os
 import re
 import shutil
-import signal
-import sys
 import time
-import traceback
 from pathlib import Path
 from typing import NamedTuple
 
 from safetensors import SafetensorError
 
-import distributed
 from base_bert import file_sha256, read_tensors, write_tensors
 from config import UserError
-from device import peak_memory_mib
 
 TEMPORARY = ".tmp-"
 STATES_KEPT = 2
-RELAY_SECONDS = 5  # within these a signal that comes again is torchrun's copy of the first
 SUFFIX_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
@@ -42,23 +36,6 @@ class OutputError(Exception):
     """Something could not be written."""
 
     exit_code = 1
-
-
-class OutOfMemory(Exception):
-    """The memory of the device, or of the machine, did not suffice."""
-
-    exit_code = 1
-
-
-class Stopped(Exception):
-    """A signal asked the run to end, and it ended in good order: exit code 128 + the signal."""
-
-    on_all_processes = True
-
-    def __init__(self, number):
-        name = signal.Signals(number).name
-        super().__init__(f"stopped by {name}; the state is saved: continue with --resume")
-        self.exit_code = 128 + number
 
 
 class State(NamedTuple):
@@ -82,22 +59,6 @@ def output_errors(path):
             free = shutil.disk_usage(_existing(Path(path))).free
             raise OutputError(f"{path}: not written: {reason} ({free:,} bytes free)") from error
         raise OutputError(f"{path}: not written: {reason}") from error
-
-
-@contextlib.contextmanager
-def memory_errors(device, batch):
-    """Turn an exhausted memory into an `OutOfMemory` that says what to lower; `batch` describes
-    its size."""
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:  # torch's CPU allocator: a plain RuntimeError
-        signs = ("out of memory", "allocate memory", "not enough memory")
-        if not isinstance(error, MemoryError) and not any(s in str(error).lower() for s in signs):
-            raise
-        raise OutOfMemory(
-            f"out of memory on {device} with {batch}; peak {peak_memory_mib(device):,} MiB; lower "
-            f"--batch_size (with --accumulate the step stays as large) or --max_length"
-        ) from error
 
 
 def _existing(path):
@@ -266,7 +227,9 @@ class RunFolder:
             missing = {"command", "args", "encoder", "data", "precision"} - set(values)
         except (OSError, ValueError, TypeError) as error:
             reason = getattr(error, "strerror", None) or error
-            raise UserError(f"{path}: not the description of a run: {reason}") from error
+            raise UserError(
+                f"{path}: not the description of a run: {reason}; expected a run such as runs/LoRA"
+            ) from error
         if missing:
             raise UserError(f"{path}: not the description of a run: no {', '.join(missing)}")
         return values
@@ -415,8 +378,9 @@ class RunFolder:
             tensors = {f.stem: read_tensors(f) for f in sorted(folder.glob("*.safetensors"))}
         except UserError as error:
             return None, str(error)
-        state = State(self._values(folder), tensors)
-        return state, self._find_best(state.values.get("best_step"))
+        if not (values := self._values(folder)):
+            return None, f"{folder / 'state.json'}: not a state's values"
+        return State(values, tensors), self._find_best(values["best_step"])
 
     def load_state(self, say=print):
         """The newest whole state, None where none was ever completed.
@@ -429,6 +393,7 @@ class RunFolder:
             state, problem = self._read_state(folder)
             if problem is None:
                 self._remove(folders[:place])
+                self._remove_the_old()  # such as a best model whose state was never completed
                 return state
             say(f"warning: {folder} is left out: {problem}")
         if folders:
@@ -460,97 +425,3 @@ def newest_run(runs="runs"):
     if not found:
         raise UserError(f"{runs}/: no finished run; train one: python multitask_classifier.py")
     return max(found, key=lambda path: (path / "best").resolve().stat().st_mtime)
-
-
-# ------------------------------------------------------------------------- signals, standard output
-
-
-class StopSignals:
-    """SIGINT and SIGTERM: the first asks for an orderly end, the second ends at once.
-
-    Of several processes each may get the first one twice, from outside and passed on by torchrun.
-    """
-
-    def __init__(self):
-        self.number, self.came = None, 0.0
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._receive)
-
-    def _receive(self, number, frame):
-        if self.number is None:
-            self.number, self.came = number, time.monotonic()
-        elif not distributed.launched() or time.monotonic() > self.came + RELAY_SECONDS:
-            os._exit(128 + number)
-
-    def check(self):
-        """Raise `Stopped` where an end was asked for; all processes call it, and stop, together."""
-        if number := distributed.largest(self.number or 0):
-            raise Stopped(number)
-
-
-def _stop_at_once(number, frame):
-    """During set-up there is nothing to finish and nothing to save."""
-    raise SystemExit(128 + number)
-
-
-class UnbreakableStream:
-    """Standard output or error that goes on when nobody reads it (`| head`) or its disk is full."""
-
-    def __init__(self, stream):
-        self._stream = stream
-
-    def write(self, text):
-        """Write, or drop the text."""
-        with contextlib.suppress(OSError):
-            return self._stream.write(text)
-        return len(text)
-
-    def flush(self):
-        """Flush, or switch to the null device."""
-        try:
-            self._stream.flush()
-        except OSError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
-
-    def __getattr__(self, name):
-        return getattr(self._stream, name)
-
-
-def protect_streams():
-    """Make the loss of standard output or error harmless."""
-    for name in ("stdout", "stderr"):
-        stream = getattr(sys, name) or open(os.devnull, "w")  # noqa: SIM115 (closed from the start)
-        setattr(sys, name, UnbreakableStream(stream))
-
-
-def run_script(main, argv=None):
-    """Run a script's `main(argv)`, turn its failures into one line and an exit code.
-
-    0 done; 1 input, output or memory; 2 the user's mistake; 3 numbers that are not finite; 128 + n
-    ended by signal n. `--debug` shows the traceback.
-    """
-    protect_streams()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, _stop_at_once)
-    try:
-        main(argv)
-        code = 0
-    except SystemExit as error:
-        code = error.code
-        stopped = code in (128 + signal.SIGINT, 128 + signal.SIGTERM)
-        if stopped and distributed.is_first_here():
-            print(f"stopped by {signal.Signals(code - 128).name}", file=sys.stderr)
-    except Exception as error:
-        if "--debug" in (sys.argv if argv is None else argv):
-            traceback.print_exc()
-        error = distributed.explained(error)
-        code = getattr(error, "exit_code", 1)
-        prefix = "" if isinstance(error, Stopped) else "error: "
-        distributed.print_failure(f"{prefix}{_one_line(error)}", error)
-    sys.stdout.flush()
-    return code
-
-
-def _one_line(error):
-    text = " ".join(str(error).split())
-    return text if hasattr(error, "exit_code") else f"{type(error).__name__}: {text}"

@@ -11,9 +11,10 @@ def similarity_logits(anchors, candidates, temperature=TEMPERATURE):
 
     (A, hidden), (C, hidden) -> (A, C), fp32.
     """
-    anchors = F.normalize(anchors.float(), dim=-1)
-    candidates = F.normalize(candidates.float(), dim=-1)
-    return anchors @ candidates.T / temperature
+    with torch.autocast(anchors.device.type, enabled=False):
+        anchors = F.normalize(anchors.float(), dim=-1)
+        candidates = F.normalize(candidates.float(), dim=-1)
+        return anchors @ candidates.T / temperature
 
 
 def unsupervised_simcse_loss(first, second, temperature=TEMPERATURE, offset=0):

@@ -58,10 +58,11 @@ class BertTokenizer:
             settings = {}
             if settings_file.is_file():
                 settings = json.loads(settings_file.read_text(encoding="utf-8"))
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            length = settings.get("model_max_length", 512)
+            length = length if length < 10**6 else 512  # 10^30 stands for no limit
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{folder}: no readable vocabulary: {error}") from error
-        length = settings.get("model_max_length", 512)
-        return cls(vocab, settings.get("do_lower_case", True), length if length < 10**6 else 512)
+        return cls(vocab, settings.get("do_lower_case", True), length)
 
     def __len__(self):
         return len(self.vocab)

@@ -19,7 +19,8 @@ from config import BertConfig
 from datasets import Example, MultitaskBatches, TaskDataset, TaskFile, read_task_file
 from device import autocast, select_precision
 from evaluation import evaluate
-from multitask_classifier import FRESH_STATE, build_model, make_optimizer, train
+from multitask_classifier import FRESH_STATE, train
+from preparation import build_model, make_optimizer
 
 ENDLESS = 10**12  # steps of an epoch, so that `train` never evaluates
 NEVER_STOPPED = SimpleNamespace(number=None, check=lambda: None)

@@ -16,6 +16,7 @@ import json
 import os
 import platform
 import shlex
+import signal
 import statistics
 import subprocess
 import sys
@@ -449,6 +450,12 @@ def print_report(report):
     print("\n".join(f"- {line}" for line in after))
 
 
+def write_json(path, report):
+    """Write every figure measured so far, where a file was named."""
+    if path:
+        Path(path).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+
+
 def say(text):
     """Progress, on standard error."""
     print(text, file=sys.stderr, flush=True)
@@ -533,6 +540,7 @@ def measure_rows(rows, args, report):
                 say(f"  failed: {error}")
                 figures = {"failed": str(error)}
             report["rows"].append({"name": row.name, **asdict(row), **figures})
+            write_json(args.json, report)  # the full grid takes hours
         used = {row[side]["precision"] for row in report["rows"] if "failed" not in row
                 for side in ("ours", "reference")}  # fmt: skip
         for precision in sorted(used):
@@ -556,6 +564,7 @@ def main(argv=None):
         "hardware": hardware(), "versions": versions(), "settings": dict(vars(args)),
         "examples": {}, "square_flops_per_s": {}, "rows": [],
     }  # fmt: skip
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends the workers, removes the folder
     with tempfile.TemporaryDirectory() as folder:
         args.folder = folder
         args.workload = args.workload or str(Path(folder) / "workload")
@@ -570,8 +579,7 @@ def main(argv=None):
             say(f"error: {error}")
             return 1
     print_report(report)
-    if args.json:
-        Path(args.json).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    write_json(args.json, report)
     return int(any("failed" in row for row in report["rows"]))
 
 

@@ -2,12 +2,11 @@
 
     python -m torch.distributed.run --nproc_per_node=2 tests/distributed_worker.py FOLDER
 
-Reads FOLDER/jobs.json, a list of jobs: `name`, `args` (the training script's), and optionally `from`
-and `to` (folders: copy the run of an earlier job before this one), `stop_at` (the step in which the
-last process gets SIGTERM) and `break` (what of the wiring between the processes is left out). For
-each, rank 0 writes <name>.json (exit code, losses, gradient norms) and <name>.safetensors (gradients
-of each step, weights after the last); every rank writes <name>.rank<N>.json, the hash of its weights
-after each step.
+Reads FOLDER/jobs.json, a list of jobs: `name`, `args` (the training script's), and optionally
+`from` and `to` (folders: copy the output of an earlier job first), `stop_at` (the last step:
+before it the last process gets SIGTERM) and `break` (which wire between the processes is cut). For
+each, rank 0 writes <name>.json (exit code, losses) and <name>.safetensors (gradients of each
+step, weights after the last), every rank <name>.rank<N>.json (the hash of its weights by step).
 """
 
 import hashlib
@@ -16,6 +15,7 @@ import os
 import shutil
 import signal
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -27,7 +27,7 @@ sys.path.insert(0, str(REPOSITORY))
 import distributed  # noqa: E402
 import multitask_bert  # noqa: E402
 import multitask_classifier  # noqa: E402
-from run_folder import run_script  # noqa: E402
+from script import run_script  # noqa: E402
 
 
 class Recorder:
@@ -46,12 +46,15 @@ class Recorder:
         return optimizer
 
     def trained(self):
-        """Trained weights by name."""
-        return {n: p for n, p in self.model.named_parameters() if p.requires_grad}
+        """Trained weights by name; none where it never came to a model."""
+        named = self.model.named_parameters() if self.model else ()
+        return {name: parameter for name, parameter in named if parameter.requires_grad}
 
     def before_step(self):
-        """Keep the gradients (clipped, where the norm is large) and send the signal."""
-        if len(self.hashes) + 1 == self.stop_at and distributed.rank() == distributed.world_size() - 1:
+        """Keep the gradients (clipped, where their norm is large); end step `stop_at` - 1 with the
+        signal, which the next step's end finds."""
+        is_last = distributed.rank() == distributed.world_size() - 1
+        if is_last and self.stop_at and len(self.hashes) + 2 == self.stop_at:
             os.kill(os.getpid(), signal.SIGTERM)
         for name, parameter in self.trained().items():
             self.gradients[f"gradient {len(self.hashes)} {name}"] = parameter.grad.clone()
@@ -80,11 +83,17 @@ def own_rows(rows):
 
 def unwrapped(model):
     """`DistributedDataParallel` that wraps nothing: the model's own methods are called."""
-    model.no_sync = multitask_classifier.nullcontext
+    model.no_sync = nullcontext
     return model
 
 
+def hash_of_rank(path):
+    """`file_sha256` as if each machine had files of its own."""
+    return f"{path} on {distributed.rank()}"
+
+
 BREAK = {
+    "files": (multitask_classifier, "file_sha256", hash_of_rank),
     "gather": (multitask_bert, "gather_rows", own_rows),
     "wrapper": (multitask_classifier, "DistributedDataParallel", unwrapped),
 }

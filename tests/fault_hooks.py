@@ -204,10 +204,10 @@ def no_renaming():
 
 def no_hashes():
     """What is read back is believed."""
-    import evaluation
     import run_folder
+    import saved_models
 
-    run_folder.damage = evaluation.damage = lambda folder: None
+    run_folder.damage = saved_models.damage = lambda folder: None
 
 
 def constant_predictions():
@@ -260,6 +260,13 @@ def no_streams():
     sys.stdout = None
 
 
+def threads(number):
+    """Another number of threads to compute with."""
+    import torch
+
+    torch.set_num_threads(number)
+
+
 def sys_path(folder):
     """A folder of packages that go before the installed ones."""
     sys.path.insert(0, folder)
@@ -269,7 +276,8 @@ def hold_folder(folder):
     """Only lock a run's folder, say so, and wait to be killed."""
     import run_folder
 
-    run_folder.RunFolder(folder).open()
+    run = run_folder.RunFolder(folder)
+    run.open()
     print("locked", flush=True)
     signal.pause()
 
@@ -304,7 +312,7 @@ HOOKS = {
     for hook in (
         kill_at, fail_write, bad_number, out_of_memory, signal_in, no_reseeding, no_renaming,
         no_hashes, constant_predictions, no_gpu, no_bf16, watch_weights, limit, closed_streams,
-        no_streams, sys_path, hold_folder, save_states,
+        no_streams, threads, sys_path, hold_folder, save_states,
     )
 }  # fmt: skip
 
@@ -317,7 +325,7 @@ def run_job(job):
     for number, name in ((0, os.devnull), (1, job["stdout"]), (2, job["stderr"])):
         os.dup2(os.open(name, os.O_RDWR | os.O_CREAT | os.O_TRUNC), number)
     script = importlib.import_module(job["script"])
-    from run_folder import run_script
+    from script import run_script
 
     sys.argv = [f"{job['script']}.py", *job["argv"]]
     for name, settings in job["hooks"]:

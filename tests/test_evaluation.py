@@ -21,12 +21,10 @@ from evaluation import (
     TaskResult,
     format_predictions,
     format_table,
-    load_weights,
     measure,
     overall_score,
     predict_dataset,
     read_scores,
-    save_model,
     score_files,
     to_predictions,
     undefined_correlations,
@@ -35,6 +33,7 @@ from evaluation import (
 from lora import adapter_tensors, apply_lora
 from multitask_bert import MultitaskBERT, task_loss
 from run_folder import new_folder, write_files
+from saved_models import load_weights, save_model
 from tokenizer import BertTokenizer
 
 # -------------------------------------------------------------------------------------- metrics

@@ -18,11 +18,12 @@ PACKAGES = {
 LAYERS = (
     {"config"},
     {"tokenizer", "simcse", "gradient_surgery", "device", "distributed"},
-    {"base_bert"},
+    {"base_bert", "script"},
     {"bert", "lora", "run_folder"},
     {"multitask_bert", "datasets", "arguments"},
-    {"report"},
+    {"report", "saved_models"},
     {"evaluation"},
+    {"preparation"},
     {"multitask_classifier"},
 )
 # What is to know little: exactly these modules of the project at most.

@@ -469,7 +469,7 @@ def test_the_deal_loses_and_doubles_nothing(tmp_path):
     assert (len(train), len(dev), len(test)) == (5000 - 2 * 2106 + 1, 2107, 2107)
     assert test[0] == ["", "id", "sentence1", "sentence2"]
     originals = {row[1]: row for row in read_rows(make_pairs(5000))[1:]}
-    seen = [*train[1:], *dev[1:], *(row + [originals[row[1]][4]] for row in test[1:])]
+    seen = [*train[1:], *dev[1:], *([*row, originals[row[1]][4]] for row in test[1:])]
     assert sorted(seen) == sorted(originals.values())
     assert [row[4] for row in train].count("") == 2 and [row[4] for row in train[-2:]] == ["", ""]
     # A row says the same bytes as before: quotes stay doubled where they were.
@@ -487,7 +487,7 @@ def rebuild_2023_dev() -> bytes:
         return read_rows((REAL_DATA / f"quora-{split}.csv").read_bytes())
 
     header, *train = rows("train")
-    shuffled = [row + ["0.0"] for row in rows("test-student")[1:]] + rows("dev")[1:] + train[:-2]
+    shuffled = [[*row, "0.0"] for row in rows("test-student")[1:]] + rows("dev")[1:] + train[:-2]
     order = list(range(len(shuffled)))
     random.Random(224).shuffle(order)
     original = [row for _, row in sorted(zip(order, shuffled, strict=True))]

@@ -79,6 +79,7 @@ def test_the_expanded_command_gives_the_same_run(given):
     args, run = get_args(shlex.split(f"--recipe simcse-lora{given}"))
     words = shlex.split(args.expanded_command)
     assert words[:2] == ["python", "multitask_classifier.py"] and "--unsupervised_simcse" in words
+    assert words.count("--LoRA_r") <= 1  # the one that was given, and not the recipe's beside it
     again, same_run = get_args(words[2:])
     assert same_run.path == run.path
     assert {n: v for n, v in vars(again).items() if n not in OWN} == parsed(

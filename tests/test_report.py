@@ -322,6 +322,13 @@ def test_the_curves_are_the_logged_losses(runs):
     assert dev_losses == [scores["sst"]["loss"] + scores["sts"]["loss"] for scores in dev]
 
 
+def test_smoothing_keeps_a_straight_line_straight_up_to_its_ends():
+    """A window that is cut on one side only would bend every curve at its ends."""
+    np.testing.assert_allclose(report.smooth([1, 2, 3, 4, 5, 6, 7], 3), [1, 2, 3, 4, 5, 6, 7])
+    np.testing.assert_allclose(report.smooth([0, 3, 0, 3, 0], 1), [0, 1, 2, 1, 0])
+    assert report.smooth([], 1) == []
+
+
 def test_runs_have_colours_of_their_own_until_there_are_too_many(runs):
     run = load(runs / "full-model-a-s1")
     few = [dataclasses.replace(run, path=f"run{i}") for i in range(len(report.COLOURS))]

@@ -14,11 +14,13 @@ import torch
 from conftest import REPOSITORY, SAMPLE
 from safetensors.torch import load_file
 
+import base_bert
 import evaluation
 import multitask_classifier
 from bert import BertModel
 from config import TASKS, BertConfig, UserError
 from lora import LORA_TARGETS
+from run_folder import RunFolder
 from tokenizer import BertTokenizer
 
 ROWS = {"train": 24, "dev": 12, "test": 6}  # of each file of the sample
@@ -236,7 +238,7 @@ def test_the_fourth_task_with_a_review_beyond_every_limit(train, workplace):
         file.write(f"99\tlong1\t{'a truly awful film . ' * 400}\t0\n")
     run = train("--tasks sst para sts cfimdb --epochs 1 --steps_per_epoch 7 --batch_size 4",
                 "full-model")  # fmt: skip
-    check_complete(run, workplace, tasks=TASKS, steps=7)  # 25 reviews in batches of 4: it was in one
+    check_complete(run, workplace, tasks=TASKS, steps=7)  # 25 reviews by 4: it was in one
     assert all("cfimdb" in line["losses"] for line in metrics(run, "train"))
 
 
@@ -267,7 +269,7 @@ def test_without_a_test_file_dev_is_written_and_no_partial_test_file(train, work
 
 
 def test_epochs_evaluations_and_patience(train):
-    """Three epochs are three evaluations; a learning rate that moves nothing stops the run early."""
+    """Three epochs are three evaluations; a rate that moves nothing stops the run early."""
     run = train("--epochs 3 --steps_per_epoch 2", "full-model")
     assert [line["epoch"] for line in metrics(run, "eval")] == [1, 2, 3]
     still = "--lr 1e-30 --head_lr 1e-30 --patience 2 --overwrite"
@@ -316,14 +318,66 @@ def test_accumulated_batches_equal_one_large_one(train):
             torch.testing.assert_close(a[name], b[name], rtol=1e-3, atol=3e-5, msg=name)
 
 
+class Broken(Exception):
+    """Stands for a kill right after a state was saved."""
+
+
+@pytest.mark.parametrize("mode", ["last-linear-layer", "full-model", "LoRA"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_broken_and_continued_run_is_the_unbroken_one(train, monkeypatch, mode, precision):
+    """To the last bit, in every mode: a frozen encoder's kept vectors are gone with the process,
+    and may not come back with other bits for having been encoded in another batch."""
+    flags = f"--fine-tune-mode {mode} --precision {precision} --epochs 3 --steps_per_epoch 5"
+    flags += " --batch_size 3 --model_file_suffix"
+    whole = train(f"{flags} whole", f"{mode}-whole")
+    save_state = RunFolder.save_state
+
+    def save_and_break(run, values, tensors):
+        save_state(run, values, tensors)
+        if values["step"] == 5:
+            raise Broken
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunFolder, "save_state", save_and_break)
+        with pytest.raises(Broken):
+            train(f"{flags} broken", "")
+    broken = train(f"{flags} broken --resume", f"{mode}-broken")
+    states = []
+    for run in (whole, broken):
+        newest = max((run / "state").iterdir())
+        states.append({p.name: load_file(p) for p in newest.glob("*.safetensors")})
+    assert states[0].keys() == states[1].keys()
+    for file, tensors in states[0].items():
+        for name, tensor in tensors.items():
+            assert torch.equal(states[1][file][name], tensor), (file, name)
+    assert prediction_files(broken / "predictions") == prediction_files(whole / "predictions")
+
+
+def test_a_continued_run_keeps_the_encoder_that_stood_in(workplace, cut_sample, bundled_folder,
+                                                          monkeypatch):  # fmt: skip
+    """Begun without the hub and continued with it: the hub's encoder would be another one."""
+    flags = f"--data_dir {cut_sample} --tasks sst --fine-tune-mode LoRA --LoRA_r 1 --epochs 0"
+    monkeypatch.setattr(base_bert, "_cached_folder", lambda repo: None)
+    monkeypatch.setattr(base_bert, "_hub_reachable", lambda: False)
+    multitask_classifier.main(flags.split())
+    description = json.loads((workplace / "runs/LoRA/run.json").read_text(encoding="utf-8"))
+    assert description["encoder"]["substituted"] is True
+    asked = []
+    monkeypatch.setattr(base_bert, "_hub_reachable", lambda: asked.append("hub") or True)
+    monkeypatch.setattr(base_bert, "_download", lambda repo: pytest.fail(f"downloads {repo}"))
+    multitask_classifier.main([*flags.split(), "--resume"])
+    evaluation.main([])
+    assert not asked
+
+
 # ----------------------------------------------------------------------------------- it learns
 
 
 @pytest.mark.parametrize(
     ("flags", "name"),
     [
-        ("--fine-tune-mode full-model --lr 2e-3", "full-model"),
-        ("--fine-tune-mode LoRA --LoRA_r 8 --lr 1e-2 --head_lr 2e-3", "LoRA"),
+        ("--fine-tune-mode full-model --lr 3e-3 --head_lr 1e-2", "full-model"),
+        ("--fine-tune-mode LoRA --LoRA_r 8 --lr 2e-2 --head_lr 1e-2", "LoRA"),
         ("--fine-tune-mode last-linear-layer --lr 1e-2 --sts_head linear", "last-linear-layer"),
     ],
 )
@@ -336,10 +390,9 @@ def test_losses_fall_on_a_small_sample(train, workplace, flags, name):
     run = train(f"{flags} --hidden_dropout_prob 0 --batch_size 8 --epochs 1 --steps_per_epoch 60 "
                 "--precision fp32", name)  # fmt: skip
     lines = metrics(run, "train")
-    share = 0.95 if name == "last-linear-layer" else 0.6
     for task in THREE:
         first, last = lines[0]["losses"][task], lines[-1]["losses"][task]
-        assert last < share * first, (task, first, last)
+        assert last < 0.7 * first, (task, first, last)
 
 
 # ---------------------------------------------------------------------- the scripts as processes

@@ -1,0 +1,228 @@
+"""What does a run begin with? Data, model, optimiser, and the record of all that it depends on."""
+
+import json
+import platform
+import shlex
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+import distributed
+from arguments import HERE, SPLITS, data_paths
+from base_bert import file_sha256, load_strictly
+from bert import BertModel
+from config import TASKS, BertConfig, MultitaskConfig, UserError
+from datasets import read_task_file
+from device import autocast, device_name
+from evaluation import BATCH_TOKENS
+from lora import apply_lora
+from multitask_bert import MultitaskBERT
+from saved_models import lora_config_of
+from script import say
+
+PACKAGES = ("torch", "numpy", "tokenizers", "safetensors", "scikit-learn")
+MUST_AGREE = ("encoder", "data", "precision")  # where a run is continued
+
+
+# ------------------------------------------------------------------------------------------ data
+
+
+def read_data(paths, require_test):
+    """Read every file: `{task: {split: TaskFile}}`; says what was skipped or is missing."""
+    files = {}
+    for name, of_task in paths.items():
+        files[name] = {}
+        for split, path in of_task.items():
+            if split == "test" and not (path.exists() or path.is_symlink()):
+                if require_test:
+                    raise UserError(f"{path}: no such file, and --require_test was given")
+                say(f"warning: {path}: no such file; no test predictions for {name}")
+                continue
+            files[name][split] = read_task_file(path, TASKS[name], split)
+            for warning in files[name][split].warnings:
+                say(f"warning: {warning}")
+    return files
+
+
+def describe_data(files):
+    """What `run.json` keeps of the data files."""
+    return {
+        name: {
+            split: {
+                "path": str(file.path.resolve()),
+                "sha256": file_sha256(file.path),
+                "rows": file.rows,
+                "examples": len(file.examples),
+            }
+            for split, file in of_task.items()
+        }
+        for name, of_task in files.items()
+    }
+
+
+def recorded_paths(args, description):
+    """As `arguments.data_paths`, for a run that is continued: its own files, unless named anew."""
+    if args.given & {"data_dir", *(f"{name}_{split}" for name in args.tasks for split in SPLITS)}:
+        return data_paths(args)
+    paths = {
+        name: {split: Path(file["path"]) for split, file in of_task.items()}
+        for name, of_task in description["data"].items()
+    }
+    return paths, None
+
+
+def describe_run(args, encoder, files, device, precision):
+    """Everything that a run depends on, for `run.json`."""
+    git = subprocess.run(
+        ["git", "rev-parse", "HEAD"], cwd=HERE, capture_output=True, text=True, check=False
+    )
+    derived = ("given", "weights", "expanded_command")
+    values = {name: value for name, value in vars(args).items() if name not in derived}
+    return {
+        "command": shlex.join(
+            [*distributed.launch_command(), "multitask_classifier.py", *sys.argv[1:]]
+        ),
+        "expanded_command": args.expanded_command,
+        "args": values,
+        "encoder": encoder.describe(),
+        "data": describe_data(files),
+        "device": device_name(device),
+        "precision": precision,
+        "threads": torch.get_num_threads(),
+        "processes": distributed.world_size(),
+        "versions": {"python": platform.python_version()} | {p: version(p) for p in PACKAGES},
+        "git_commit": git.stdout.strip() or None,
+    }
+
+
+def check_same_run(old, new):
+    """Raise `UserError` where a run would go on with something else than it began with."""
+    differences = []
+    for key in MUST_AGREE:
+        if old[key] != new[key]:
+            before, now = (json.dumps(values[key]) for values in (old, new))
+            if key == "data":
+                changed = [
+                    f"{name} {split}"
+                    for name in old["data"] | new["data"]
+                    for split in ("train", "dev", "test")
+                    if old["data"].get(name, {}).get(split, {}).get("sha256")
+                    != new["data"].get(name, {}).get(split, {}).get("sha256")
+                ]
+                if not changed:
+                    continue
+                before, now = "as recorded", f"changed: {', '.join(changed)}"
+            differences.append(f"{key} is {now}, was {before}")
+    if differences:
+        raise UserError(f"--resume: not the run that was begun: {'; '.join(differences)}")
+
+
+def check_same_everywhere(description, state):
+    """Raise `UserError` where the processes, perhaps on several machines, would train unlike."""
+    files = [file for of_task in description["data"].values() for file in of_task.values()]
+    hashes = [values["sha256"] for values in (description["encoder"], *files)]
+    distributed.require_same(f"{hashes} {description['precision']}", "data, encoder and precision")
+    step = state.values["step"] if state else 0
+    distributed.require_same(f"{step}", "state to go on from: --runs_dir has to be a shared folder")
+
+
+# ----------------------------------------------------------------------------- model and optimiser
+
+
+def check_fit(args, encoder, tokenizer):
+    """Raise `UserError` where more is asked for than the encoder has; no weights load."""
+    config = BertConfig.from_file(encoder.folder / "config.json")
+    limit = min(tokenizer.model_max_length, config.max_position_embeddings)
+    if args.max_length and args.max_length > limit:
+        raise UserError(f"--max_length {args.max_length}: this encoder has {limit} positions")
+    if lora := lora_config_of(vars(args)):
+        try:
+            with torch.device("meta"):
+                apply_lora(BertModel(config), lora)
+        except ValueError as error:
+            raise UserError(f"--LoRA_r {lora.r}: {error}") from error
+
+
+def build_model(args, encoder, tokenizer):
+    """Encoder with its pretrained weights, LoRA layers in mode LoRA, and fresh task heads."""
+    bert = BertModel.from_pretrained(encoder)
+    if args.hidden_dropout_prob is not None:
+        bert.set_dropout(args.hidden_dropout_prob)
+    limit = min(tokenizer.model_max_length, bert.config.max_position_embeddings)
+    config = MultitaskConfig(
+        tasks=tuple(args.tasks),
+        heads={name: getattr(args, f"{name}_head") for name in args.tasks},
+        joint=tuple(args.joint),
+        pooling=args.pooling,
+        dropout=bert.embeddings.dropout.p,
+        max_length=args.max_length or limit,
+        simcse_tasks=tuple(args.simcse_tasks or args.tasks) if args.unsupervised_simcse else (),
+        supervised_simcse=args.supervised_simcse,
+    )
+    if lora := lora_config_of(vars(args)):
+        apply_lora(bert, lora)
+    frozen = args.fine_tune_mode == "last-linear-layer"
+    return MultitaskBERT(bert, config, tokenizer.pad_id, frozen)
+
+
+def make_optimizer(model, args):
+    """AdamW over what is trained; no decay on biases and LayerNorm, own rates for the heads."""
+    groups = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            rate = args.encoder_rate if name.startswith("bert.") else args.head_rate
+            decay = 0.0 if parameter.ndim < 2 or "LayerNorm" in name else args.weight_decay
+            group = {"params": [], "peak_lr": rate, "lr": rate, "weight_decay": decay}
+            groups.setdefault((rate, decay), group)["params"].append(parameter)
+    fused = next(model.parameters()).device.type in ("cpu", "cuda")
+    return torch.optim.AdamW(list(groups.values()), fused=fused)
+
+
+def count_parameters(model):
+    """Numbers of trained and of all parameters."""
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return {"trained": trained, "all": sum(p.numel() for p in model.parameters())}
+
+
+def training_state(model, optimizer):
+    """What continuing needs, by file and name: trained weights and AdamW's moments."""
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    moments = {
+        f"{name}:{key}": value
+        for name, parameter in trained.items()
+        for key, value in optimizer.state.get(parameter, {}).items()
+    }
+    return {"trained": trained, "optimizer": moments}
+
+
+def load_training_state(model, optimizer, tensors):
+    """Put back what `training_state` gave; strict about every name and shape."""
+    trained = {n: p.data for n, p in model.named_parameters() if p.requires_grad}
+    load_strictly(trained, tensors["trained"], "state")
+    parameters = dict(model.named_parameters())
+    for key, value in tensors["optimizer"].items():
+        name, _, moment = key.rpartition(":")
+        if name not in trained:
+            raise UserError(f"state: does not fit: unexpected {key}")
+        parameter = parameters[name]
+        place = value if moment == "step" else value.to(parameter.device)
+        optimizer.state[parameter][moment] = place
+
+
+def encode_in_advance(model, batches, args, precision, check_stop):
+    """Encode each training sentence of a frozen encoder once, sorted by length.
+
+    A vector's last bits depend on the batch in which it was encoded. So which sentences are encoded
+    together must not depend on where a run was broken off.
+    """
+    device = next(model.parameters()).device
+    for name, dataset in batches.datasets.items():
+        rows = batches.rows_until(name, args.total_steps * args.accumulate)
+        say(f"{name}: encoding {len(rows):,} training examples, once for all epochs")
+        for _, batch in dataset.batches_by_length(BATCH_TOKENS[device.type], rows):
+            check_stop()
+            with autocast(device, precision), torch.no_grad():
+                model.encode_groups(model.task_inputs(name, batch))

@@ -1,0 +1,114 @@
+"""How is a whole model, encoder and heads, saved and loaded?
+
+In other tools' formats: the encoder as `transformers` and `sentence-transformers` read it, in mode
+LoRA the adapter as `peft` reads it, and the heads beside it.
+"""
+
+import json
+from pathlib import Path
+
+from base_bert import load_encoder, load_strictly, read_tensors, write_tensors
+from bert import BertModel
+from config import LoRAConfig, MultitaskConfig, UserError
+from lora import apply_lora, load_adapter, save_adapter
+from multitask_bert import MultitaskBERT
+from run_folder import damage
+
+
+def save_model(model, tokenizer, encoder, lora_config, folder):
+    """Write a model in other tools' formats: see the README, "The run folder".
+
+    The encoder for `transformers` and `sentence-transformers`, or with a `LoRAConfig` the adapter
+    for `peft`; the heads beside it.
+    """
+    folder = Path(folder)
+    if lora_config:
+        base = encoder.name
+        save_adapter(model.bert, folder, lora_config, base, encoder.revision)
+        tokenizer.save_pretrained(folder)
+    else:
+        model.bert.save_pretrained(folder, tokenizer)
+        _write_sentence_transformers_files(folder, model.config)
+    heads = {n: t for n, t in model.state_dict().items() if not n.startswith("bert.")}
+    write_tensors(folder / "heads.safetensors", heads)
+    settings = {name: getattr(model.config, name) for name in MultitaskConfig.__dataclass_fields__}
+    (folder / "heads.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+
+
+def _write_sentence_transformers_files(folder, config):
+    """Which modules `SentenceTransformer(folder)` puts together: this encoder and this pooling."""
+    kind = "sentence_transformers.models"
+    modules = [
+        {"idx": 0, "name": "0", "path": "", "type": f"{kind}.Transformer"},
+        {"idx": 1, "name": "1", "path": "1_Pooling", "type": f"{kind}.Pooling"},
+    ]
+    size = json.loads((folder / "config.json").read_text(encoding="utf-8"))["hidden_size"]
+    pooling = {
+        "word_embedding_dimension": size,
+        "pooling_mode_cls_token": config.pooling == "cls",
+        "pooling_mode_mean_tokens": config.pooling == "mean",
+    }
+    (folder / "1_Pooling").mkdir()
+    for name, content in (
+        ("modules.json", modules),
+        ("1_Pooling/config.json", pooling),
+        ("sentence_bert_config.json", {"max_seq_length": config.max_length}),
+    ):
+        (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def load_weights(model, lora_config, folder):
+    """Read what `save_model` wrote into a model of the same shape; strict about every tensor."""
+    folder = Path(folder)
+    if problem := damage(folder):
+        raise UserError(problem)
+    if lora_config:
+        load_adapter(model.bert, folder, lora_config)
+    else:
+        path = folder / "model.safetensors"
+        load_strictly(model.bert.state_dict(), read_tensors(path), path)
+    own = {n: t for n, t in model.state_dict().items() if not n.startswith("bert.")}
+    load_strictly(own, read_tensors(folder / "heads.safetensors"), folder / "heads.safetensors")
+    model.vectors.clear()
+
+
+def lora_config_of(args):
+    """The `LoRAConfig` of a run's arguments, None in the other modes."""
+    if args["fine_tune_mode"] != "LoRA":
+        return None
+    return LoRAConfig(
+        args["LoRA_r"], args["LoRA_alpha"], args["LoRA_dropout"], tuple(args["LoRA_targets"])
+    )
+
+
+def load_run(run, device):
+    """The best model of a run and what belongs to it: `(model, tokenizer, description)`.
+
+    Raises `UserError` where there is no best model, it is damaged, or the encoder is not the run's.
+    """
+    description = run.description()
+    args = description["args"]
+    if not run.best.exists():
+        raise UserError(f"{run.path}: no best model yet; continue the run with --resume")
+    if problem := damage(run.best):
+        raise UserError(problem)
+    lora = lora_config_of(args)
+    if lora:
+        encoder, tokenizer = load_encoder(description["encoder"]["name"])
+        if encoder.sha256 != description["encoder"]["sha256"]:
+            raise UserError(f"{encoder.folder}: not the encoder that {run.path} was trained on")
+        bert = apply_lora(BertModel.from_pretrained(encoder), lora)
+    else:
+        encoder, tokenizer = load_encoder(run.best)
+        bert = BertModel.from_pretrained(encoder)
+    path = run.best / "heads.json"
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+        settings = {k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()}
+        config = MultitaskConfig(**settings)
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"{path}: not the settings of a model: {error}") from error
+    frozen = args["fine_tune_mode"] == "last-linear-layer"
+    model = MultitaskBERT(bert, config, tokenizer.pad_id, frozen)
+    load_weights(model, lora, run.best)
+    return model.to(device).eval(), tokenizer, description
