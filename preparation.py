@@ -1,8 +1,8 @@
 """What does a run begin with? Data, model, optimiser, and the record of all that it depends on."""
 
-import json
 import platform
 import shlex
+import shutil
 import subprocess
 import sys
 from importlib.metadata import version
@@ -24,8 +24,6 @@ from saved_models import lora_config_of
 from script import say
 
 PACKAGES = ("torch", "numpy", "tokenizers", "safetensors", "scikit-learn")
-MUST_AGREE = ("encoder", "data", "precision")  # where a run is continued
-
 
 # ------------------------------------------------------------------------------------------ data
 
@@ -76,9 +74,6 @@ def recorded_paths(args, description):
 
 def describe_run(args, encoder, files, device, precision):
     """Everything that a run depends on, for `run.json`."""
-    git = subprocess.run(
-        ["git", "rev-parse", "HEAD"], cwd=HERE, capture_output=True, text=True, check=False
-    )
     derived = ("given", "weights", "expanded_command")
     values = {name: value for name, value in vars(args).items() if name not in derived}
     return {
@@ -94,37 +89,45 @@ def describe_run(args, encoder, files, device, precision):
         "threads": torch.get_num_threads(),
         "processes": distributed.world_size(),
         "versions": {"python": platform.python_version()} | {p: version(p) for p in PACKAGES},
-        "git_commit": git.stdout.strip() or None,
+        "git_commit": git_commit(),
     }
+
+
+def git_commit():
+    """The commit that this program is, None outside a repository."""
+    if not shutil.which("git"):
+        return None
+    command = ["git", "rev-parse", "HEAD"]
+    git = subprocess.run(command, cwd=HERE, capture_output=True, text=True, check=False)
+    return git.stdout.strip() or None
+
+
+def identity(description):
+    """What must be the same where a run is continued or shared: name -> value."""
+    values = {
+        "encoder": description["encoder"]["sha256"][:12],
+        "precision": description["precision"],
+    }
+    for name, of_task in description["data"].items():
+        values |= {f"{name} {split} file": f["sha256"][:12] for split, f in of_task.items()}
+    return values
 
 
 def check_same_run(old, new):
     """Raise `UserError` where a run would go on with something else than it began with."""
-    differences = []
-    for key in MUST_AGREE:
-        if old[key] != new[key]:
-            before, now = (json.dumps(values[key]) for values in (old, new))
-            if key == "data":
-                changed = [
-                    f"{name} {split}"
-                    for name in old["data"] | new["data"]
-                    for split in ("train", "dev", "test")
-                    if old["data"].get(name, {}).get(split, {}).get("sha256")
-                    != new["data"].get(name, {}).get(split, {}).get("sha256")
-                ]
-                if not changed:
-                    continue
-                before, now = "as recorded", f"changed: {', '.join(changed)}"
-            differences.append(f"{key} is {now}, was {before}")
+    old, new = identity(old), identity(new)
+    differences = [
+        f"{name} is {new.get(name)}, was {old.get(name)}"
+        for name in old | new
+        if old.get(name) != new.get(name)
+    ]
     if differences:
         raise UserError(f"--resume: not the run that was begun: {'; '.join(differences)}")
 
 
 def check_same_everywhere(description, state):
     """Raise `UserError` where the processes, perhaps on several machines, would train unlike."""
-    files = [file for of_task in description["data"].values() for file in of_task.values()]
-    hashes = [values["sha256"] for values in (description["encoder"], *files)]
-    distributed.require_same(f"{hashes} {description['precision']}", "data, encoder and precision")
+    distributed.require_same(str(identity(description)), "data, encoder and precision")
     step = state.values["step"] if state else 0
     distributed.require_same(f"{step}", "state to go on from: --runs_dir has to be a shared folder")
 
@@ -221,6 +224,8 @@ def encode_in_advance(model, batches, args, precision, check_stop):
     device = next(model.parameters()).device
     for name, dataset in batches.datasets.items():
         rows = batches.rows_until(name, args.total_steps * args.accumulate)
+        if not len(rows):
+            continue
         say(f"{name}: encoding {len(rows):,} training examples, once for all epochs")
         for _, batch in dataset.batches_by_length(BATCH_TOKENS[device.type], rows):
             check_stop()
