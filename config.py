@@ -184,8 +184,8 @@ class MultitaskConfig:
 
 MODES = ("last-linear-layer", "full-model", "LoRA")
 
-# Peak learning rates by mode, (encoder, heads), measured at batch 16 to 32 with the bundled
-# encoder; see RESULTS.md. The heads start from random numbers and bear a larger rate.
+# Peak learning rates by mode, (encoder, heads). The heads start from random numbers and bear a
+# larger rate than the pretrained encoder; so do LoRA's matrices.
 LEARNING_RATES = {
     "last-linear-layer": (0.0, 1e-3),
     "full-model": (5e-5, 5e-4),

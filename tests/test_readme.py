@@ -1,0 +1,54 @@
+"""The README names what there is: every flag, every file, and nothing that is not there."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from arguments import make_parser
+from config import RECIPES, TASKS
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+FLAGS = set(re.findall(r"(?<![\w-])--[A-Za-z][\w-]*", README))
+OF_OTHERS = {"--nproc_per_node", "--nnodes", "--rdzv_endpoint"}  # torchrun's
+BY_TASK = {f"--{task}_{what}" for task in TASKS for what in
+           ("train", "dev", "test", "dev_out", "test_out")}  # fmt: skip
+
+
+def known_flags():
+    """All flags of both scripts and of the others that the README mentions."""
+    own = {name for action in make_parser()._actions for name in action.option_strings}
+    for script in ("evaluation.py", "data/prepare.py", "benchmarks/throughput.py"):
+        own |= set(re.findall(r'"(--[\w-]+)"', (ROOT / script).read_text(encoding="utf-8")))
+    return own | OF_OTHERS
+
+
+def test_every_flag_of_the_training_script_is_explained():
+    flags = {name for action in make_parser()._actions for name in action.option_strings}
+    assert flags - FLAGS - BY_TASK - {"-h", "--help"} == set()
+    assert FLAGS > {"--sst_train", "--cfimdb_test", "--sst_dev_out", "--cfimdb_test_out"}
+
+
+def test_every_flag_in_the_readme_exists():
+    assert FLAGS - known_flags() - {"--"} == set()
+
+
+@pytest.mark.parametrize("path", sorted(p.name for p in ROOT.glob("*.py")))
+def test_every_module_stands_in_the_table_of_files(path):
+    assert f"| `{path}` |" in README
+
+
+def test_every_file_in_the_table_exists():
+    names = re.findall(r"^\| `([\w/.]+)` \| [a-z]", README, flags=re.MULTILINE)
+    files = [name for name in names if name.endswith((".py", "/"))]
+    assert len(files) > 15
+    assert [name for name in files if not (ROOT / name).exists()] == []
+
+
+def test_every_recipe_stands_in_the_readme():
+    assert [name for name in RECIPES if f"| `{name}` |" not in README] == []
+
+
+def test_nothing_is_left_to_fill_in():
+    assert "@@" not in README
