@@ -29,6 +29,12 @@ DOCUMENTED = {
 OWN = ("given", "recipe", "expanded_command")  # what only a recipe's command line sets
 
 
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    """A working directory without runs: those of whoever runs the tests are in nobody's way."""
+    monkeypatch.chdir(tmp_path)
+
+
 def parsed(command):
     """Checked arguments of a command line, as a dict without what is a recipe's own."""
     args, _ = get_args(shlex.split(command))
