@@ -105,11 +105,11 @@ def git_commit():
 def identity(description):
     """What must be the same where a run is continued or shared: name -> value."""
     values = {
-        "encoder": description["encoder"]["sha256"][:12],
+        "encoder": description["encoder"]["sha256"],
         "precision": description["precision"],
     }
     for name, of_task in description["data"].items():
-        values |= {f"{name} {split} file": f["sha256"][:12] for split, f in of_task.items()}
+        values |= {f"{name} {split} file": f["sha256"] for split, f in of_task.items()}
     return values
 
 
@@ -117,7 +117,7 @@ def check_same_run(old, new):
     """Raise `UserError` where a run would go on with something else than it began with."""
     old, new = identity(old), identity(new)
     differences = [
-        f"{name} is {new.get(name)}, was {old.get(name)}"
+        f"{name} is {str(new.get(name))[:12]}, was {str(old.get(name))[:12]}"
         for name in old | new
         if old.get(name) != new.get(name)
     ]

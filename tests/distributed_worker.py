@@ -27,6 +27,7 @@ sys.path.insert(0, str(REPOSITORY))
 import distributed  # noqa: E402
 import multitask_bert  # noqa: E402
 import multitask_classifier  # noqa: E402
+import preparation  # noqa: E402
 from script import run_script  # noqa: E402
 
 
@@ -93,7 +94,7 @@ def hash_of_rank(path):
 
 
 BREAK = {
-    "files": (multitask_classifier, "file_sha256", hash_of_rank),
+    "files": (preparation, "file_sha256", hash_of_rank),
     "gather": (multitask_bert, "gather_rows", own_rows),
     "wrapper": (multitask_classifier, "DistributedDataParallel", unwrapped),
 }
