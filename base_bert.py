@@ -124,9 +124,9 @@ def _checked_sha256(folder, name):
     missing = [f for f in ("config.json", "model.safetensors") if not (folder / f).exists()]
     if missing:
         raise UserError(f"{folder}: no {' and no '.join(missing)}; not an encoder's folder")
-    for file in FILES:
-        _check_download(folder / file)
     digest = file_sha256(path)
+    for file in FILES:
+        _check_download(folder / file, digest if file == path.name else None)
     if name in SHA256 and digest != SHA256[name]:
         raise UserError(
             f"{path.resolve()}: SHA-256 {digest[:12]}…, expected {SHA256[name][:12]}…: damaged or "
@@ -135,14 +135,14 @@ def _checked_sha256(folder, name):
     return digest
 
 
-def _check_download(path):
+def _check_download(path, sha256=None):
     """Raise `UserError` where a file of the hub's cache is not what it is named after there: its
     SHA-256, or for a small file git's SHA-1."""
     blob = path.resolve()
     if blob.parent.name != "blobs" or len(blob.name) not in (40, 64) or not blob.is_file():
         return
     if len(blob.name) == 64:
-        digest = file_sha256(blob)
+        digest = sha256 or file_sha256(blob)
     else:
         content = blob.read_bytes()
         digest = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()

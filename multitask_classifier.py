@@ -65,7 +65,6 @@ def set_learning_rate(optimizer, step, total, warmup):
     factor = (step + 1) / rising if step < rising else (total - step) / max(1, total - rising)
     for group in optimizer.param_groups:
         group["lr"] = group["peak_lr"] * factor
-    return factor
 
 
 def seed_everything(*numbers):

@@ -138,7 +138,7 @@ def check_same_everywhere(description, state):
 def check_fit(args, encoder, tokenizer):
     """Raise `UserError` where more is asked for than the encoder has; no weights load."""
     config = BertConfig.from_file(encoder.folder / "config.json")
-    limit = min(tokenizer.model_max_length, config.max_position_embeddings)
+    limit = tokenizer.model_max_length  # `load_encoder` holds it to the encoder's positions
     if args.max_length and args.max_length > limit:
         raise UserError(f"--max_length {args.max_length}: this encoder has {limit} positions")
     if lora := lora_config_of(vars(args)):
@@ -154,14 +154,13 @@ def build_model(args, encoder, tokenizer):
     bert = BertModel.from_pretrained(encoder)
     if args.hidden_dropout_prob is not None:
         bert.set_dropout(args.hidden_dropout_prob)
-    limit = min(tokenizer.model_max_length, bert.config.max_position_embeddings)
     config = MultitaskConfig(
         tasks=tuple(args.tasks),
         heads={name: getattr(args, f"{name}_head") for name in args.tasks},
         joint=tuple(args.joint),
         pooling=args.pooling,
         dropout=bert.embeddings.dropout.p,
-        max_length=args.max_length or limit,
+        max_length=args.max_length or tokenizer.model_max_length,
         simcse_tasks=tuple(args.simcse_tasks or args.tasks) if args.unsupervised_simcse else (),
         supervised_simcse=args.supervised_simcse,
     )

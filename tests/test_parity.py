@@ -162,8 +162,8 @@ def padded(sequences, hidden_size, seed=3):
     }
 
 
-class InRectangles(torch.nn.Module):
-    """The standard call, computed as training computes: without padding, in rectangles."""
+class Wrapped(torch.nn.Module):
+    """A model called in another way, under its own parameter names."""
 
     def __init__(self, model):
         super().__init__()
@@ -172,6 +172,10 @@ class InRectangles(torch.nn.Module):
     def named_parameters(self, *args, **kwargs):
         """The model's own names."""
         return self.model.named_parameters(*args, **kwargs)
+
+
+class InRectangles(Wrapped):
+    """The standard call, computed as training computes: without padding, in rectangles."""
 
     def forward(self, input_ids, attention_mask, token_type_ids):
         """Hidden states put back in their padded places; zeros at padding."""
@@ -424,16 +428,8 @@ def segments_zeroed(model, tensors):
     return model, tensors | {"token_type_ids": torch.zeros_like(tensors["token_type_ids"])}
 
 
-class MaskIgnored(torch.nn.Module):
+class MaskIgnored(Wrapped):
     """A model that attends to padding."""
-
-    def __init__(self, model):
-        super().__init__()
-        self.model = model
-
-    def named_parameters(self, *args, **kwargs):
-        """The model's own names."""
-        return self.model.named_parameters(*args, **kwargs)
 
     def forward(self, input_ids, attention_mask, token_type_ids):
         """The standard call with every token declared real."""
