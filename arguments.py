@@ -7,6 +7,7 @@ data or weights load.
 import argparse
 import difflib
 import math
+import re
 import shlex
 import sys
 from pathlib import Path
@@ -100,7 +101,8 @@ def make_parser():
     add("--pooling", choices=("mean", "cls"), default="mean",
         help="a sentence's vector: mean over its tokens (default) or the first token")
     add("--pair_encoding", nargs="+", default=["separate"], metavar="[TASK=]HOW",
-        help="'separate' (default) or 'joint', for all pair tasks or as para=joint sts=separate")
+        help="'separate' (default), 'joint' (a pair as one sequence) or 'both', for all pair tasks "
+        "or as para=both sts=separate")
     add("--unsupervised_simcse", action="store_true", help="contrastive loss on sentences")
     add("--supervised_simcse", action="store_true", help="contrastive loss on paraphrase pairs")
     add("--simcse_tasks", nargs="+", choices=TASKS, metavar="TASK",
@@ -116,6 +118,8 @@ def make_parser():
         "the batches of the largest task, at most 2000")
     add("--batch_size", type=positive, default=8,
         help="examples of each task a step, over all processes; default 8")
+    add("--task_batch_sizes", nargs="+", default=[], metavar="TASK=N",
+        help="other sizes for single tasks, such as para=64")
     add("--accumulate", type=positive, default=1, metavar="N",
         help="batches per optimiser step, default 1; in-batch negatives stay those of one batch, "
         "since each batch's loss is complete by itself")
@@ -239,11 +243,12 @@ def check_args(args):
     lora_flags = sorted(name for name in given if name.startswith("LoRA_"))
     if mode != "LoRA" and lora_flags:
         raise UserError(f"--{lora_flags[0]}: only with --fine-tune-mode LoRA, not {mode}")
-    args.joint = joint_tasks(args.pair_encoding, args.tasks)
+    args.joint, args.both = pair_encodings(args.pair_encoding, args.tasks)
+    args.batch_sizes = batch_sizes(args)
     simcse = args.unsupervised_simcse or args.supervised_simcse
     if args.simcse_tasks and not args.unsupervised_simcse:
         raise UserError("--simcse_tasks: only with --unsupervised_simcse")
-    if simcse and args.batch_size < 2:
+    if simcse and min(args.batch_sizes.values()) < 2:
         raise UserError("--batch_size 1: SimCSE needs other examples in the batch, at least 2")
     if args.supervised_simcse and "para" not in args.tasks:
         raise UserError("--supervised_simcse: needs the task para")
@@ -256,7 +261,8 @@ def check_args(args):
             raise UserError(f"SimCSE: {frozen}; its losses could train nothing")
         if args.gradient_surgery:
             raise UserError(f"--gradient_surgery: {frozen}; tasks share no trained weights")
-        if args.tasks == ["sts"] and args.sts_head == "cosine" and not args.joint:
+        together = args.joint + args.both
+        if args.tasks == ["sts"] and args.sts_head == "cosine" and not together:
             raise UserError(f"--sts_head cosine: {frozen}; nothing to train; use --sts_head linear")
     outputs = [getattr(args, name) for name in given if name.endswith(("_dev_out", "_test_out"))]
     if len(set(outputs)) < len(outputs):
@@ -270,19 +276,32 @@ def check_args(args):
     args.head_rate = args.head_lr or (args.lr if frozen_encoder else None) or head_lr
 
 
-def joint_tasks(values, tasks):
-    """Pair tasks to encode jointly, from `--pair_encoding`."""
+def batch_sizes(args):
+    """Task -> examples in a batch, from `--batch_size` and `--task_batch_sizes`."""
+    sizes = dict.fromkeys(args.tasks, args.batch_size)
+    for value in args.task_batch_sizes:
+        name, _, size = value.partition("=")
+        if name not in sizes or not re.fullmatch("[1-9][0-9]{0,6}", size):
+            raise UserError(
+                f"--task_batch_sizes {value}; expected TASK=N with TASK of {', '.join(sizes)}"
+            )
+        sizes[name] = int(size)
+    return sizes
+
+
+def pair_encodings(values, tasks):
+    """Pair tasks to encode jointly, and those to encode both ways, from `--pair_encoding`."""
     pairs = [name for name in tasks if TASKS[name].is_pair]
     how = dict.fromkeys(pairs, "separate")
     for value in values:
         name, _, choice = value.rpartition("=")
-        if choice not in ("separate", "joint") or (name and name not in how):
+        if choice not in ("separate", "joint", "both") or (name and name not in how):
             raise UserError(
-                f"--pair_encoding {value}; expected separate, joint or TASK=separate, TASK=joint "
-                f"with TASK of {', '.join(pairs)}"
+                f"--pair_encoding {value}; expected separate, joint or both, or TASK=separate, "
+                f"TASK=joint, TASK=both with TASK of {', '.join(pairs)}"
             )
         how.update({name: choice} if name else dict.fromkeys(pairs, choice))
-    return tuple(name for name in pairs if how[name] == "joint")
+    return tuple(tuple(n for n in pairs if how[n] == choice) for choice in ("joint", "both"))
 
 
 def loss_weights(values):

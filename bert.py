@@ -1,12 +1,10 @@
 """BERT, by hand (Devlin et al. 2019): embeddings, self-attention, feed-forward layers, pooler.
 
-Shape legend: B sentences, T tokens of a sentence, N tokens of all sentences together, D hidden
-size, H heads.
+Shape legend: B rows, T tokens of a row, N tokens of all rows together, D hidden size, H heads.
 
-Sentences of unlike length would cost half of the computation in padding. So everything but the
-attention works on the N tokens of a step in one (N, D) tensor, and attention works on `Rectangle`s:
-groups of sentences of (nearly) the same length, which lie in that tensor one after the other. The
-usual padded batch is the case of a single rectangle.
+A row is one sentence with its padding, as usual, or several short ones side by side (`pack`): with
+one sentence a row, half of the computation would be padding. Attention sees to it that a token
+meets those of its own sentence alone; everything else works on single tokens, on all N at once.
 """
 
 import math
@@ -19,16 +17,28 @@ from torch import nn
 
 from base_bert import BertPreTrainedModel
 
-# What one more rectangle costs, in padding tokens that take as long: its kernel launches.
-RECTANGLE_COST = {"cpu": 8, "cuda": 400, "mps": 200}
+ROW_TOKENS = 64  # width of the rows that sentences are packed into; longer ones: the next doubling
+# Padding rows make the number of rows a multiple of this, in units of ROW_TOKENS: few distinct
+# shapes, for each of which oneDNN keeps a kernel, and a GPU's allocator a block.
+ROWS_MULTIPLE = 2
 
 
-class Rectangle(NamedTuple):
-    """Sentences of like length. `attention_mask` is None where there is no padding at all."""
+class Rows(NamedTuple):
+    """Rows of one width."""
 
     input_ids: torch.Tensor  # (B, T) int64
-    attention_mask: torch.Tensor | None  # (B, T) bool, True = real token
-    token_type_ids: torch.Tensor | None  # (B, T) int64; None: all of segment 0
+    position_ids: torch.Tensor  # (B, T) int64, within the sentence
+    token_type_ids: torch.Tensor  # (B, T) int64
+    attention_mask: torch.Tensor  # (B, 1, 1 or T, T) bool, True where a token meets another
+
+
+class Packed(NamedTuple):
+    """Sentences in rows, and where they are: indices into the N tokens of all rows."""
+
+    rows: list  # of `Rows`, each of another width
+    sentence: torch.Tensor  # (N,) int64, the sentence of each token; of padding: their number
+    first: torch.Tensor  # (sentences,) int64, where each begins
+    lengths: torch.Tensor  # (sentences,) int64
 
 
 class FastDropout(nn.Module):
@@ -63,7 +73,8 @@ def dropout_mask(shape, p, dtype):
     )
     bits = torch.from_numpy(words.view(np.int16))[:count].view(shape)
     dropped = round(p * 2**16)
-    return (bits >= dropped - 2**15).to(dtype).mul_(2**16 / max(1, 2**16 - dropped))
+    mask = torch.ge(bits, dropped - 2**15, out=torch.empty(shape, dtype=dtype))
+    return mask.mul_(2**16 / max(1, 2**16 - dropped))
 
 
 class BertEmbeddings(nn.Module):
@@ -77,19 +88,12 @@ class BertEmbeddings(nn.Module):
         self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.dropout = FastDropout(config.hidden_dropout_prob)
 
-    def forward(self, rectangles):
-        """The tokens of all rectangles, one after the other -> (N, D)."""
-        ids = torch.cat([r.input_ids.flatten() for r in rectangles])
-        positions = torch.cat([
-            torch.arange(r.input_ids.size(1), device=ids.device).repeat(r.input_ids.size(0))
-            for r in rectangles
-        ])  # fmt: skip
-        segments = torch.cat([
-            torch.zeros_like(r.input_ids).flatten()
-            if r.token_type_ids is None
-            else r.token_type_ids.flatten()
-            for r in rectangles
-        ])  # fmt: skip
+    def forward(self, rows):
+        """The tokens of a list of `Rows`, one after the other -> (N, D)."""
+        ids, positions, segments = (
+            torch.cat([getattr(r, name).flatten() for r in rows])
+            for name in ("input_ids", "position_ids", "token_type_ids")
+        )
         summed = (
             self.word_embeddings(ids)
             + self.token_type_embeddings(segments)
@@ -109,24 +113,20 @@ class BertSelfAttention(nn.Module):
         self.value = nn.Linear(config.hidden_size, config.hidden_size)
         self.dropout = FastDropout(config.attention_probs_dropout_prob)
 
-    def forward(self, hidden_states, rectangles):
-        """(N, D) -> (N, D); rows of `hidden_states` are the tokens of `rectangles` in order."""
-        sizes = [r.input_ids.numel() for r in rectangles]
-        projections = (
-            linear(hidden_states).split(sizes) for linear in (self.query, self.key, self.value)
-        )
-        return torch.cat([
-            self.attend(rectangle, *qkv)
-            for rectangle, *qkv in zip(rectangles, *projections, strict=True)
-        ])  # fmt: skip
+    def forward(self, hidden_states, rows):
+        """(N, D) -> (N, D), the tokens of a list of `Rows` in order."""
+        projections = [linear(hidden_states) for linear in (self.query, self.key, self.value)]
+        if len(rows) == 1:
+            return self.attend(rows[0], *projections)
+        sizes = [r.input_ids.numel() for r in rows]
+        of_width = zip(rows, *(x.split(sizes) for x in projections), strict=True)
+        return torch.cat([self.attend(*parts) for parts in of_width])
 
-    def attend(self, rectangle, query, key, value):
-        """Attention inside one rectangle: three (B·T, D) -> (B·T, D)."""
-        B, T = rectangle.input_ids.shape
+    def attend(self, rows, query, key, value):
+        """Attention inside rows of one width: three (B·T, D) -> (B·T, D)."""
+        B, T = rows.input_ids.shape
         q, k, v = (x.view(B, T, self.num_heads, -1).transpose(1, 2) for x in (query, key, value))
-        mask = rectangle.attention_mask
-        mask = None if mask is None else mask[:, None, None, :]  # (B, 1, 1, T)
-        dropout = self.dropout.p if self.training else 0.0
+        dropout, mask = self.dropout.p if self.training else 0.0, rows.attention_mask
         if dropout and query.device.type == "cpu":
             context = self.attend_with_dropout(q, k, v, mask)
         else:
@@ -136,8 +136,9 @@ class BertSelfAttention(nn.Module):
     def attend_with_dropout(self, q, k, v, mask):
         """The same written out, (B, H, T, D/H) each: on a CPU the fused kernel knows no dropout."""
         scores = (q / math.sqrt(q.size(-1))) @ k.transpose(-2, -1)
-        if mask is not None:
-            scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+        # Added once over all heads: `scores.masked_fill` would take seven times as long.
+        lowest = torch.finfo(scores.dtype).min
+        scores = scores + torch.zeros_like(mask, dtype=scores.dtype).masked_fill(~mask, lowest)
         return self.dropout(scores.softmax(dim=-1)) @ v
 
 
@@ -167,9 +168,9 @@ class BertLayer(nn.Module):
         self.intermediate = nn.ModuleDict({"dense": nn.Linear(hidden, intermediate)})
         self.output = BertOutput(intermediate, config)
 
-    def forward(self, hidden_states, rectangles):
+    def forward(self, hidden_states, rows):
         """(N, D) -> (N, D)."""
-        context = self.attention["self"](hidden_states, rectangles)
+        context = self.attention["self"](hidden_states, rows)
         hidden_states = self.attention["output"](context, hidden_states)
         return self.output(F.gelu(self.intermediate["dense"](hidden_states)), hidden_states)
 
@@ -205,92 +206,99 @@ class BertModel(BertPreTrainedModel):
         `token_type_ids` (batch, seq), segment 0 or 1, all 0 by default. Returns a dict with
         `last_hidden_state` (batch, seq, hidden) and `pooler_output` (batch, hidden).
         """
-        rectangle = Rectangle(input_ids, attention_mask.bool(), token_type_ids)
-        (last_hidden_state,) = self.encode([rectangle])
+        longest, limit = input_ids.size(1), self.config.max_position_embeddings
+        if longest > limit:
+            raise ValueError(f"sequence of {longest} tokens; this encoder has {limit} positions")
+        positions = torch.arange(longest, device=input_ids.device).expand_as(input_ids)
+        if token_type_ids is None:
+            token_type_ids = torch.zeros_like(input_ids)
+        mask = attention_mask.bool()[:, None, None, :]
+        hidden_states = self.encode([Rows(input_ids, positions, token_type_ids, mask)])
+        last_hidden_state = hidden_states.view(*input_ids.shape, -1)
         pooled = torch.tanh(self.pooler["dense"](last_hidden_state[:, 0]))
         return {"last_hidden_state": last_hidden_state, "pooler_output": pooled}
 
-    def encode(self, rectangles):
-        """The last hidden states of each rectangle, a list of (B, T, D)."""
-        longest = max(r.input_ids.size(1) for r in rectangles)
-        if longest > self.config.max_position_embeddings:
-            raise ValueError(
-                f"sequence of {longest} tokens; this encoder has "
-                f"{self.config.max_position_embeddings} positions"
-            )
-        hidden_states = self.embeddings(rectangles)
+    def encode(self, rows):
+        """The last hidden states (N, D) of the tokens of a list of `Rows`, in order."""
+        hidden_states = self.embeddings(rows)
         if hidden_states.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
             # Autocast would go on in fp32 between the linear layers: twice the memory traffic.
             hidden_states = hidden_states.to(torch.get_autocast_dtype("cpu"))
         for layer in self.encoder["layer"]:
-            hidden_states = layer(hidden_states, rectangles)
-        parts = hidden_states.split([r.input_ids.numel() for r in rectangles])
-        return [
-            part.view(*rectangle.input_ids.shape, -1)
-            for part, rectangle in zip(parts, rectangles, strict=True)
-        ]
+            hidden_states = layer(hidden_states, rows)
+        return hidden_states
 
 
-# ------------------------------------------------------------------- sentences into rectangles
+# --------------------------------------------------------------------------- sentences into rows
 
 
-def group_by_length(lengths, rectangle_cost):
-    """Cut ascending `lengths` into runs so that padding tokens + rectangles × cost is smallest.
+def fill_rows(lengths, numbers, width):
+    """Put sentences, those of `lengths` at `numbers`, into few rows of `width` tokens.
 
-    Exact, by dynamic programming over the distinct lengths. Returns the runs as (start, end).
+    Best fit, longest first: each goes to the row in which it leaves the least room, else to a new
+    one, for which it has to fill more than half of it unless rows are `ROW_TOKENS` wide. Returns
+    the rows as lists of numbers, and the numbers that are left for narrower rows.
     """
-    values, starts = np.unique(lengths, return_index=True)
-    bounds = [*starts.tolist(), len(lengths)]
-    best, cut = [0.0], [0]  # best[j]: least tokens, padding and cost for the first j values
-    for j in range(1, len(values) + 1):
-        options = [
-            best[i] + (bounds[j] - bounds[i]) * int(values[j - 1]) + rectangle_cost
-            for i in range(j)
-        ]
-        best.append(min(options))
-        cut.append(options.index(best[-1]))
-    runs, j = [], len(values)
-    while j > 0:
-        runs.append((bounds[cut[j]], bounds[j]))
-        j = cut[j]
-    return runs[::-1]
+    rows, left, with_room = [], [], [[] for _ in range(width + 1)]  # [n]: rows with n tokens free
+    for number in numbers[np.argsort(-lengths[numbers], kind="stable")].tolist():
+        length = int(lengths[number])
+        room = next((n for n in range(length, width + 1) if with_room[n]), None)
+        if room is not None:
+            row = with_room[room].pop()
+        elif length > width // 2 or width == ROW_TOKENS:
+            rows.append(row := [])
+            room = width
+        else:
+            left.append(number)
+            continue
+        row.append(number)
+        with_room[room - length].append(row)
+    return rows, np.array(left, dtype=np.int64)
 
 
-def make_rectangles(sequences, segment_starts, pad_id, device):
-    """Lay out token sequences in rectangles.
+def pack(sequences, segment_starts, pad_id, device):
+    """Lay out token sequences in rows, the long ones in wider rows; returns a `Packed`.
 
     `sequences` are int32 arrays; `segment_starts[i]` is where sequence i's segment 1 begins (its
-    length where it has none). Returns the rectangles and `place`, (sentences,) int64: sequence i is
-    row `place[i]` of the rectangles' rows, one after the other.
+    length where it has none).
     """
+    count, width = len(sequences), ROW_TOKENS
     lengths = np.array([len(sequence) for sequence in sequences])
-    order = np.argsort(lengths, kind="stable")
-    device = torch.device(device)
-    rectangles = []
-    for start, end in group_by_length(lengths[order], RECTANGLE_COST[device.type]):
-        rows = order[start:end]
-        shape = (len(rows), int(lengths[rows[-1]]))
-        ids = np.full(shape, pad_id, dtype=np.int64)
-        for row, index in enumerate(rows):
-            ids[row, : lengths[index]] = sequences[index]
-        columns = np.arange(shape[1])
-        mask = columns < lengths[rows, None]
-        segments = (columns >= np.array([segment_starts[i] for i in rows])[:, None]) & mask
-        rectangles.append(
-            Rectangle(
-                to_device(ids, device),
-                None if mask.all() else to_device(mask, device),
-                to_device(segments.astype(np.int64), device) if segments.any() else None,
-            )
-        )
-    place = np.empty(len(sequences), dtype=np.int64)
-    place[order] = np.arange(len(sequences))
-    return rectangles, to_device(place, device)
+    while width < lengths.max():
+        width *= 2
+    left, first, groups, tokens = np.arange(count), np.zeros(count, dtype=np.int64), [], 0
+    while width >= ROW_TOKENS:
+        filled, left = fill_rows(lengths, left, width)
+        if width == ROW_TOKENS:
+            filled += [[]] * (-(tokens // width + len(filled)) % ROWS_MULTIPLE)
+        shape = (len(filled), width)
+        ids, owner = np.full(shape, pad_id, dtype=np.int64), np.full(shape, count, dtype=np.int64)
+        positions, segments = np.zeros((2, *shape), dtype=np.int64)
+        for row, numbers in enumerate(filled):
+            start = 0
+            for number in numbers:
+                end = start + lengths[number]
+                ids[row, start:end], owner[row, start:end] = sequences[number], number
+                positions[row, start:end] = np.arange(end - start)
+                segments[row, start + segment_starts[number] : end] = 1
+                first[number] = tokens + row * width + start
+                start = end
+        if filled:
+            groups.append([to_device(x, device) for x in (ids, positions, segments, owner)])
+        tokens, width = tokens + ids.size, width // 2
+    rows = [Rows(*of_width, same_sentence(owner)) for *of_width, owner in groups]
+    owners = torch.cat([owner.flatten() for *_, owner in groups])
+    return Packed(rows, owners, to_device(first, device), to_device(lengths, device))
+
+
+def same_sentence(owner):
+    """The mask of `Rows` for the tokens' sentences (B, T) -> (B, 1, T, T) bool."""
+    return (owner[:, :, None] == owner[:, None, :])[:, None]
 
 
 def to_device(array, device):
     """A NumPy array as a tensor on `device`, without waiting for the copy on a GPU."""
     tensor = torch.from_numpy(array)
-    if device.type == "cuda":
+    if torch.device(device).type == "cuda":
         return tensor.pin_memory().to(device, non_blocking=True)
     return tensor.to(device)

@@ -142,7 +142,8 @@ TASKS = {
         Task("sst", "sentiment", "ids-sst-{split}.csv", SENTENCE, "sentiment",
              "classes", 5, "Predicted_Sentiment", ("ffn", "linear"), high=4),
         Task("para", "paraphrase", "quora-{split}.csv", PAIR, "is_duplicate",
-             "binary", 1, "Predicted_Is_Paraphrase", ("features", "dot", "cosine")),
+             "binary", 1, "Predicted_Is_Paraphrase",
+             ("features", "dot", "cosine", "features+cosine")),
         Task("sts", "similarity", "sts-{split}.csv", PAIR, "similarity",
              "score", 1, "Predicted_Similiary", ("cosine", "linear"), high=5),  # spelt so there
         Task("cfimdb", "movie reviews", "ids-cfimdb-{split}.csv", SENTENCE, "sentiment",
@@ -166,11 +167,19 @@ class MultitaskConfig:
     tasks: tuple = ("sst", "para", "sts")
     heads: dict = field(default_factory=dict)  # task -> head; the task's default where not named
     joint: tuple = ()  # pair tasks encoded as one sequence, [CLS] a [SEP] b [SEP]
+    both: tuple = ()  # pair tasks encoded as one sequence, and their sentences apart as well
     pooling: str = "mean"  # "mean" over the real tokens or "cls", the first token
     dropout: float = 0.1  # in front of a head's linear layers
     max_length: int = 512  # tokens of a sequence, markers included
     simcse_tasks: tuple = ()  # tasks with the unsupervised contrastive loss
     supervised_simcse: bool = False  # contrastive loss on the paraphrase pairs
+
+    def roles(self, task):
+        """The sequences of an example that the task's head is given the vectors of, in order."""
+        if not TASKS[task].is_pair:
+            return ("first",)
+        together = ("pair",) if task in self.joint + self.both else ()
+        return together if task in self.joint else (*together, "first", "second")
 
     def head(self, task):
         """Name of the head of `task`; a jointly encoded pair has one vector and a linear head."""

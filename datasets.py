@@ -307,24 +307,29 @@ class TaskDataset:
 class MultitaskBatches:
     """`batches[step]`: one batch of each task, a pure function of (seed, step).
 
+    `batch_sizes` is one number for all tasks or a dict by task.
     Each task goes through its examples in passes, with a fresh permutation for each; a batch that
     reaches the end of one pass is filled from the next, so that all batches are of one size.
     """
 
-    def __init__(self, datasets, batch_size, seed, share=slice(None)):
-        self.datasets, self.batch_size, self.seed = datasets, batch_size, seed
-        self.share = share  # the rows of a batch that this process takes
+    def __init__(self, datasets, batch_sizes, seed, shares=None):
+        if isinstance(batch_sizes, int):
+            batch_sizes = dict.fromkeys(datasets, batch_sizes)
+        self.datasets, self.batch_sizes, self.seed = datasets, batch_sizes, seed
+        # The rows of each task's batch that this process takes: all of them by default.
+        self.shares = shares or dict.fromkeys(datasets, slice(None))
         self._permutations = {}
 
     def __getitem__(self, step):
         return {
-            name: dataset.batch(self.rows(name, step)[self.share])
+            name: dataset.batch(self.rows(name, step)[self.shares[name]])
             for name, dataset in self.datasets.items()
         }
 
     def rows(self, name, step):
-        """Rows of task `name` in the batch of `step` (counted from 0), (batch_size,)."""
-        positions = np.arange(step * self.batch_size, (step + 1) * self.batch_size)
+        """Rows of task `name` in the batch of `step` (counted from 0), (its batch size,)."""
+        size = self.batch_sizes[name]
+        positions = np.arange(step * size, (step + 1) * size)
         passes, offsets = np.divmod(positions, len(self.datasets[name]))
         return np.array(
             [self.permutation(name, p)[i] for p, i in zip(passes, offsets, strict=True)]
@@ -332,7 +337,7 @@ class MultitaskBatches:
 
     def rows_until(self, name, steps):
         """The rows of task `name` that this process takes in the first `steps` batches, sorted."""
-        rows = [self.rows(name, step)[self.share] for step in range(steps)]
+        rows = [self.rows(name, step)[self.shares[name]] for step in range(steps)]
         return np.unique(np.concatenate(rows)) if rows else np.arange(0)
 
     def permutation(self, name, number):
@@ -346,5 +351,5 @@ class MultitaskBatches:
         return kept[1]
 
     def largest(self):
-        """Batches in one pass of the largest task."""
-        return max(-(-len(dataset) // self.batch_size) for dataset in self.datasets.values())
+        """Batches in one pass of the task that takes most of them."""
+        return max(-(-len(d) // self.batch_sizes[name]) for name, d in self.datasets.items())

@@ -1,6 +1,7 @@
 """On which hardware, and in which precision, does a run compute?"""
 
 import contextlib
+import ctypes
 import resource
 import sys
 
@@ -21,6 +22,17 @@ def select_device(use_gpu=False):
     if use_gpu:
         raise UserError("--use_gpu: no GPU here; the only device is cpu; leave the flag away")
     return torch.device("cpu")
+
+
+def keep_freed_memory():
+    """Have the C library keep freed memory for the next tensor, in place of returning it.
+
+    A returned page comes back zeroed, one fault for each 4 KiB: 5 to 7 % of a training step on a
+    CPU. Glibc's settings M_MMAP_MAX and M_TRIM_THRESHOLD; other C libraries stay as they are.
+    """
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        libc.mallopt(-4, 0)
+        libc.mallopt(-1, 2**31 - 1)
 
 
 def select_precision(asked, device):

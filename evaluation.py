@@ -56,12 +56,14 @@ def predict_dataset(model, dataset, precision, check_stop=lambda: None):
     device = next(model.parameters()).device
     model.eval()
     outputs = torch.zeros(len(dataset), task.num_classes, device=device)
-    for number, (rows, batch) in enumerate(dataset.batches_by_length(BATCH_TOKENS[device.type])):
-        if number % distributed.world_size() == 0:
-            check_stop()
-        if number % distributed.world_size() != distributed.rank():
-            continue  # the share of another process
-        with autocast(device, precision):
+    with autocast(device, precision):  # once: it keeps the weights that it converts
+        for number, (rows, batch) in enumerate(
+            dataset.batches_by_length(BATCH_TOKENS[device.type])
+        ):
+            if number % distributed.world_size() == 0:
+                check_stop()
+            if number % distributed.world_size() != distributed.rank():
+                continue  # the share of another process
             outputs[torch.as_tensor(rows)] = model.predict(task.name, batch)
     outputs = distributed.sum_over_processes(outputs).cpu()
     ids = [example.id for example in dataset.examples]

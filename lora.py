@@ -16,6 +16,39 @@ from base_bert import load_strictly, read_tensors, write_tensors
 from config import LORA_TARGETS, UserError
 
 
+class LowRankLinear(torch.autograd.Function):
+    """x W^T + b + scaling · x A^T B^T with W and b frozen; the gradients below, by hand.
+
+    Left to autograd, each sum of two paths would be one more pass over a large tensor: a fifth of a
+    training step. `dropped` takes the place of x in the low-rank path unless it is None.
+    """
+
+    @staticmethod
+    def forward(ctx, x, dropped, weight, bias, lora_A, lora_B, scaling):
+        """x and `dropped` (…, in), weight (out, in), bias (out,) or None -> (…, out)."""
+        low = x if dropped is None else dropped
+        down = low @ lora_A.T  # (…, r)
+        y = F.linear(x, weight, bias)
+        flat = y.view(-1, y.size(-1))
+        flat.addmm_(down.flatten(0, -2), lora_B.T, alpha=scaling)
+        ctx.save_for_backward(low, down, weight, lora_A, lora_B)
+        ctx.scaling, ctx.is_dropped = scaling, dropped is not None
+        return y
+
+    @staticmethod
+    def backward(ctx, grad):
+        """The gradients of what `forward` takes, in its order."""
+        low, down, weight, lora_A, lora_B = ctx.saved_tensors
+        low, down, flat = (t.flatten(0, -2) for t in (low, down, grad))
+        up = ctx.scaling * (flat @ lora_B)  # (…, r)
+        grad_x = flat @ weight if ctx.needs_input_grad[0] else None
+        grad_dropped = up @ lora_A if ctx.is_dropped else None
+        if grad_x is not None and not ctx.is_dropped:
+            grad_x.addmm_(up, lora_A)
+        inputs = (g if g is None else g.view(*grad.shape[:-1], -1) for g in (grad_x, grad_dropped))
+        return *inputs, None, None, up.T @ low, ctx.scaling * (flat.T @ down), None
+
+
 class LoRALinear(nn.Linear):
     """y = W x + b + (alpha / r) B A dropout(x), with W and b frozen (Hu et al. 2021, §4.1).
 
@@ -34,8 +67,14 @@ class LoRALinear(nn.Linear):
 
     def forward(self, x):
         """(…, in_features) -> (…, out_features)."""
-        low_rank = F.linear(F.linear(self.dropout(x), self.lora_A), self.lora_B)
-        return F.linear(x, self.weight, self.bias) + self.scaling * low_rank
+        device = x.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        matrices = (self.weight, self.bias, self.lora_A, self.lora_B)
+        dropped = self.dropout(x) if self.dropout.p and self.training else None
+        inputs = (x, dropped, *matrices)
+        x, dropped, *matrices = (None if t is None else t.to(dtype) for t in inputs)
+        with torch.autocast(device, enabled=False):
+            return LowRankLinear.apply(x, dropped, *matrices, self.scaling)
 
     def delta(self):
         """The low-rank path as one matrix (out_features, in_features)."""

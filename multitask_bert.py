@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from bert import FastDropout, make_rectangles
+from bert import FastDropout, pack
 from config import TASKS
 from distributed import gather_rows, mean_over_processes
 from simcse import supervised_simcse_loss, unsupervised_simcse_loss
@@ -83,10 +83,32 @@ class CosineHead(nn.Module):
         return self.scale * F.cosine_similarity(u, v, dim=-1)[:, None] + self.bias
 
 
-def make_head(task, kind, one_vector, hidden, dropout):
-    """The head module of `task` (a row of `TASKS`), of the kind that `--<task>_head` names."""
-    if one_vector:
+class SumHead(nn.Module):
+    """The sum of several heads' outputs; `places[i]` are the vectors that the i-th is given."""
+
+    def __init__(self, heads, places):
+        super().__init__()
+        self.heads, self.places = nn.ModuleList(heads), places
+
+    def forward(self, *vectors):
+        """(batch, hidden) each -> (batch, num_classes)."""
+        parts = zip(self.heads, self.places, strict=True)
+        return sum(head(*(vectors[place] for place in places)) for head, places in parts)
+
+
+def make_head(task, kind, roles, hidden, dropout):
+    """The head module of `task` (a row of `TASKS`), of the kind that `--<task>_head` names.
+
+    `roles` are the sequences whose vectors it is given (`MultitaskConfig.roles`).
+    """
+    if len(roles) == 1:
         return SentenceHead(hidden, task.num_classes, dropout, feed_forward=kind == "ffn")
+    if len(roles) == 3:
+        together = SentenceHead(hidden, task.num_classes, dropout)
+        apart = make_head(task, kind, roles[1:], hidden, dropout)
+        return SumHead([together, apart], [(0,), (1, 2)])
+    if kind == "features+cosine":
+        return SumHead([FeaturesHead(hidden, dropout), CosineHead(task)], [(0, 1)] * 2)
     if kind == "dot":
         return DotHead(hidden, dropout)
     return CosineHead(task) if kind == "cosine" else FeaturesHead(hidden, dropout)
@@ -120,7 +142,7 @@ class MultitaskBERT(nn.Module):
         self.bert, self.config, self.pad_id, self.frozen = bert, config, pad_id, frozen
         hidden = bert.config.hidden_size
         self.heads = nn.ModuleDict({
-            name: make_head(TASKS[name], config.head(name), self.one_vector(name), hidden,
+            name: make_head(TASKS[name], config.head(name), config.roles(name), hidden,
                             config.dropout)
             for name in config.tasks
         })  # fmt: skip
@@ -131,10 +153,6 @@ class MultitaskBERT(nn.Module):
             bert.requires_grad_(False)
         self.vectors = {}  # of a frozen encoder: sequence -> vector
         self.encoded_sequences = self.encoded_tokens = 0  # running counts, for the log
-
-    def one_vector(self, task):
-        """Whether an example of `task` is one vector: a sentence, or a jointly encoded pair."""
-        return not TASKS[task].is_pair or task in self.config.joint
 
     def train(self, mode=True):
         """As `nn.Module.train`; a frozen encoder stays in eval mode."""
@@ -194,17 +212,17 @@ class MultitaskBERT(nn.Module):
 
     def outputs(self, name, vectors):
         """The head of `name` on its vectors."""
-        roles = ("pair",) if name in self.config.joint else ("first", "second")
-        return self.heads[name](*(vectors[name, r] for r in roles if (name, r) in vectors))
+        return self.heads[name](*(vectors[name, role] for role in self.config.roles(name)))
 
     # ------------------------------------------------------------------ sentences into vectors
 
     def task_inputs(self, name, batch):
         """The sequences that the task's head needs, by (task, role); each (ids, segment start)."""
-        if name in self.config.joint:
+        roles, groups = self.config.roles(name), {}
+        if "pair" in roles:
             joined = zip(batch.first, batch.second, strict=True)
-            return {(name, "pair"): [join_pair(*ab, self.config.max_length) for ab in joined]}
-        return single_sentences(name, batch)
+            groups[name, "pair"] = [join_pair(*ab, self.config.max_length) for ab in joined]
+        return groups | (single_sentences(name, batch) if "first" in roles else {})
 
     def simcse_inputs(self, name, batch):
         """The sequences that the contrastive losses need: every sentence, by itself, twice over.
@@ -232,22 +250,17 @@ class MultitaskBERT(nn.Module):
         self.encoded_sequences += len(ids)
         self.encoded_tokens += sum(map(len, ids))
         device = self.bert.embeddings.word_embeddings.weight.device
-        rectangles, place = make_rectangles(ids, starts, self.pad_id, device)
-        hidden_states = self.bert.encode(rectangles)
-        pooled = [
-            self.pool(states, rectangle.attention_mask)
-            for states, rectangle in zip(hidden_states, rectangles, strict=True)
-        ]
-        return torch.cat(pooled)[place]
+        packed = pack(ids, starts, self.pad_id, device)
+        return self.pool(self.bert.encode(packed.rows), packed)
 
-    def pool(self, hidden_states, attention_mask):
-        """(batch, seq, hidden), (batch, seq) or None -> (batch, hidden) fp32."""
+    def pool(self, hidden_states, packed):
+        """One vector a sentence: (tokens, hidden) -> (sentences, hidden) fp32."""
         if self.config.pooling == "cls":
-            return hidden_states[:, 0].float()
-        if attention_mask is None:
-            return hidden_states.float().mean(1)
-        mask = attention_mask[:, :, None].float()
-        return (hidden_states.float() * mask).sum(1) / mask.sum(1)
+            return hidden_states[packed.first].float()
+        hidden_states = hidden_states.float()
+        sums = hidden_states.new_zeros(len(packed.lengths) + 1, hidden_states.size(1))
+        sums = sums.index_add(0, packed.sentence, hidden_states)  # the last row is the padding's
+        return sums[:-1] / packed.lengths[:, None]
 
     @torch.no_grad()
     def encode_once(self, sequences):

@@ -30,7 +30,14 @@ from arguments import data_paths, get_args
 from base_bert import load_encoder
 from config import TASKS
 from datasets import MultitaskBatches, TaskDataset
-from device import autocast, device_name, peak_memory_mib, select_device, select_precision
+from device import (
+    autocast,
+    device_name,
+    keep_freed_memory,
+    peak_memory_mib,
+    select_device,
+    select_precision,
+)
 from evaluation import (
     evaluate,
     format_table,
@@ -388,9 +395,10 @@ def write_results(args, run, model, datasets, precision, signals):
 def main(argv=None):
     """Train, or continue to train, from the command line."""
     args, run = get_args(argv)
+    keep_freed_memory()
     device = distributed.start(select_device(args.use_gpu))
     distributed.quiet_unless_first()
-    share = distributed.share(args.batch_size)
+    shares = {name: distributed.share(size) for name, size in args.batch_sizes.items()}
     if args.expanded_command:
         say(f"--recipe {args.recipe} is: {args.expanded_command}")
     precision, warning = select_precision(args.precision, device)
@@ -434,7 +442,7 @@ def main(argv=None):
         for name, of_task in files.items()
     }
     train_sets = {name: of_task["train"] for name, of_task in datasets.items()}
-    batches = MultitaskBatches(train_sets, args.batch_size, args.seed, share)
+    batches = MultitaskBatches(train_sets, args.batch_sizes, args.seed, shares)
     args.steps_per_epoch = args.steps_per_epoch or min(2000, batches.largest())
     args.total_steps = args.epochs * args.steps_per_epoch
     # ---- device, optimiser, continue
@@ -453,7 +461,8 @@ def main(argv=None):
     signals = StopSignals()
     announce(args, run, model, encoder, datasets, device, precision)
     longest = max(d["train"].longest() for d in datasets.values())
-    with memory_errors(device, f"batches of {args.batch_size} × up to {longest} tokens"):
+    batch = max(args.batch_sizes.values())
+    with memory_errors(device, f"batches of {batch} × up to {longest} tokens"):
         if model.frozen:
             encode_in_advance(model, batches, args, precision, signals.check)
         train(
@@ -466,6 +475,14 @@ def main(argv=None):
     distributed.finish()
 
 
+def describe_sizes(args):
+    """The batch sizes in words: one for all tasks, or each task's own."""
+    sizes = args.batch_sizes
+    if len(set(sizes.values())) == 1:
+        return f"{args.batch_sizes[args.tasks[0]]} of each task"
+    return ", ".join(f"{size} of {name}" for name, size in sizes.items())
+
+
 def announce(args, run, model, encoder, datasets, device, precision):
     """Say what is about to be trained, on what."""
     count = count_parameters(model)
@@ -476,8 +493,8 @@ def announce(args, run, model, encoder, datasets, device, precision):
         counts = ", ".join(f"{split} {len(dataset):,}" for split, dataset in of_task.items())
         say(f"{name}: {counts} examples")
     say(
-        f"{args.epochs} epochs of {args.steps_per_epoch} steps, batch {args.batch_size} of each "
-        f"task, learning rate {args.encoder_rate:g} (heads {args.head_rate:g})"
+        f"{args.epochs} epochs of {args.steps_per_epoch} steps, batch {describe_sizes(args)}, "
+        f"learning rate {args.encoder_rate:g} (heads {args.head_rate:g})"
     )
 
 

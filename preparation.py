@@ -158,6 +158,7 @@ def build_model(args, encoder, tokenizer):
         tasks=tuple(args.tasks),
         heads={name: getattr(args, f"{name}_head") for name in args.tasks},
         joint=tuple(args.joint),
+        both=tuple(args.both),
         pooling=args.pooling,
         dropout=bert.embeddings.dropout.p,
         max_length=args.max_length or tokenizer.model_max_length,

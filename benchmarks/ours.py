@@ -17,7 +17,7 @@ from bert import BertModel
 from config import TASKS as TASK_ROWS
 from config import BertConfig
 from datasets import Example, MultitaskBatches, TaskDataset, TaskFile, read_task_file
-from device import autocast, select_precision
+from device import autocast, keep_freed_memory, select_precision
 from evaluation import evaluate
 from multitask_classifier import FRESH_STATE, train
 from preparation import build_model, make_optimizer
@@ -79,6 +79,7 @@ class Ours:
         `examples` limits each training set. Returns the recipe for the reference to train with.
         """
         device_name = describe(device, threads)
+        keep_freed_memory()
         self.folder = tempfile.TemporaryDirectory()  # kept by reference: goes with the worker
         flags = ["--fine-tune-mode", mode, "--batch_size", str(batch_size), "--warmup", "0",
                  "--precision", precision, "--runs_dir", self.folder.name]  # fmt: skip

@@ -130,7 +130,8 @@ def without_wrapping(tensors):
 def lora(tensors, model, folder, settings=None, steps=0, lr=0.0, double=False):
     """A LoRA model of `peft`: outputs, gradients, outputs when merged, weights after training.
 
-    The adapter is read from `folder`, or with `settings` made anew and written there.
+    The adapter is read from `folder`, or with `settings` made anew and written there. `double`: all
+    of it in double precision.
     """
     import peft
     import transformers
@@ -142,11 +143,11 @@ def lora(tensors, model, folder, settings=None, steps=0, lr=0.0, double=False):
         wrapped = peft.get_peft_model(bert, peft.LoraConfig(**settings))
         wrapped.save_pretrained(folder)
     wrapped.eval()  # without dropout; the adapters stay trainable
+    if double:
+        wrapped, tensors = in_double(wrapped, tensors)
     result = outputs_of(wrapped, tensors) | gradients_of(wrapped, tensors)
     merged = copy.deepcopy(wrapped).merge_and_unload()
     result |= {f"merged {name}": tensor for name, tensor in outputs_of(merged, tensors).items()}
-    if double:
-        wrapped, tensors = in_double(wrapped, tensors)
     weights = after_training(wrapped, tensors, steps, lr)
     return without_wrapping(result | {f"trained {name}": t for name, t in weights.items()})
 

@@ -102,25 +102,46 @@ def test_tasks_come_in_one_order_and_once():
 
 
 @pytest.mark.parametrize(
-    ("flags", "joint"),
+    ("flags", "joint", "both"),
     [
-        ("", ()),
-        ("--pair_encoding separate", ()),
-        ("--pair_encoding joint", ("para", "sts")),
-        ("--pair_encoding para=joint", ("para",)),
-        ("--pair_encoding para=joint sts=separate", ("para",)),
-        ("--pair_encoding joint para=separate", ("sts",)),
-        ("--pair_encoding joint --tasks sst sts", ("sts",)),
+        ("", (), ()),
+        ("--pair_encoding separate", (), ()),
+        ("--pair_encoding joint", ("para", "sts"), ()),
+        ("--pair_encoding both", (), ("para", "sts")),
+        ("--pair_encoding para=joint", ("para",), ()),
+        ("--pair_encoding para=both sts=joint", ("sts",), ("para",)),
+        ("--pair_encoding para=joint sts=separate", ("para",), ()),
+        ("--pair_encoding joint para=separate", ("sts",), ()),
+        ("--pair_encoding joint --tasks sst sts", ("sts",), ()),
     ],
 )
-def test_pair_encoding(flags, joint):
-    assert parse(flags).joint == joint
+def test_pair_encoding(flags, joint, both):
+    args = parse(flags)
+    assert (args.joint, args.both) == (joint, both)
 
 
-@pytest.mark.parametrize("value", ["both", "sst=joint", "para=yes", "joint=para", "=joint="])
+@pytest.mark.parametrize("value", ["all", "sst=joint", "para=yes", "joint=para", "=joint="])
 def test_wrong_pair_encodings_say_what_is_expected(value):
-    with pytest.raises(UserError, match="expected separate, joint or TASK=separate"):
+    with pytest.raises(UserError, match="expected separate, joint or both, or TASK=separate"):
         parse(f"--pair_encoding {value}")
+
+
+def test_batch_sizes_of_single_tasks():
+    assert parse("--batch_size 16").batch_sizes == {"sst": 16, "para": 16, "sts": 16}
+    own = parse("--tasks sst para --batch_size 16 --task_batch_sizes para=64")
+    assert own.batch_sizes == {"sst": 16, "para": 64}
+
+
+@pytest.mark.parametrize("value", ["64", "para", "para=0", "para=-1", "para=1.5", "cfimdb=8", "=8"])
+def test_wrong_batch_sizes_say_what_is_expected(value):
+    with pytest.raises(UserError, match="expected TASK=N with TASK of sst, para, sts"):
+        parse(f"--task_batch_sizes {value}")
+
+
+def test_a_batch_of_one_of_a_single_task_leaves_simcse_without_negatives():
+    parse("--task_batch_sizes sst=1")
+    with pytest.raises(UserError, match="SimCSE needs other examples"):
+        parse("--task_batch_sizes sst=1 --unsupervised_simcse")
 
 
 def test_loss_weights():

@@ -141,6 +141,16 @@ def test_a_task_without_a_named_head_takes_its_default_and_a_joint_pair_the_line
     assert replace(config, joint=("para",)).head("para") == "linear"
 
 
+def test_the_roles_of_a_tasks_sequences():
+    config = MultitaskConfig(joint=("sts",), both=("para",))
+    assert [config.roles(name) for name in ("sst", "para", "sts")] == [
+        ("first",),
+        ("pair", "first", "second"),
+        ("pair",),
+    ]
+    assert MultitaskConfig().roles("para") == ("first", "second")
+
+
 def test_either_contrastive_loss_needs_the_projection():
     assert not MultitaskConfig().uses_simcse
     assert MultitaskConfig(simcse_tasks=("sst",)).uses_simcse

@@ -193,10 +193,22 @@ def test_a_step_has_one_batch_of_each_task(batches):
     assert step["sst"].ids == [f"id{row}" for row in batches.rows("sst", 1)]
 
 
+def test_tasks_may_have_batches_of_their_own_size(batches):
+    """Each task still goes through its own permutations, in pieces of its own size."""
+    sizes = {"sst": 4, "para": 5, "sts": 1}
+    own = MultitaskBatches(batches.datasets, sizes, seed=5)
+    assert {name: len(batch.ids) for name, batch in own[2].items()} == sizes
+    order = np.concatenate([batches.permutation("para", number) for number in (0, 1, 2)])
+    rows = np.concatenate([own.rows("para", step) for step in range(4)])
+    assert rows.tolist() == order[:20].tolist()
+    assert own.largest() == 3  # sst: 10 in pieces of 4, sts: 3 in pieces of 1
+
+
 def test_shares_of_several_processes_are_the_whole_batch(batches):
     whole = batches[3]
     shares = [
-        MultitaskBatches(batches.datasets, 4, 5, slice(start, start + 2))[3] for start in (0, 2)
+        MultitaskBatches(batches.datasets, 4, 5, dict.fromkeys(whole, slice(start, start + 2)))[3]
+        for start in (0, 2)
     ]
     for name, batch in whole.items():
         assert [i for share in shares for i in share[name].ids] == batch.ids

@@ -43,6 +43,7 @@ COMPARED_SLOWLY = {
     "surgery_lora": [*BOTH, *LORA, "--gradient_surgery", "mean"],
     "accumulate": [*BOTH, "--accumulate", "2"],
     "joint": [*BOTH, "--pair_encoding", "joint"],
+    "both": [*BOTH, "--pair_encoding", "both", "--task_batch_sizes", "para=8"],
 }
 
 

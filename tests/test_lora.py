@@ -1,11 +1,14 @@
 """LoRA: where it goes, what it trains, and that merging and saving change no number."""
 
+import copy
+import itertools
 import json
 import math
 from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -13,6 +16,7 @@ from bert import BertModel
 from config import LORA_TARGETS, LoRAConfig, MultitaskConfig, UserError
 from lora import (
     LoRALinear,
+    LowRankLinear,
     adapter_layers,
     adapter_tensors,
     apply_lora,
@@ -120,6 +124,163 @@ def test_dropout_is_on_the_low_rank_path_alone():
     assert not torch.equal(layer(x), layer(x))
     layer.eval()
     torch.testing.assert_close(layer(x), linear(x) + x @ layer.delta().T)
+
+
+def test_dropout_of_the_low_rank_path_has_its_rate():
+    """With W, A and B the identity, y - x is what dropout made of x; its mask is the gradient's."""
+    layer = LoRALinear(nn.Linear(500, 500), LoRAConfig(r=500, alpha=500.0, dropout=0.3)).train()
+    with torch.no_grad():
+        for matrix in (layer.weight, layer.lora_A, layer.lora_B):
+            matrix.copy_(torch.eye(500))
+        layer.bias.zero_()
+    x = torch.ones(400, 500, requires_grad=True)
+    y = layer(x)
+    y.sum().backward()
+    dropped = y == 1  # the base path alone; never 0, which would be its own dropout
+    deviation = math.sqrt(0.3 * 0.7 / y.numel())
+    assert dropped.float().mean().item() == pytest.approx(0.3, abs=5 * deviation)
+    assert y[~dropped].min().item() == pytest.approx(1 + 1 / 0.7, rel=1e-4)
+    assert y[~dropped].max().item() == pytest.approx(1 + 1 / 0.7, rel=1e-4)
+    torch.testing.assert_close(x.grad, y)
+
+
+# ------------------------------------------------------------------------- gradients by hand
+
+KINDS = list(itertools.product([(5,), (2, 3), (2, 2, 3)], [False, True], [False, True]))
+kinds = pytest.mark.parametrize(("shape", "with_dropped", "with_bias"), KINDS)
+
+
+@kinds
+def test_gradcheck_of_the_gradients_by_hand(shape, with_dropped, with_bias):
+    """Of x, what dropout made of it, A and B; W and b are frozen."""
+    weight, bias = torch.randn(3, 4).double(), torch.randn(3).double() if with_bias else None
+    lora_A, lora_B = torch.randn(2, 4).double(), torch.randn(3, 2).double()
+    x, dropped = torch.randn(2, *shape, 4).double()
+    inputs = [t.requires_grad_() for t in (x, dropped, lora_A, lora_B)]
+
+    def function(x, dropped, lora_A, lora_B):
+        dropped = dropped if with_dropped else None
+        return LowRankLinear.apply(x, dropped, weight, bias, lora_A, lora_B, 1.7)
+
+    if not with_dropped:
+        dropped.requires_grad_(False)
+    assert torch.autograd.gradcheck(function, inputs)
+
+
+def composite(layer, x):
+    """The same layer by autograd, as `peft` computes it."""
+    low_rank = F.linear(F.linear(layer.dropout(x), layer.lora_A), layer.lora_B)
+    return F.linear(x, layer.weight, layer.bias) + layer.scaling * low_rank
+
+
+def values_and_gradients(function, layer, x, weights):
+    """Output and gradients of x, A and B, with the same dropout on every call."""
+    torch.manual_seed(9)
+    leaf = x.clone().requires_grad_()
+    y = function(leaf)
+    matrices = (layer.lora_A, layer.lora_B)
+    gradients = torch.autograd.grad(y, (leaf, *matrices), weights.to(y.dtype))
+    return dict(zip(("y", "x", "lora_A", "lora_B"), (y.detach(), *gradients), strict=True))
+
+
+def layer_and_input(shape, with_dropout, with_bias):
+    """A layer of 24 -> 20 as it is amid training, an input (…, 24) and weights of the output."""
+    config = LoRAConfig(r=3, alpha=6.0, dropout=0.4 if with_dropout else 0.0)
+    layer = LoRALinear(nn.Linear(24, 20, bias=with_bias), config).train()
+    nn.init.normal_(layer.lora_B, std=0.3)
+    return layer, torch.randn(*shape, 24), torch.randn(*shape, 20)
+
+
+@kinds
+def test_a_layer_equals_the_composite(shape, with_dropped, with_bias):
+    layer, x, weights = layer_and_input(shape, with_dropped, with_bias)
+    found = values_and_gradients(layer, layer, x, weights)
+    right = values_and_gradients(lambda x: composite(layer, x), layer, x, weights)
+    for name, tensor in right.items():
+        torch.testing.assert_close(found[name], tensor, rtol=1e-5, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@kinds
+def test_a_layer_equals_the_composite_under_autocast(shape, with_dropped, with_bias, dtype):
+    """Neither differs from double precision by more than bf16's rounding; types are the same."""
+    layer, x, weights = layer_and_input(shape, with_dropped, with_bias)
+    x = x.to(dtype)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = values_and_gradients(layer, layer, x, weights)
+        right = values_and_gradients(lambda x: composite(layer, x), layer, x, weights)
+    exact = copy.deepcopy(layer).double()
+    truth = values_and_gradients(lambda x: composite(exact, x), exact, x.double(), weights)
+    assert found["y"].dtype == torch.bfloat16
+    for name, tensor in right.items():
+        assert found[name].dtype == tensor.dtype, name
+        limit = 2**-6 * truth[name].abs().max().item()
+        for other in (tensor.double(), truth[name]):
+            torch.testing.assert_close(found[name].double(), other, rtol=0, atol=limit, msg=name)
+
+
+def test_a_wrong_gradient_would_show(monkeypatch):
+    """The twin of those above, by a scaling that the backward pass leaves out."""
+    layer, x, weights = layer_and_input((5,), False, True)
+    right = values_and_gradients(layer, layer, x, weights)
+    backward = LowRankLinear.backward
+
+    def unscaled(ctx, grad):
+        ctx.scaling = 1.0
+        return backward(ctx, grad)
+
+    monkeypatch.setattr(LowRankLinear, "backward", staticmethod(unscaled))
+    wrong = values_and_gradients(layer, layer, x, weights)
+    for name in ("x", "lora_A", "lora_B"):
+        scale = right[name].abs().max().item()
+        assert (wrong[name] - right[name]).abs().max() > 2**-4 * scale, name
+
+
+def test_transposed_inputs_and_gradients():
+    """Neither has to lie in memory in order: here (batch, seq) are exchanged on both sides."""
+    layer, x, weights = layer_and_input((4, 3), True, True)
+
+    def exchanged(function):
+        return lambda x: function(x.transpose(0, 1)).transpose(0, 1)
+
+    found = values_and_gradients(exchanged(layer), layer, x, weights)
+    right = values_and_gradients(exchanged(lambda x: composite(layer, x)), layer, x, weights)
+    for name, tensor in right.items():
+        torch.testing.assert_close(found[name], tensor, rtol=1e-5, atol=1e-5, msg=name)
+
+
+def test_gradients_can_be_asked_for_twice():
+    """Gradient surgery goes back through one forward pass once per task."""
+    layer, x, weights = layer_and_input((2, 3), True, True)
+    y = layer(x.requires_grad_())
+    inputs = (x, layer.lora_A, layer.lora_B)
+    first = torch.autograd.grad(y, inputs, weights, retain_graph=True)
+    first = [gradient.clone() for gradient in first]
+    again = torch.autograd.grad(y, inputs, weights)
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+def test_frozen_weights_converted_to_bf16_change_nothing_under_autocast():
+    """`keep_frozen_in` converts W and b once, in place of on every use."""
+    layer, x, weights = layer_and_input((2, 3), True, True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        right = values_and_gradients(layer, layer, x, weights)
+        layer.weight.data, layer.bias.data = layer.weight.bfloat16(), layer.bias.bfloat16()
+        found = values_and_gradients(layer, layer, x, weights)
+    assert all(torch.equal(found[name], tensor) for name, tensor in right.items())
+
+
+def test_the_base_weights_get_no_gradient_and_an_input_needs_none():
+    """The first layers' input is frozen, and the gradient of x then is not computed at all."""
+    layer, x, weights = layer_and_input((2, 3), False, True)
+    right = values_and_gradients(layer, layer, x, weights)
+    torch.manual_seed(9)
+    layer(x).backward(weights)
+    assert x.grad is None
+    assert layer.weight.grad is None
+    assert layer.bias.grad is None
+    assert torch.equal(layer.lora_A.grad, right["lora_A"])
+    assert torch.equal(layer.lora_B.grad, right["lora_B"])
 
 
 # ---------------------------------------------------------------------------------- where it goes

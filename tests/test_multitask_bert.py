@@ -21,6 +21,7 @@ from multitask_bert import (
     make_head,
     task_loss,
 )
+from tokenizer import join_pair
 
 NAMES = ("sst", "para", "sts", "cfimdb")
 LABELS = {
@@ -32,6 +33,15 @@ def sentence(generator, vocab_size):
     """One `[CLS] … [SEP]` of 3 to 12 tokens."""
     inner = generator.integers(5, vocab_size, generator.integers(1, 11))
     return np.array([2, *inner, 3], dtype=np.int32)
+
+
+def first_layer_states(model):
+    """A list to which each pass adds the states of all its tokens behind the first layer."""
+    seen = []
+    model.bert.encoder["layer"][0].register_forward_hook(
+        lambda module, inputs, output: seen.append(output.detach())
+    )
+    return seen
 
 
 def make_batch(name, vocab_size, seed=0):
@@ -53,9 +63,9 @@ def batches(tiny_config):
 def build(tiny_config):
     """Makes a model over a tiny encoder; dropout off unless `dropout` says otherwise."""
 
-    def make(frozen=False, dropout=0.0, **settings):
+    def make(frozen=False, dropout=0.0, positions=40, **settings):
         torch.manual_seed(6)
-        sizes = replace(tiny_config, initializer_range=0.2)
+        sizes = replace(tiny_config, initializer_range=0.2, max_position_embeddings=positions)
         bert = BertModel(sizes)
         bert.set_dropout(dropout)
         config = MultitaskConfig(**{"dropout": dropout, "max_length": 40, **settings})
@@ -64,6 +74,7 @@ def build(tiny_config):
     return make
 
 
+PAIR_ROLES = ("first", "second")
 ALL_SIMCSE = {"simcse_tasks": ("sst", "para", "sts"), "supervised_simcse": True}
 
 # ---------------------------------------------------------------------------------- the losses
@@ -154,14 +165,13 @@ def test_every_trained_parameter_gets_a_gradient(build, batches):
 def test_the_two_passes_have_independent_dropout_and_both_reach_the_whole_encoder(build, batches):
     """Two dropouts of one pooled vector would leave the first layer's states equal."""
     model = build(dropout=0.3, **ALL_SIMCSE).train()
-    seen = []
-    first_layer = model.bert.encoder["layer"][0]
-    first_layer.register_forward_hook(lambda module, inputs, output: seen.append(output.detach()))
-    sequence = (batches["sst"].first[0], len(batches["sst"].first[0]))
-    vectors = model.encode_groups({("sst", role): [sequence] for role in ("first", "first again")})
+    seen = first_layer_states(model)
+    ids = batches["sst"].first[0]
+    groups = {("sst", role): [(ids, len(ids))] for role in ("first", "first again")}
+    vectors = model.encode_groups(groups)
     assert not torch.allclose(vectors["sst", "first"], vectors["sst", "first again"], atol=1e-3)
-    half = len(seen[0]) // 2
-    assert not torch.allclose(seen[0][:half], seen[0][half:], atol=1e-3)
+    (states,), n = seen, len(ids)  # side by side in one row
+    assert not torch.allclose(states[:n], states[n : 2 * n], atol=1e-3)
 
 
 def test_without_dropout_the_two_passes_are_equal(build, batches):
@@ -169,6 +179,11 @@ def test_without_dropout_the_two_passes_are_equal(build, batches):
     model = build(**ALL_SIMCSE).train()
     vectors = model.encode_groups(model.simcse_inputs("sst", batches["sst"]))
     torch.testing.assert_close(vectors["sst", "first"], vectors["sst", "first again"])
+    seen = first_layer_states(model)
+    ids = batches["sst"].first[0]
+    model.encode([(ids, len(ids))] * 2)
+    (states,), n = seen, len(ids)
+    torch.testing.assert_close(states[:n], states[n : 2 * n])
 
 
 def test_unsupervised_simcse_averages_a_pairs_two_groups(build, batches):
@@ -202,36 +217,36 @@ def test_a_batch_without_duplicates_adds_exactly_nothing(build, batches):
 
 
 @pytest.mark.parametrize(
-    ("name", "kind", "one_vector", "expected"),
+    ("name", "kind", "roles", "expected"),
     [
-        ("sst", "ffn", True, SentenceHead),
-        ("sst", "linear", True, SentenceHead),
-        ("para", "features", False, FeaturesHead),
-        ("para", "dot", False, DotHead),
-        ("para", "cosine", False, CosineHead),
-        ("para", "linear", True, SentenceHead),
-        ("sts", "cosine", False, CosineHead),
-        ("sts", "linear", False, FeaturesHead),
-        ("sts", "linear", True, SentenceHead),
+        ("sst", "ffn", ("first",), SentenceHead),
+        ("sst", "linear", ("first",), SentenceHead),
+        ("para", "features", PAIR_ROLES, FeaturesHead),
+        ("para", "dot", PAIR_ROLES, DotHead),
+        ("para", "cosine", PAIR_ROLES, CosineHead),
+        ("para", "linear", ("pair",), SentenceHead),
+        ("sts", "cosine", PAIR_ROLES, CosineHead),
+        ("sts", "linear", PAIR_ROLES, FeaturesHead),
+        ("sts", "linear", ("pair",), SentenceHead),
     ],
 )
-def test_head_kinds(name, kind, one_vector, expected):
-    head = make_head(TASKS[name], kind, one_vector, 16, 0.0)
+def test_head_kinds(name, kind, roles, expected):
+    head = make_head(TASKS[name], kind, roles, 16, 0.0)
     assert type(head) is expected
     assert (getattr(head, "dense", None) is not None) == (kind == "ffn")
-    vectors = torch.randn(1 if one_vector else 2, 3, 16)
+    vectors = torch.randn(len(roles), 3, 16)
     assert head(*vectors).shape == (3, TASKS[name].num_classes)
 
 
 def test_the_cosine_head_of_similarity_is_five_times_the_cosine():
-    head = make_head(TASKS["sts"], "cosine", False, 2, 0.0)
+    head = make_head(TASKS["sts"], "cosine", PAIR_ROLES, 2, 0.0)
     u, v = torch.tensor([[1.0, 0.0], [1.0, 0.0]]), torch.tensor([[3.0, 4.0], [-2.0, 0.0]])
     assert head(u, v).flatten().tolist() == pytest.approx([3.0, -5.0])
     assert not list(head.parameters())
 
 
 def test_the_cosine_head_of_paraphrase_learns_its_threshold():
-    head = make_head(TASKS["para"], "cosine", False, 2, 0.0)
+    head = make_head(TASKS["para"], "cosine", PAIR_ROLES, 2, 0.0)
     assert len(list(head.parameters())) == 2
     same, other = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0]])
     assert head(same, same) > 0 > head(same, other)
@@ -283,6 +298,45 @@ def test_pooling_is_over_the_real_tokens(build, batches, pooling):
             state = state["last_hidden_state"][0]
             expected = state.mean(0) if pooling == "mean" else state[0]
             torch.testing.assert_close(together[row], expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("pooling", ["mean", "cls"])
+def test_encoding_equals_pooling_the_standard_calls_padded_batch(build, pooling):
+    """Vectors and gradients, with segments, and sentences of which some need wider rows."""
+    model = build(pooling=pooling, positions=300).train()
+    generator = np.random.default_rng(4)
+    vocab_size = model.bert.config.vocab_size
+    sequences = [
+        (generator.integers(5, vocab_size, n).astype(np.int32), int(generator.integers(1, n + 1)))
+        for n in (12, 70, 3, 130, 31, 64, 8, 65, 20)
+    ]
+    weights = torch.randn(len(sequences), 32)
+
+    def by_the_standard_call():
+        width = max(len(ids) for ids, _ in sequences)
+        ids, mask, segments = torch.zeros(3, len(sequences), width, dtype=torch.int64)
+        for row, (sequence, start) in enumerate(sequences):
+            ids[row, : len(sequence)] = torch.from_numpy(sequence)
+            mask[row, : len(sequence)] = 1
+            segments[row, start : len(sequence)] = 1
+        states = model.bert(ids, mask, segments)["last_hidden_state"]
+        if pooling == "cls":
+            return states[:, 0]
+        return (states * mask[:, :, None]).sum(1) / mask.sum(1, keepdim=True)
+
+    found = []
+    for vectors in (model.encode(sequences), by_the_standard_call()):
+        model.zero_grad()
+        (vectors * weights).mean().backward()
+        gradients = {n: p.grad for n, p in model.bert.named_parameters() if p.grad is not None}
+        found.append((vectors, gradients))
+    (vectors, gradients), (right, right_gradients) = found
+    assert vectors.dtype == torch.float32
+    torch.testing.assert_close(vectors, right, rtol=0, atol=1e-5)
+    assert gradients.keys() == right_gradients.keys()
+    for name, gradient in right_gradients.items():
+        assert name.endswith("key.bias") or gradient.abs().max() > 1e-3, name
+        torch.testing.assert_close(gradients[name], gradient, rtol=1e-5, atol=1e-6, msg=name)
 
 
 # ------------------------------------------------------------------------ the starter's methods
@@ -371,3 +425,42 @@ def test_kept_vectors_are_bounded(build, batches, monkeypatch):
     model.vectors.clear()
     torch.testing.assert_close(model.encode_once(sequences), right, rtol=1e-4, atol=1e-5)
     assert not model.vectors
+
+
+# -------------------------------------------------------------------- pairs encoded both ways
+
+
+def test_both_encodings_are_the_sum_of_the_two_heads(build, batches):
+    """The joint vector's linear head and the sentences' own head, each on its own vectors."""
+    model = build(both=("para", "sts"), heads={"para": "features+cosine"})
+    for name in ("para", "sts"):
+        batch = batches[name]
+        joined = [join_pair(*ab, 40) for ab in zip(batch.first, batch.second, strict=True)]
+        pair = model.encode(joined)
+        u, v = (model.encode([(ids, len(ids)) for ids in s]) for s in (batch.first, batch.second))
+        together, apart = model.heads[name].heads
+        expected = together(pair) + apart(u, v)
+        assert expected.shape == (len(batch.first), 1)
+        torch.testing.assert_close(model.predict(name, batch), expected)
+        assert not torch.allclose(together(pair), torch.zeros(1))
+    features, cosine = model.heads["para"].heads[1].heads
+    u, v = torch.randn(2, 3, model.bert.config.hidden_size)
+    torch.testing.assert_close(model.heads["para"].heads[1](u, v), features(u, v) + cosine(u, v))
+
+
+def test_both_encodings_train_every_part_of_their_heads(build, batches):
+    model = build(both=("para",), heads={"para": "features+cosine"}).train()
+    model(batches)["para"].backward()
+    gradients = {n: p.grad for n, p in model.heads["para"].named_parameters()}
+    assert len(gradients) == 6
+    assert all(g is not None and g.abs().sum() > 0 for g in gradients.values())
+
+
+def test_sentences_of_both_encodings_serve_the_contrastive_loss_too(build, batches):
+    """They are encoded once for both: no more sequences than with separate encoding and pairs."""
+    counts = {}
+    for how in ({}, {"both": ("para",)}):
+        model = build(simcse_tasks=("para",), **how).train()
+        model({"para": batches["para"]})
+        counts[bool(how)] = model.encoded_sequences
+    assert counts[True] == counts[False] + len(batches["para"].first)
