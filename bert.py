@@ -206,9 +206,8 @@ class BertModel(BertPreTrainedModel):
         `token_type_ids` (batch, seq), segment 0 or 1, all 0 by default. Returns a dict with
         `last_hidden_state` (batch, seq, hidden) and `pooler_output` (batch, hidden).
         """
-        longest, limit = input_ids.size(1), self.config.max_position_embeddings
-        if longest > limit:
-            raise ValueError(f"sequence of {longest} tokens; this encoder has {limit} positions")
+        longest = input_ids.size(1)
+        self.check_length(longest)
         positions = torch.arange(longest, device=input_ids.device).expand_as(input_ids)
         if token_type_ids is None:
             token_type_ids = torch.zeros_like(input_ids)
@@ -217,6 +216,12 @@ class BertModel(BertPreTrainedModel):
         last_hidden_state = hidden_states.view(*input_ids.shape, -1)
         pooled = torch.tanh(self.pooler["dense"](last_hidden_state[:, 0]))
         return {"last_hidden_state": last_hidden_state, "pooler_output": pooled}
+
+    def check_length(self, longest):
+        """Raise `ValueError` where `longest` tokens are more than there are positions."""
+        limit = self.config.max_position_embeddings
+        if longest > limit:
+            raise ValueError(f"sequence of {longest} tokens; this encoder has {limit} positions")
 
     def encode(self, rows):
         """The last hidden states (N, D) of the tokens of a list of `Rows`, in order."""

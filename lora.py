@@ -29,24 +29,26 @@ class LowRankLinear(torch.autograd.Function):
         low = x if dropped is None else dropped
         down = low @ lora_A.T  # (…, r)
         y = F.linear(x, weight, bias)
-        flat = y.view(-1, y.size(-1))
-        flat.addmm_(down.flatten(0, -2), lora_B.T, alpha=scaling)
+        y.view(-1, y.size(-1)).addmm_(down.view(-1, down.size(-1)), lora_B.T, alpha=scaling)
         ctx.save_for_backward(low, down, weight, lora_A, lora_B)
         ctx.scaling, ctx.is_dropped = scaling, dropped is not None
         return y
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         """The gradients of what `forward` takes, in its order."""
         low, down, weight, lora_A, lora_B = ctx.saved_tensors
-        low, down, flat = (t.flatten(0, -2) for t in (low, down, grad))
+        low, down, flat = (t.reshape(-1, t.size(-1)) for t in (low, down, grad))
         up = ctx.scaling * (flat @ lora_B)  # (…, r)
         grad_x = flat @ weight if ctx.needs_input_grad[0] else None
         grad_dropped = up @ lora_A if ctx.is_dropped else None
         if grad_x is not None and not ctx.is_dropped:
             grad_x.addmm_(up, lora_A)
-        inputs = (g if g is None else g.view(*grad.shape[:-1], -1) for g in (grad_x, grad_dropped))
-        return *inputs, None, None, up.T @ low, ctx.scaling * (flat.T @ down), None
+        of_inputs = (
+            g if g is None else g.view(*grad.shape[:-1], g.size(-1)) for g in (grad_x, grad_dropped)
+        )
+        return *of_inputs, None, None, up.T @ low, ctx.scaling * (flat.T @ down), None
 
 
 class LoRALinear(nn.Linear):

@@ -247,6 +247,7 @@ class MultitaskBERT(nn.Module):
     def encode(self, sequences):
         """Vectors of sequences (ids, segment start) in their order, (sequences, hidden) fp32."""
         ids, starts = zip(*sequences, strict=True)
+        self.bert.check_length(max(map(len, ids)))
         self.encoded_sequences += len(ids)
         self.encoded_tokens += sum(map(len, ids))
         device = self.bert.embeddings.word_embeddings.weight.device

@@ -461,3 +461,23 @@ def test_the_written_configuration_is_one_peft_reads(saved):
     assert all(name.startswith("encoder.layer.") for name in settings["target_modules"])
     names = set(load_file(folder / "adapter_model.safetensors"))
     assert "base_model.model.encoder.layer.0.attention.self.query.lora_A.weight" in names
+
+
+def test_a_second_derivative_is_refused_and_not_silently_wrong():
+    x, A, B = (torch.randn(*shape, requires_grad=True) for shape in ((3, 6), (2, 6), (5, 2)))
+    y = LowRankLinear.apply(x, None, torch.randn(5, 6), None, A, B, 0.5)
+    (gradient,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
+
+
+def test_low_rank_linear_takes_one_vector_and_no_vector():
+    W, A, B = torch.randn(5, 6), torch.randn(2, 6), torch.randn(5, 2)
+    x = torch.randn(6, requires_grad=True)
+    y = LowRankLinear.apply(x, None, W, None, A, B, 0.5)
+    torch.testing.assert_close(y, x @ (W + 0.5 * B @ A).T)
+    y.sum().backward()
+    assert x.grad.shape == (6,)
+    empty = torch.randn(0, 6, requires_grad=True)
+    LowRankLinear.apply(empty, None, W, None, A, B, 0.5).sum().backward()
+    assert empty.grad.shape == (0, 6)

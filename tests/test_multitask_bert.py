@@ -464,3 +464,10 @@ def test_sentences_of_both_encodings_serve_the_contrastive_loss_too(build, batch
         model({"para": batches["para"]})
         counts[bool(how)] = model.encoded_sequences
     assert counts[True] == counts[False] + len(batches["para"].first)
+
+
+def test_more_tokens_than_positions_are_an_error_in_the_starters_methods_too(build):
+    """Past the table of positions a GPU would only say that an assertion failed."""
+    ids = torch.full((1, 41), 7)
+    with pytest.raises(ValueError, match="sequence of 41 tokens; this encoder has 40 positions"):
+        build().eval().predict_sentiment(ids, torch.ones_like(ids))
