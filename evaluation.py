@@ -293,14 +293,20 @@ def evaluate_ensemble(paths, predictions_dir):
 
 def report_runs(paths, folder):
     """Write tables and figures of finished runs into `folder`; returns the path of the document."""
-    from report import Run, write_report  # with matplotlib, which nothing else needs
+    from report import write_report
 
-    runs = []
-    for path in paths:
-        run = RunFolder(path)
-        dev = read_run_scores(run, "dev")
-        runs.append(Run(str(path), run.description(), run.metrics(), dev, overall_score(dev)))
-    return write_report(runs, folder)
+    return write_report([finished_run(RunFolder(path)) for path in paths], folder)
+
+
+def finished_run(run):
+    """A finished run, a `RunFolder`, as the `report.Run` that tables and figures are made of.
+
+    Raises `UserError` where the run has no scores of the dev set.
+    """
+    from report import Run  # which nothing but a report needs
+
+    dev = read_run_scores(run, "dev")
+    return Run(str(run.path), run.description(), run.metrics(), dev, overall_score(dev))
 
 
 # ------------------------------------------------------------------------------------- the script
@@ -327,6 +333,14 @@ def evaluate_run(run, device, precision, data=None):
     return results
 
 
+def predict_sentences(model, tokenizer, name, texts, precision):
+    """What head `name` says of `texts`, tuples of one or two sentences: a `TaskResult`."""
+    examples = [Example(str(row), text, None) for row, text in enumerate(texts)]
+    file = TaskFile(Path("text"), examples, [], len(examples))
+    dataset = TaskDataset(file, TASKS[name], tokenizer, model.config.max_length)
+    return predict_dataset(model, dataset, precision)
+
+
 def predict_text(run, sentence, sentence2, device, precision):
     """Print what a run's best model says of a sentence, or of a pair of them."""
     model, tokenizer, _ = load_run(run, device)
@@ -335,9 +349,7 @@ def predict_text(run, sentence, sentence2, device, precision):
         task = TASKS[name]
         if len(task.sentences) != len(sentences):
             continue
-        text = TaskFile(Path("text"), [Example("text", sentences, None)], [], 1)
-        dataset = TaskDataset(text, task, tokenizer, model.config.max_length)
-        result = predict_dataset(model, dataset, precision)
+        result = predict_sentences(model, tokenizer, name, [sentences], precision)
         scores = " ".join(f"{score:.3f}" for score in result.scores[0])
         print(f"{name:<8}{task.title}: {task.format(result.predictions[0])}  ({scores})")
 

@@ -19,10 +19,9 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the program's folder
 
 from arguments import FlagParser
-from config import TASKS, UserError
-from datasets import Example, TaskDataset, TaskFile
+from config import UserError
 from device import PRECISIONS, select_device, select_precision
-from evaluation import predict_dataset
+from evaluation import predict_sentences
 from report import Run, Table, format_table, provenance
 from run_folder import RunFolder, write_file
 from saved_models import load_run
@@ -132,10 +131,7 @@ class Heads:
     def predict(self, name, texts):
         """What head `name` says of `texts`, tuples of one or two sentences: a `TaskResult` in
         their order."""
-        examples = [Example(str(row), text, None) for row, text in enumerate(texts)]
-        file = TaskFile(Path("text"), examples, [], len(examples))
-        dataset = TaskDataset(file, TASKS[name], self.tokenizer, self.model.config.max_length)
-        return predict_dataset(self.model, dataset, self.precision)
+        return predict_sentences(self.model, self.tokenizer, name, texts, self.precision)
 
     def has(self, name):
         """Whether the run was trained on task `name`."""

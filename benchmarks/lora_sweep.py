@@ -25,7 +25,7 @@ from arguments import FREE_WHEN_CONTINUING, HERE, OF_ONE_COMMAND, FlagParser, da
 from arguments import get_args as training_args
 from base_bert import file_sha256
 from config import TASKS, UserError
-from evaluation import overall_score, read_run_scores
+from evaluation import finished_run, read_run_scores
 from preparation import identity
 from report import (
     COLOURS,
@@ -175,13 +175,7 @@ def train_all(planned):
             code = train(flags, run)
         if code not in (0, NotFinite.exit_code):
             raise RunFailed(run, code if code > 0 else 128 - code)
-        yield combination, None if code else read_run(run)
-
-
-def read_run(run):
-    """A finished run as `report` takes it."""
-    dev = read_run_scores(run, "dev")
-    return Run(str(run.path), run.description(), run.metrics(), dev, overall_score(dev))
+        yield combination, None if code else finished_run(run)
 
 
 def check_comparable(runs):

@@ -22,6 +22,7 @@ from matplotlib.figure import Figure
 
 from bert import BertModel
 from config import TASKS, UserError
+from evaluation import finished_run
 from report import Run
 from run_folder import RunFolder
 from script import NotFinite
@@ -85,7 +86,7 @@ def again(swept, monkeypatch):
 def points_of(folder):
     """The finished sweep as the script has it."""
     wanted = lora_sweep.combinations([2, 4], 2.0, 0.5)
-    runs = [lora_sweep.read_run(RunFolder(folder / "sweep" / f"LoRA-{c.suffix}")) for c in wanted]
+    runs = [finished_run(RunFolder(folder / "sweep" / f"LoRA-{c.suffix}")) for c in wanted]
     return [
         lora_sweep.Point(c, run, lora_sweep.standard_error(run))
         for c, run in zip(wanted, runs, strict=True)

@@ -18,7 +18,7 @@ import multitask_classifier
 import report
 from bert import BertModel
 from config import RECIPES, TASKS, UserError
-from evaluation import TaskResult, measure, read_run_scores
+from evaluation import TaskResult, measure
 from run_folder import RunFolder
 from tokenizer import BertTokenizer
 
@@ -195,11 +195,7 @@ def test_runs_that_differ_in_more_than_the_seed_are_rows_apart(runs, change):
 
 def load(path):
     """A run as a report takes it."""
-    run = RunFolder(path)
-    dev = read_run_scores(run, "dev")
-    return report.Run(
-        str(path), run.description(), run.metrics(), dev, evaluation.overall_score(dev)
-    )
+    return evaluation.finished_run(RunFolder(path))
 
 
 def test_the_papers_score_stands_beside_its_recipe_only(written, runs):
