@@ -107,6 +107,9 @@ def make_parser():
     add("--supervised_simcse", action="store_true", help="contrastive loss on paraphrase pairs")
     add("--simcse_tasks", nargs="+", choices=TASKS, metavar="TASK",
         help="tasks with the unsupervised loss, default all active ones")
+    add("--r_drop", nargs="+", choices=[n for n, t in TASKS.items() if t.kind != "score"],
+        default=[], metavar="TASK", help="two passes through the model are held to the same "
+        "prediction (R-Drop), on these tasks")
     add("--loss_weights", nargs="+", default=[], metavar="LOSS=W",
         help="factors of the summed losses, such as para=2 simcse_sst=0.1; default 1 each")
     add("--gradient_surgery", nargs="?", choices=("sum", "mean"), const="sum", default=None,
@@ -255,10 +258,15 @@ def check_args(args):
     absent = [name for name in args.simcse_tasks or [] if name not in args.tasks]
     if absent:
         raise UserError(f"--simcse_tasks {absent[0]}: not among --tasks {' '.join(args.tasks)}")
+    absent = [name for name in args.r_drop if name not in args.tasks]
+    if absent:
+        raise UserError(f"--r_drop {absent[0]}: not among --tasks {' '.join(args.tasks)}")
     if mode == "last-linear-layer":
         frozen = "the encoder is frozen and in eval mode in --fine-tune-mode last-linear-layer"
         if simcse:
             raise UserError(f"SimCSE: {frozen}; its losses could train nothing")
+        if args.r_drop:
+            raise UserError(f"--r_drop: {frozen}; its two passes would be one")
         if args.gradient_surgery:
             raise UserError(f"--gradient_surgery: {frozen}; tasks share no trained weights")
         together = args.joint + args.both
@@ -306,7 +314,8 @@ def pair_encodings(values, tasks):
 
 def loss_weights(values):
     """Loss name -> factor, from `--loss_weights`."""
-    names = [*TASKS, *(f"simcse_{name}" for name in TASKS), "simcse_para_supervised"]
+    names = [*TASKS, *(f"{kind}_{name}" for kind in ("simcse", "r_drop") for name in TASKS)]
+    names.append("simcse_para_supervised")
     weights = dict.fromkeys(names, 1.0)
     for value in values:
         name, _, factor = value.partition("=")

@@ -126,6 +126,18 @@ def task_loss(task, outputs, labels):
     return F.mse_loss(outputs.squeeze(-1), labels)
 
 
+def consistency_loss(task, first, second):
+    """How far two passes under different dropout masks predict different things (R-Drop).
+
+    Mean of both Kullback-Leibler divergences (Liang et al. 2021, eq. 2). `first` and `second` are
+    outputs (batch, num_classes) of a head. Returns a scalar.
+    """
+    if task.kind == "binary":  # as logits of the two answers
+        first, second = (torch.cat([torch.zeros_like(x), x], dim=-1) for x in (first, second))
+    p, q = (F.log_softmax(x.float(), dim=-1) for x in (first, second))
+    return ((p.exp() - q.exp()) * (p - q)).sum(-1).mean() / 2
+
+
 # ------------------------------------------------------------------------------------------ model
 
 
@@ -165,16 +177,25 @@ class MultitaskBERT(nn.Module):
         """Losses of one training step.
 
         `batches` maps a task to its `datasets.TaskBatch`. Returns a dict of scalars: one per task
-        under its name, `simcse_<task>` and `simcse_para_supervised` where configured.
+        under its name, `simcse_<task>`, `simcse_para_supervised` and `r_drop_<task>` where
+        configured.
         """
         groups = {}  # (task, role) -> sequences; all of them are encoded together
         for name, batch in batches.items():
-            groups |= self.task_inputs(name, batch) | self.simcse_inputs(name, batch)
+            own = self.task_inputs(name, batch)
+            groups |= own | self.simcse_inputs(name, batch)
+            if name in self.config.r_drop:
+                groups |= {(name, f"{role} again"): group for (_, role), group in own.items()}
         vectors = self.encode_groups(groups)
         losses = {}
         for name, batch in batches.items():
-            outputs = self.outputs(name, vectors)
-            losses[name] = task_loss(TASKS[name], outputs, batch.labels.to(outputs.device))
+            task, outputs = TASKS[name], self.outputs(name, vectors)
+            labels = batch.labels.to(outputs.device)
+            losses[name] = task_loss(task, outputs, labels)
+            if name in self.config.r_drop:
+                again = self.outputs(name, vectors, " again")
+                losses[name] = (losses[name] + task_loss(task, again, labels)) / 2
+                losses[f"r_drop_{name}"] = consistency_loss(task, outputs, again)
         for name in batches:
             if name in self.config.simcse_tasks:
                 losses[f"simcse_{name}"] = self.unsupervised_simcse(name, vectors)
@@ -210,9 +231,11 @@ class MultitaskBERT(nn.Module):
         """Raw outputs of a task's head for a batch, (batch, num_classes) fp32: logits or scores."""
         return self.outputs(name, self.encode_groups(self.task_inputs(name, batch))).float()
 
-    def outputs(self, name, vectors):
-        """The head of `name` on its vectors."""
-        return self.heads[name](*(vectors[name, role] for role in self.config.roles(name)))
+    def outputs(self, name, vectors, encoding=""):
+        """The head of `name` on its vectors; those of the second pass where `encoding` is
+        " again"."""
+        roles = self.config.roles(name)
+        return self.heads[name](*(vectors[name, role + encoding] for role in roles))
 
     # ------------------------------------------------------------------ sentences into vectors
 

@@ -10,6 +10,7 @@ and log lie there. `python evaluation.py` evaluates it, `--resume` continues it.
 import math
 import os
 import random
+import re
 import signal
 import sys
 import time
@@ -269,7 +270,7 @@ def not_finite(model, losses, step_batches, args, step, precision):
         bad = bad_gradients(model, step_batches, args, step, precision)
         bad = sorted(set(" ".join(distributed.gather_texts(" ".join(bad))).split())) or list(losses)
         what = f"gradient of the loss {', '.join(bad)}"
-    tasks = {name.removeprefix("simcse_").removesuffix("_supervised") for name in bad}
+    tasks = {re.sub("^(simcse|r_drop)_|_supervised$", "", name) for name in bad}
     ids = "; ".join(
         f"{name}: {' '.join(distributed.gather_texts(' '.join(batch[name].ids)))}"
         for batch in step_batches

@@ -164,6 +164,7 @@ def build_model(args, encoder, tokenizer):
         max_length=args.max_length or tokenizer.model_max_length,
         simcse_tasks=tuple(args.simcse_tasks or args.tasks) if args.unsupervised_simcse else (),
         supervised_simcse=args.supervised_simcse,
+        r_drop=tuple(args.r_drop),
     )
     if lora := lora_config_of(vars(args)):
         apply_lora(bert, lora)

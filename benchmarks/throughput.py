@@ -485,7 +485,7 @@ def get_args(argv=None):
         "on CUDA 16 64 256")
     add("--steps", type=int, help="steps of each turn, default 3, on CUDA 20")
     add("--repeats", type=int, help="turns of each side, default 3, on CUDA 5")
-    add("--warmup", type=int, help="unmeasured steps of each side, default 1, on CUDA 20")
+    add("--warmup", type=int, help="unmeasured steps of each side, default 4, on CUDA 20")
     add("--frozen_examples", type=int, default=1600, metavar="N", help="training examples of each "
         "task in last-linear-layer, default 1600; 0 for all")
     add("--eval_examples", type=int, metavar="N", help="dev examples of each task, 0 for all; "
@@ -501,7 +501,7 @@ def get_args(argv=None):
     args.batch_sizes = args.batch_sizes or (
         [16, 64, 256] if cuda else [8, 16, 64] if args.all or args.rows else [16]
     )
-    for name, on_cpu, on_cuda in (("steps", 3, 20), ("repeats", 3, 5), ("warmup", 1, 20)):
+    for name, on_cpu, on_cuda in (("steps", 3, 20), ("repeats", 3, 5), ("warmup", 4, 20)):
         if getattr(args, name) is None:
             setattr(args, name, on_cuda if cuda else on_cpu)
     if args.eval_examples is None:

@@ -367,3 +367,17 @@ def test_all_files_have_the_courses_names():
         for name, split in itertools.product(("sst", "para", "sts"), ("train", "dev", "test"))
     }
     assert found == expected
+
+
+def test_r_drop_is_for_classes_and_for_encoders_that_are_trained():
+    args = parse("--r_drop sst para --loss_weights r_drop_sst=0.5")
+    assert (args.r_drop, args.weights["r_drop_sst"], args.weights["r_drop_para"]) == (
+        ["sst", "para"], 0.5, 1.0,
+    )  # fmt: skip
+    for flags, words in (
+        ("--r_drop sts", "sts"),
+        ("--r_drop para --tasks sst", "--r_drop para: not among --tasks sst"),
+        ("--r_drop sst --fine-tune-mode last-linear-layer", "its two passes would be one"),
+    ):
+        with pytest.raises(UserError, match=words):
+            parse(flags)

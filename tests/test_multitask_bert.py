@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 import multitask_bert
-from bert import BertModel
+from bert import BertModel, FastDropout
 from config import TASKS, MultitaskConfig
 from datasets import TaskBatch
 from multitask_bert import (
@@ -18,6 +18,7 @@ from multitask_bert import (
     FeaturesHead,
     MultitaskBERT,
     SentenceHead,
+    consistency_loss,
     make_head,
     task_loss,
 )
@@ -471,3 +472,63 @@ def test_more_tokens_than_positions_are_an_error_in_the_starters_methods_too(bui
     ids = torch.full((1, 41), 7)
     with pytest.raises(ValueError, match="sequence of 41 tokens; this encoder has 40 positions"):
         build().eval().predict_sentiment(ids, torch.ones_like(ids))
+
+
+# ------------------------------------------------------------------------------------- R-Drop
+
+
+def test_consistency_loss_by_hand():
+    """Half of KL(p, q) + KL(q, p), mean over the batch; a binary logit is one of two answers."""
+    p, q = torch.tensor([[0.5, 0.3, 0.2], [0.1, 0.1, 0.8]]), torch.tensor([[0.2, 0.2, 0.6]] * 2)
+    kl = [(a * (a / b).log()).sum(-1).mean() for a, b in ((p, q), (q, p))]
+    found = consistency_loss(TASKS["sst"], p.log(), q.log() + 3)  # a shift of logits is nothing
+    torch.testing.assert_close(found, sum(kl) / 2)
+    logits = torch.tensor([[2.0], [-1.0]])
+    sure = torch.cat([1 - logits.sigmoid(), logits.sigmoid()], dim=-1)
+    even = torch.full((2, 2), 0.5)
+    expected = sum((a * (a / b).log()).sum(-1).mean() for a, b in ((sure, even), (even, sure))) / 2
+    torch.testing.assert_close(consistency_loss(TASKS["para"], logits, torch.zeros(2, 1)), expected)
+
+
+def test_r_drop_is_zero_without_dropout_and_leaves_the_task_losses(build, batches):
+    losses = build(r_drop=("sst", "para")).train()(batches)
+    plain = build().train()(batches)
+    assert set(losses) == set(plain) | {"r_drop_sst", "r_drop_para"}
+    for name in plain:
+        torch.testing.assert_close(losses[name], plain[name])
+    assert losses["r_drop_sst"].abs() < 1e-6 and losses["r_drop_para"].abs() < 1e-6
+
+
+def test_r_drop_compares_two_passes_through_the_whole_encoder(build, batches):
+    """Dropout in the encoder alone, none in the heads, has to be enough to make a difference."""
+    model = build(dropout=0.3, r_drop=("sst",))
+    for module in model.heads.modules():
+        if isinstance(module, FastDropout):
+            module.p = 0.0
+    losses = model.train()({"sst": batches["sst"]})
+    assert losses["r_drop_sst"] > 1e-4
+    losses["r_drop_sst"].backward()
+    assert model.bert.encoder["layer"][0].output.dense.weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("how", [{}, {"joint": ("para",)}, {"both": ("para",)}])
+def test_r_drop_encodes_twice_what_its_tasks_heads_need(build, batches, how):
+    counts = []
+    for r_drop in ((), ("sst", "para")):
+        model = build(r_drop=r_drop, **how).train()
+        model(batches)
+        counts.append(model.encoded_sequences)
+    of_task = {n: len(b.first) * len(model.config.roles(n)) for n, b in batches.items()}
+    assert counts == [
+        sum(of_task.values()),
+        sum(of_task.values()) + of_task["sst"] + of_task["para"],
+    ]
+
+
+def test_r_drop_and_simcse_share_their_second_pass(build, batches):
+    counts = []
+    for r_drop in ((), ("sst",)):
+        model = build(simcse_tasks=("sst",), r_drop=r_drop).train()
+        model({"sst": batches["sst"]})
+        counts.append(model.encoded_sequences)
+    assert counts[0] == counts[1] == 2 * len(batches["sst"].first)

@@ -59,9 +59,10 @@ def test_recipes_name_flags_and_choices_that_exist(name):
         assert choices is None or value in choices
 
 
-def test_the_best_recipe_passes_the_checks_and_encodes_paraphrase_pairs_jointly():
+def test_the_best_recipe_passes_the_checks_and_encodes_paraphrase_pairs_both_ways():
     args, _ = get_args(["--recipe", "best"])
-    assert "para" in args.joint and args.tasks == [n for n, t in TASKS.items() if t.default]
+    assert args.both == ("para",) and args.tasks == [n for n, t in TASKS.items() if t.default]
+    assert (args.batch_sizes["para"], args.epochs * args.steps_per_epoch) == (32, 1000)
 
 
 def test_a_flag_given_beside_the_recipe_wins_wherever_it_stands():
