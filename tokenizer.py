@@ -4,7 +4,6 @@ The vocabulary and the lower-casing rule come from the encoder's own folder. A l
 text is text, not a marker (as `transformers` with `split_special_tokens=True`).
 """
 
-import hashlib
 import json
 from pathlib import Path
 
@@ -66,12 +65,6 @@ class BertTokenizer:
 
     def __len__(self):
         return len(self.vocab)
-
-    @property
-    def fingerprint(self):
-        """A short hash of all that decides the ids of a text."""
-        content = "\n".join([*self.vocab, str(self.lowercase), str(MAX_CHARACTERS)])
-        return hashlib.sha256(content.encode()).hexdigest()[:16]
 
     def __call__(self, texts, max_length=None):
         """Ids of each text as an int32 array `[CLS] … [SEP]` of at most `max_length` tokens."""

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from conftest import REPOSITORY, SAMPLE
@@ -523,3 +524,28 @@ def test_seeds_of_steps_and_passes_do_not_coincide():
     random.seed(0)  # and Python's own generator takes no part
     multitask_classifier.seed_everything(11711, 0, 0, 0)
     assert tuple(torch.randint(2**62, (2,)).tolist()) in seen
+
+
+# ---------------------------------------------------------------------------------- precisions
+
+
+@pytest.mark.slow
+def test_bf16_reaches_the_dev_scores_of_fp32(workplace):
+    """Over three seeds, the bundled encoder on the sample: apart by no more than seeds are."""
+    scores = {"fp32": [], "bf16": []}
+    for precision, of_precision in scores.items():
+        for seed in (1, 2, 3):
+            name = f"{precision}-{seed}"
+            multitask_classifier.main([
+                "--pretrained", "bundled", "--data_dir", str(SAMPLE), "--epochs", "1",
+                "--steps_per_epoch", "80", "--batch_size", "16", "--precision", precision,
+                "--seed", str(seed), "--model_file_suffix", name,
+            ])  # fmt: skip
+            run = RunFolder(workplace / "runs" / f"full-model-{name}")
+            assert run.description()["precision"] == precision
+            of_precision.append(evaluation.finished_run(run).overall)
+    apart = abs(np.mean(scores["fp32"]) - np.mean(scores["bf16"]))
+    spread = np.sqrt(sum(np.var(values, ddof=1) for values in scores.values()) / 3)
+    print(scores)
+    assert min(scores["fp32"]) > 0.65, "so little was learned that nothing could differ"
+    assert apart <= max(3 * spread, 0.01), scores
