@@ -107,9 +107,9 @@ def make_parser():
     add("--supervised_simcse", action="store_true", help="contrastive loss on paraphrase pairs")
     add("--simcse_tasks", nargs="+", choices=TASKS, metavar="TASK",
         help="tasks with the unsupervised loss, default all active ones")
-    add("--r_drop", nargs="+", choices=[n for n, t in TASKS.items() if t.kind != "score"],
+    add("--r_drop", nargs="*", choices=[n for n, t in TASKS.items() if t.kind != "score"],
         default=[], metavar="TASK", help="two passes through the model are held to the same "
-        "prediction (R-Drop), on these tasks")
+        "prediction (R-Drop), on these tasks; default none")
     add("--loss_weights", nargs="+", default=[], metavar="LOSS=W",
         help="factors of the summed losses, such as para=2 simcse_sst=0.1; default 1 each")
     add("--gradient_surgery", nargs="?", choices=("sum", "mean"), const="sum", default=None,
@@ -118,7 +118,7 @@ def make_parser():
     add = parser.add_argument_group("optimisation").add_argument
     add("--epochs", "--epoch", type=natural, default=10, help="default 10; 0 only evaluates")
     add("--steps_per_epoch", type=positive, metavar="N", help="optimiser steps per epoch, default "
-        "the batches of the largest task, at most 2000")
+        "the batches of the task that has most of them, at most 2000")
     add("--batch_size", type=positive, default=8,
         help="examples of each task a step, over all processes; default 8")
     add("--task_batch_sizes", nargs="+", default=[], metavar="TASK=N",
@@ -190,6 +190,7 @@ def get_args(argv=None):
     given = vars(parser.parse_args(argv, namespace=blank))
     args.given = {name for name, value in given.items() if value is not unset}
     args.tasks = [name for name in TASKS if name in args.tasks]
+    leave_away_what_does_not_apply(args)
     args.expanded_command = expanded_command(parser, args, argv)
     name = run_name(args.fine_tune_mode, args.model_file_suffix or args.recipe)
     run = RunFolder(Path(args.runs_dir) / name)
@@ -205,6 +206,16 @@ def get_args(argv=None):
             f"or replace it with `{command} --overwrite`"
         )
     return args, run
+
+
+def leave_away_what_does_not_apply(args):
+    """Of flags that a recipe has set, what is for tasks or a mode that the user has not chosen."""
+    if "r_drop" not in args.given:
+        trained = args.tasks if args.fine_tune_mode != "last-linear-layer" else []
+        args.r_drop = [name for name in args.r_drop if name in trained]
+    if "pair_encoding" not in args.given:
+        of_tasks = [v for v in args.pair_encoding if "=" not in v or v.split("=")[0] in args.tasks]
+        args.pair_encoding = of_tasks or ["separate"]
 
 
 def expanded_command(parser, args, argv):
@@ -229,7 +240,8 @@ def expanded_command(parser, args, argv):
 def take_over(args, description):
     """Fill in the flags of the run to continue; one that was given must be the run's."""
     differences = []
-    for name, value in description["args"].items():
+    defaults = vars(make_parser().parse_args([]))  # of flags that there were not at the time
+    for name, value in (defaults | description["args"]).items():
         own = getattr(args, name, None)
         if name in OF_ONE_COMMAND or (name in FREE_WHEN_CONTINUING and name in args.given):
             continue
@@ -251,13 +263,17 @@ def check_args(args):
     simcse = args.unsupervised_simcse or args.supervised_simcse
     if args.simcse_tasks and not args.unsupervised_simcse:
         raise UserError("--simcse_tasks: only with --unsupervised_simcse")
-    if simcse and min(args.batch_sizes.values()) < 2:
-        raise UserError("--batch_size 1: SimCSE needs other examples in the batch, at least 2")
     if args.supervised_simcse and "para" not in args.tasks:
         raise UserError("--supervised_simcse: needs the task para")
     absent = [name for name in args.simcse_tasks or [] if name not in args.tasks]
     if absent:
         raise UserError(f"--simcse_tasks {absent[0]}: not among --tasks {' '.join(args.tasks)}")
+    contrasted = list(args.simcse_tasks or args.tasks) if args.unsupervised_simcse else []
+    for name in contrasted + ["para"] * args.supervised_simcse:
+        if args.batch_sizes[name] < 2:
+            raise UserError(
+                f"--batch_size 1 of {name}: SimCSE needs other examples in the batch, at least 2"
+            )
     absent = [name for name in args.r_drop if name not in args.tasks]
     if absent:
         raise UserError(f"--r_drop {absent[0]}: not among --tasks {' '.join(args.tasks)}")
@@ -314,8 +330,8 @@ def pair_encodings(values, tasks):
 
 def loss_weights(values):
     """Loss name -> factor, from `--loss_weights`."""
-    names = [*TASKS, *(f"{kind}_{name}" for kind in ("simcse", "r_drop") for name in TASKS)]
-    names.append("simcse_para_supervised")
+    names = [*TASKS, *(f"simcse_{name}" for name in TASKS), "simcse_para_supervised"]
+    names += [f"r_drop_{name}" for name, task in TASKS.items() if task.kind != "score"]
     weights = dict.fromkeys(names, 1.0)
     for value in values:
         name, _, factor = value.partition("=")

@@ -135,16 +135,16 @@ def mean_over_processes(tensor):
     return sum_over_processes(tensor.float()) / world_size()
 
 
-def share(batch_size):
-    """The rows of a global batch that this process takes, as a slice.
+def share(batch_size, task):
+    """The rows of a task's global batch that this process takes, as a slice.
 
     Raises `UserError` where the processes' shares would not be equal.
     """
     size, rest = divmod(batch_size, world_size())
     if rest:
         raise UserError(
-            f"--batch_size {batch_size}: the batch of a step over all processes; expected a "
-            f"multiple of their number, {world_size()}"
+            f"--batch_size {batch_size} of {task}: the batch of a step over all processes; "
+            f"expected a multiple of their number, {world_size()}"
         )
     return slice(rank() * size, (rank() + 1) * size)
 

@@ -56,7 +56,7 @@ def predict_dataset(model, dataset, precision, check_stop=lambda: None):
     device = next(model.parameters()).device
     model.eval()
     outputs = torch.zeros(len(dataset), task.num_classes, device=device)
-    with autocast(device, precision):  # once: it keeps the weights that it converts
+    with autocast(device, precision):  # once: it keeps the trained weights that it converts
         for number, (rows, batch) in enumerate(
             dataset.batches_by_length(BATCH_TOKENS[device.type])
         ):

@@ -2,7 +2,8 @@
 
 One forward pass encodes all sentences of a step together and returns one scalar per loss. The
 script sums them: L = sum of the task losses + unsupervised SimCSE on each task's sentences +
-supervised SimCSE on the paraphrase pairs, the last two when asked for.
+supervised SimCSE on the paraphrase pairs + R-Drop's consistency of single tasks, the last three
+when asked for.
 """
 
 import torch
@@ -130,7 +131,8 @@ def consistency_loss(task, first, second):
     """How far two passes under different dropout masks predict different things (R-Drop).
 
     Mean of both Kullback-Leibler divergences (Liang et al. 2021, eq. 2). `first` and `second` are
-    outputs (batch, num_classes) of a head. Returns a scalar.
+    outputs (batch, num_classes) of a head. Returns a scalar. The paper adds up the task losses of
+    the two passes, which are averaged here: its α is twice the factor of this loss.
     """
     if task.kind == "binary":  # as logits of the two answers
         first, second = (torch.cat([torch.zeros_like(x), x], dim=-1) for x in (first, second))
@@ -231,11 +233,10 @@ class MultitaskBERT(nn.Module):
         """Raw outputs of a task's head for a batch, (batch, num_classes) fp32: logits or scores."""
         return self.outputs(name, self.encode_groups(self.task_inputs(name, batch))).float()
 
-    def outputs(self, name, vectors, encoding=""):
-        """The head of `name` on its vectors; those of the second pass where `encoding` is
-        " again"."""
+    def outputs(self, name, vectors, suffix=""):
+        """The head of `name` on its vectors; `suffix` " again": on those of the second pass."""
         roles = self.config.roles(name)
-        return self.heads[name](*(vectors[name, role + encoding] for role in roles))
+        return self.heads[name](*(vectors[name, role + suffix] for role in roles))
 
     # ------------------------------------------------------------------ sentences into vectors
 
@@ -327,7 +328,12 @@ class PaddedBatch:
 
     @staticmethod
     def unpad(input_ids, attention_mask):
-        """(batch, seq) twice -> a list of int32 arrays without padding."""
+        """(batch, seq) twice -> a list of int32 arrays without padding.
+
+        Raises `ValueError` for a sentence without a real token, which has no vector.
+        """
+        if not attention_mask.any(-1).all():
+            raise ValueError("attention_mask: a row without a 1; expected a real token in each")
         rows = zip(input_ids.cpu().int(), attention_mask.cpu().bool(), strict=True)
         return [ids[mask].numpy() for ids, mask in rows]
 

@@ -3,8 +3,9 @@
     python multitask_classifier.py --fine-tune-mode=LoRA --LoRA_r=32
 
 Each step takes one batch of each task and sums their losses, with SimCSE's contrastive losses
-(Gao et al. 2021) when asked for. A run is a folder under runs/; its best model, prediction files
-and log lie there. `python evaluation.py` evaluates it, `--resume` continues it.
+(Gao et al. 2021) and R-Drop (Liang et al. 2021) when asked for. A run is a folder under runs/; its
+best model, prediction files and log lie there. `python evaluation.py` evaluates it, `--resume`
+continues it.
 """
 
 import math
@@ -399,7 +400,7 @@ def main(argv=None):
     keep_freed_memory()
     device = distributed.start(select_device(args.use_gpu))
     distributed.quiet_unless_first()
-    shares = {name: distributed.share(size) for name, size in args.batch_sizes.items()}
+    shares = {name: distributed.share(size, name) for name, size in args.batch_sizes.items()}
     if args.expanded_command:
         say(f"--recipe {args.recipe} is: {args.expanded_command}")
     precision, warning = select_precision(args.precision, device)
@@ -480,7 +481,7 @@ def describe_sizes(args):
     """The batch sizes in words: one for all tasks, or each task's own."""
     sizes = args.batch_sizes
     if len(set(sizes.values())) == 1:
-        return f"{args.batch_sizes[args.tasks[0]]} of each task"
+        return f"{sizes[args.tasks[0]]} of each task"
     return ", ".join(f"{size} of {name}" for name, size in sizes.items())
 
 

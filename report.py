@@ -221,7 +221,7 @@ def cost_table(rows):
         cells.append([
             label,
             f"{max([0, *group[0].logged('step')]):,}",
-            str(group[0].args["batch_size"] * group[0].args["accumulate"]),
+            batch_sizes(group[0].args),
             spread([minutes(run) for run in group], "{:.1f}"),
             spread([median(run.logged("sentences_per_s")) for run in group], "{:,.0f}"),
             spread([median(run.logged("tokens_per_s")) for run in group], "{:,.0f}"),
@@ -236,6 +236,15 @@ def cost_table(rows):
         f"memory: allocated on a GPU, else of the whole process. {provenance(runs)}"
     )
     return Table(caption, header, cells)
+
+
+def batch_sizes(args):
+    """Examples of each task in an optimiser step, as text: one number where all are the same."""
+    sizes = args.get("batch_sizes") or dict.fromkeys(args["tasks"], args["batch_size"])
+    sizes = {name: size * args["accumulate"] for name, size in sizes.items()}
+    if len(set(sizes.values())) == 1:
+        return str(next(iter(sizes.values())))
+    return ", ".join(f"{size} {name}" for name, size in sizes.items())
 
 
 def minutes(run):
@@ -398,7 +407,7 @@ def draw_losses(figure, runs, tasks, unit):
 def loss_pictures(runs):
     """Figures 1 to 4: the tasks' summed loss, then each task's."""
     tasks = [name for name in ("para", "sts", "sst", "cfimdb") if any(name in r.dev for r in runs)]
-    what = f"Sum of the task losses ({', '.join(tasks)}; without contrastive losses)"
+    what = f"Sum of the task losses ({', '.join(tasks)}; without SimCSE and R-Drop)"
     shown = [("overall", what, tasks, "sum of the task losses")]
     for name in tasks:
         title = f"{TASKS[name].title.capitalize()} loss ({name})"

@@ -21,7 +21,15 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the program's folder
 
-from arguments import FREE_WHEN_CONTINUING, HERE, OF_ONE_COMMAND, FlagParser, data_paths, number
+from arguments import (
+    FREE_WHEN_CONTINUING,
+    HERE,
+    OF_ONE_COMMAND,
+    FlagParser,
+    data_paths,
+    make_parser,
+    number,
+)
 from arguments import get_args as training_args
 from base_bert import file_sha256
 from config import TASKS, UserError
@@ -119,7 +127,8 @@ def plan(combination, runs_dir, passed):
 def differing(args, description):
     """What is asked for and is not what the run of `description` has, as texts."""
     own = json.loads(json.dumps(vars(args), default=list))  # tuples and sets: lists, as in run.json
-    for name, was in description["args"].items():
+    defaults = vars(make_parser().parse_args([]))  # of flags that there were not at the time
+    for name, was in (defaults | description["args"]).items():
         aside = name in OF_ONE_COMMAND | FREE_WHEN_CONTINUING
         if name in own and own[name] != was and not aside:
             yield f"--{name} is {own[name]}, was {was}"

@@ -139,9 +139,14 @@ def test_wrong_batch_sizes_say_what_is_expected(value):
 
 
 def test_a_batch_of_one_of_a_single_task_leaves_simcse_without_negatives():
-    parse("--task_batch_sizes sst=1")
-    with pytest.raises(UserError, match="SimCSE needs other examples"):
-        parse("--task_batch_sizes sst=1 --unsupervised_simcse")
+    for fine in ("", "--unsupervised_simcse --simcse_tasks para", "--supervised_simcse"):
+        parse(f"--task_batch_sizes sst=1 {fine}")
+    for flags, name in (
+        ("--task_batch_sizes sst=1 --unsupervised_simcse", "sst"),
+        ("--task_batch_sizes para=1 --supervised_simcse", "para"),
+    ):
+        with pytest.raises(UserError, match=f"1 of {name}: SimCSE needs other examples"):
+            parse(flags)
 
 
 def test_loss_weights():
@@ -293,6 +298,22 @@ def a_run(command):
     return run
 
 
+def test_a_run_from_before_a_flag_goes_on_without_it():
+    """Not with what today's recipe says, and not with what is given beside --resume."""
+    run = a_run("--recipe best")
+    description = json.loads((run.path / "run.json").read_text())
+    for name in ("r_drop", "task_batch_sizes", "batch_sizes", "both"):
+        del description["args"][name]
+    description["args"]["pair_encoding"] = ["para=joint", "sts=separate"]
+    (run.path / "run.json").write_text(json.dumps(description))
+    args = parse("--recipe best --resume")
+    assert (args.r_drop, args.joint, args.both) == ([], ("para",), ())
+    assert args.batch_sizes == {"sst": 32, "para": 32, "sts": 32}
+    for flags in ("--task_batch_sizes para=64", "--r_drop sst"):
+        with pytest.raises(UserError, match="not the run that was begun"):
+            parse(f"--recipe best --resume {flags}")
+
+
 def test_a_run_is_neither_continued_nor_replaced_unasked():
     a_run("--epochs 3")
     with pytest.raises(UserError) as caught:
@@ -376,6 +397,7 @@ def test_r_drop_is_for_classes_and_for_encoders_that_are_trained():
     )  # fmt: skip
     for flags, words in (
         ("--r_drop sts", "sts"),
+        ("--r_drop sst --loss_weights r_drop_sts=2", "r_drop_sts"),
         ("--r_drop para --tasks sst", "--r_drop para: not among --tasks sst"),
         ("--r_drop sst --fine-tune-mode last-linear-layer", "its two passes would be one"),
     ):

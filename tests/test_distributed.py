@@ -369,8 +369,8 @@ def test_a_batch_that_cannot_be_shared_is_one_error_line(bench):
     code, _, err = bench.run(2, SCRIPT, *args)
     lines = [line for line in err.splitlines() if line.startswith("error:")]
     assert lines == [
-        "error: --batch_size 7: the batch of a step over all processes; expected a multiple of "
-        "their number, 2"
+        "error: --batch_size 7 of sst: the batch of a step over all processes; expected a "
+        "multiple of their number, 2"
     ]
     assert code != 0
     assert "exitcode  : 2" in err, err
@@ -472,7 +472,7 @@ def test_with_one_process_nothing_is_shared(monkeypatch):
     assert (distributed.rank(), distributed.world_size()) == (0, 1)
     rows = torch.ones(3, 2)
     assert distributed.gather_rows(rows)[0] is rows
-    assert distributed.share(7) == slice(0, 7)
+    assert distributed.share(7, "sst") == slice(0, 7)
 
 
 def test_more_processes_than_gpus_are_refused(monkeypatch):

@@ -131,3 +131,22 @@ def test_the_expanded_command_is_printed_and_kept_and_may_be_continued(
     assert get_args([*command, "--resume"])[0].pooling == "mean"
     with pytest.raises(UserError, match="epochs"):
         multitask_classifier.main([*command, "--resume", "--epochs", "1"])
+
+
+@pytest.mark.parametrize(
+    ("flags", "r_drop", "both"),
+    [
+        ("", ["sst"], ("para",)),
+        ("--r_drop", [], ("para",)),
+        ("--r_drop para", ["para"], ("para",)),
+        ("--tasks para sts", [], ("para",)),
+        ("--tasks sst", ["sst"], ()),
+        ("--fine-tune-mode last-linear-layer", [], ("para",)),
+    ],
+)
+def test_what_the_best_recipe_sets_for_other_tasks_and_modes_is_left_away(flags, r_drop, both):
+    """Else an error would name a flag that nobody gave; the printed command has to work too."""
+    args, _ = get_args(["--recipe", "best", *flags.split()])
+    assert (args.r_drop, args.both) == (r_drop, both)
+    again, _ = get_args(shlex.split(args.expanded_command)[2:])
+    assert (again.r_drop, again.both, again.joint) == (r_drop, both, args.joint)
