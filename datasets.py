@@ -286,22 +286,20 @@ class TaskDataset:
         """Tokens of the longest single sequence."""
         return max(len(ids) for column in self.sentences for ids in column)
 
-    def batches_by_length(self, batch_tokens, rows=None):
-        """Yield (rows, `TaskBatch`) of at most `batch_tokens` tokens, short examples first.
+    def batches_of(self, batch_tokens, rows=None):
+        """Yield (rows, `TaskBatch`) of at most `batch_tokens` tokens, or of one example.
 
-        All examples, or those at `rows`.
+        All examples, or those at `rows`, in a fixed order that mixes lengths: sentences of unlike
+        length fill the rows of `bert.pack` better than those of one length.
         """
-        lengths = self.lengths()
-        order = np.argsort(lengths, kind="stable")
+        lengths, order = self.lengths(), np.random.default_rng(0).permutation(len(self))
         if rows is not None:
             order = order[np.isin(order, rows)]
-        start = 0
-        while start < len(order):
-            end = start + 1
-            while end < len(order) and lengths[order[end]] * (end + 1 - start) <= batch_tokens:
-                end += 1
-            yield order[start:end], self.batch(order[start:end])
-            start = end
+        while len(order):
+            tokens = np.cumsum(lengths[order])
+            count = max(1, int(np.searchsorted(tokens, batch_tokens, side="right")))
+            yield order[:count], self.batch(order[:count])
+            order = order[count:]
 
 
 class MultitaskBatches:

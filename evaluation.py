@@ -51,15 +51,13 @@ class TaskResult:
 
 @torch.no_grad()
 def predict_dataset(model, dataset, precision, check_stop=lambda: None):
-    """Predict a whole `TaskDataset` in batches of like length; returns a `TaskResult`."""
+    """Predict a whole `TaskDataset` in batches of `BATCH_TOKENS`; returns a `TaskResult`."""
     task = dataset.task
     device = next(model.parameters()).device
     model.eval()
     outputs = torch.zeros(len(dataset), task.num_classes, device=device)
     with autocast(device, precision):  # once: it keeps the trained weights that it converts
-        for number, (rows, batch) in enumerate(
-            dataset.batches_by_length(BATCH_TOKENS[device.type])
-        ):
+        for number, (rows, batch) in enumerate(dataset.batches_of(BATCH_TOKENS[device.type])):
             if number % distributed.world_size() == 0:
                 check_stop()
             if number % distributed.world_size() != distributed.rank():

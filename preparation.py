@@ -217,7 +217,7 @@ def load_training_state(model, optimizer, tensors):
 
 
 def encode_in_advance(model, batches, args, precision, check_stop):
-    """Encode each training sentence of a frozen encoder once, sorted by length.
+    """Encode each training sentence of a frozen encoder once, in a fixed order.
 
     A vector's last bits depend on the batch in which it was encoded. So which sentences are encoded
     together must not depend on where a run was broken off.
@@ -228,7 +228,7 @@ def encode_in_advance(model, batches, args, precision, check_stop):
         if not len(rows):
             continue
         say(f"{name}: encoding {len(rows):,} training examples, once for all epochs")
-        for _, batch in dataset.batches_by_length(BATCH_TOKENS[device.type], rows):
+        for _, batch in dataset.batches_of(BATCH_TOKENS[device.type], rows):
             check_stop()
             with autocast(device, precision), torch.no_grad():
                 model.encode_groups(model.task_inputs(name, batch))

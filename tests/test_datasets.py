@@ -220,22 +220,34 @@ def test_largest_is_the_number_of_batches_of_the_largest_task(batches):
 
 @pytest.mark.parametrize("name", ["sst", "para"])
 @pytest.mark.parametrize("budget", [1, 20, 64, 10_000])
-def test_batches_by_length_cover_every_row_once_within_the_budget(tokenizer, name, budget):
+def test_batches_of_tokens_cover_every_row_once_within_the_budget(tokenizer, name, budget):
+    """Each as large as the budget lets it: the next example would not have fitted."""
     dataset = made_up(name, 53, tokenizer, words=lambda i: 1 + (i * i) % 17)
-    seen, longest = [], 0
-    for rows, batch in dataset.batches_by_length(budget):
+    parts, before = [], None
+    for rows, batch in dataset.batches_of(budget):
         lengths = dataset.lengths()[rows]
         assert batch.ids == [f"id{row}" for row in rows]
-        assert len(rows) == 1 or lengths.max() * len(rows) <= budget
-        assert lengths.min() >= longest  # short ones first: like lengths lie together
-        longest = lengths.max()
-        seen += rows.tolist()
+        assert len(rows) == 1 or lengths.sum() <= budget
+        assert before is None or before + lengths[0] > budget
+        before = lengths.sum()
+        parts.append(rows.tolist())
+    seen = [row for rows in parts for row in rows]
     assert sorted(seen) == list(range(53))
+    assert [rows.tolist() for rows, _ in dataset.batches_of(budget)] == parts  # the same each time
 
 
-def test_batches_by_length_are_as_large_as_the_budget_lets_them(tokenizer):
+def test_batches_of_tokens_mix_lengths(tokenizer):
+    """Sorted ones would leave the rows of `bert.pack` half empty: two of 40 tokens share none."""
+    dataset = made_up("sst", 200, tokenizer, words=lambda i: 3 + i // 10)
+    lengths = [dataset.lengths()[rows] for rows, _ in dataset.batches_of(400)]
+    assert all(of_batch.max() - of_batch.min() > 8 for of_batch in lengths[:-1])
+
+
+def test_batches_of_tokens_of_some_rows_alone(tokenizer):
     dataset = made_up("sst", 10, tokenizer, words=lambda i: 3)  # 5 tokens each
-    assert [len(rows) for rows, _ in dataset.batches_by_length(20)] == [4, 4, 2]
+    batches = [rows.tolist() for rows, _ in dataset.batches_of(20, np.array([9, 1, 4, 5, 7]))]
+    assert [len(rows) for rows in batches] == [4, 1]
+    assert sorted(np.concatenate(batches).tolist()) == [1, 4, 5, 7, 9]
 
 
 def test_lengths_count_both_sentences(tokenizer):

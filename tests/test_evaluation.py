@@ -238,7 +238,7 @@ def datasets(toy_vocab_folder):
 def test_predictions_come_in_the_files_order_whatever_the_batches(
     model, datasets, name, budget, monkeypatch
 ):
-    """Sorted by length for speed, and by a batch size that must not show."""
+    """Another order for speed, and a batch size, that must not show."""
     monkeypatch.setitem(evaluation.BATCH_TOKENS, "cpu", budget)
     dataset = datasets[name]
     found = predict_dataset(model, dataset, "fp32")
