@@ -17,7 +17,7 @@ from torch import nn
 
 from base_bert import BertPreTrainedModel
 
-ROW_TOKENS = 64  # width of the rows that sentences are packed into; longer ones: the next doubling
+ROW_TOKENS = 64  # width of the rows that sentences are packed into; longer ones: a multiple
 # Padding rows make the number of rows a multiple of this, in units of ROW_TOKENS: few distinct
 # shapes, for each of which oneDNN keeps a kernel, and a GPU's allocator a block.
 ROWS_MULTIPLE = 2
@@ -237,12 +237,17 @@ class BertModel(BertPreTrainedModel):
 # --------------------------------------------------------------------------- sentences into rows
 
 
+def narrower(width):
+    """The next width of rows: half, up to a multiple of `ROW_TOKENS`; 0 below the least."""
+    return -(-width // 2 // ROW_TOKENS) * ROW_TOKENS if width > ROW_TOKENS else 0
+
+
 def fill_rows(lengths, numbers, width):
     """Put sentences, those of `lengths` at `numbers`, into few rows of `width` tokens.
 
     Best fit, longest first: each goes to the row in which it leaves the least room, else to a new
-    one, for which it has to fill more than half of it unless rows are `ROW_TOKENS` wide. Returns
-    the rows as lists of numbers, and the numbers that are left for narrower rows.
+    one, unless the next narrower rows can hold it. Returns the rows as lists of numbers, and the
+    numbers that are left for narrower rows.
     """
     rows, left, with_room = [], [], [[] for _ in range(width + 1)]  # [n]: rows with n tokens free
     for number in numbers[np.argsort(-lengths[numbers], kind="stable")].tolist():
@@ -250,7 +255,7 @@ def fill_rows(lengths, numbers, width):
         room = next((n for n in range(length, width + 1) if with_room[n]), None)
         if room is not None:
             row = with_room[room].pop()
-        elif length > width // 2 or width == ROW_TOKENS:
+        elif length > narrower(width):
             rows.append(row := [])
             room = width
         else:
@@ -267,12 +272,10 @@ def pack(sequences, segment_starts, pad_id, device):
     `sequences` are int32 arrays; `segment_starts[i]` is where sequence i's segment 1 begins (its
     length where it has none).
     """
-    count, width = len(sequences), ROW_TOKENS
-    lengths = np.array([len(sequence) for sequence in sequences])
-    while width < lengths.max():
-        width *= 2
+    count, lengths = len(sequences), np.array([len(sequence) for sequence in sequences])
+    width = -(-int(lengths.max()) // ROW_TOKENS) * ROW_TOKENS  # of the widest rows
     left, first, groups, tokens = np.arange(count), np.zeros(count, dtype=np.int64), [], 0
-    while width >= ROW_TOKENS:
+    while width:
         filled, left = fill_rows(lengths, left, width)
         if width == ROW_TOKENS:
             filled += [[]] * (-(tokens // width + len(filled)) % ROWS_MULTIPLE)
@@ -290,7 +293,7 @@ def pack(sequences, segment_starts, pad_id, device):
                 start = end
         if filled:
             groups.append([to_device(x, device) for x in (ids, positions, segments, owner)])
-        tokens, width = tokens + ids.size, width // 2
+        tokens, width = tokens + ids.size, narrower(width)
     rows = [Rows(*of_width, same_sentence(owner)) for *of_width, owner in groups]
     owners = torch.cat([owner.flatten() for *_, owner in groups])
     return Packed(rows, owners, to_device(first, device), to_device(lengths, device))

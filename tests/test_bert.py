@@ -19,6 +19,7 @@ from bert import (
     Rows,
     dropout_mask,
     fill_rows,
+    narrower,
     pack,
 )
 
@@ -124,18 +125,27 @@ def fewest_rows(lengths, width):
     return min(map(len, rooms))
 
 
+# Half, up to a multiple of 64.
+NARROWER = {64: 0, 128: 64, 192: 128, 256: 128, 320: 192, 384: 192, 448: 256, 512: 256}
+
+
+@pytest.mark.parametrize("width", NARROWER)
+def test_narrower_rows(width):
+    assert narrower(width) == NARROWER[width]
+
+
 def best_fit(lengths, width):
     """By the definition: longest first, each into the fullest row it fits, else into a new one.
 
-    A row wider than 64 is begun by a sentence that fills more than half of it. Returns the tokens
-    of the rows and the lengths that are left, both in ascending order.
+    A row is begun by a sentence that the next narrower ones cannot hold. Returns the tokens of the
+    rows and the lengths that are left, both in ascending order.
     """
     filled, left = [], []
     for n in sorted(lengths, reverse=True):
         fitting = [row for row in filled if row + n <= width]
         if fitting:
             filled.remove(max(fitting))
-        elif width > ROW_TOKENS and 2 * n <= width:
+        elif n <= NARROWER[width]:
             left.append(n)
             continue
         filled.append(max(fitting, default=0) + n)
@@ -143,7 +153,7 @@ def best_fit(lengths, width):
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.sampled_from([64, 128, 256]), st.data())
+@given(st.sampled_from(sorted(NARROWER)), st.data())
 def test_filled_rows_hold_every_sentence_once_and_none_is_too_full(width, data):
     """Among other sentences, which stay out of it; what is left has found no room."""
     lengths = np.array(data.draw(st.lists(st.integers(1, width), min_size=1, max_size=50)))
@@ -159,7 +169,7 @@ def test_filled_rows_hold_every_sentence_once_and_none_is_too_full(width, data):
     assert left.dtype == np.int64
     assert width > ROW_TOKENS or not len(left)
     for length in lengths[left]:
-        assert 2 * length <= width
+        assert length <= NARROWER[width]
         assert all(load + length > width for load in loads)
     assert (loads, sorted(lengths[left].tolist())) == best_fit(lengths[numbers].tolist(), width)
 
@@ -273,13 +283,15 @@ def test_packed_tokens_meet_those_of_their_own_sentence(lengths):
 @settings(max_examples=100, deadline=None)
 @given(st.lists(LENGTHS, min_size=1, max_size=40))
 def test_packed_rows_are_as_wide_as_their_sentences_need(lengths):
-    """Rows of 512, 256, 128 tokens for what is longer than half of them, shorter ones beside it.
+    """Rows for the longest and, by halves, narrower ones; shorter sentences beside the long ones.
 
     Empty rows come last, as many as it takes to have a multiple of ROWS_MULTIPLE in all.
     """
     packed = pack(random_sequences(lengths, 100), lengths, 0, "cpu")
     shapes = [rows.input_ids.shape for rows in packed.rows]
-    found = dict.fromkeys((512, 256, 128, 64), ())
+    found, width = {}, math.ceil(max(lengths) / 64) * 64
+    while width:
+        found[width], width = (), NARROWER[width]
     for (B, T), sentences in zip(
         shapes, packed.sentence.split([B * T for B, T in shapes]), strict=True
     ):
