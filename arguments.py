@@ -237,11 +237,15 @@ def expanded_command(parser, args, argv):
     return shlex.join(["python", "multitask_classifier.py", *words, *argv])
 
 
+def flags_of(description):
+    """Every flag of a run by name; one that there was not at its time has its default."""
+    return vars(make_parser().parse_args([])) | description["args"]
+
+
 def take_over(args, description):
     """Fill in the flags of the run to continue; one that was given must be the run's."""
     differences = []
-    defaults = vars(make_parser().parse_args([]))  # of flags that there were not at the time
-    for name, value in (defaults | description["args"]).items():
+    for name, value in flags_of(description).items():
         own = getattr(args, name, None)
         if name in OF_ONE_COMMAND or (name in FREE_WHEN_CONTINUING and name in args.given):
             continue

@@ -27,7 +27,7 @@ from arguments import (
     OF_ONE_COMMAND,
     FlagParser,
     data_paths,
-    make_parser,
+    flags_of,
     number,
 )
 from arguments import get_args as training_args
@@ -127,8 +127,7 @@ def plan(combination, runs_dir, passed):
 def differing(args, description):
     """What is asked for and is not what the run of `description` has, as texts."""
     own = json.loads(json.dumps(vars(args), default=list))  # tuples and sets: lists, as in run.json
-    defaults = vars(make_parser().parse_args([]))  # of flags that there were not at the time
-    for name, was in (defaults | description["args"]).items():
+    for name, was in flags_of(description).items():
         aside = name in OF_ONE_COMMAND | FREE_WHEN_CONTINUING
         if name in own and own[name] != was and not aside:
             yield f"--{name} is {own[name]}, was {was}"

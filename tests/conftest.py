@@ -1,7 +1,9 @@
 """Shared by all tests: a tiny encoder's sizes, a toy vocabulary, where data and weights lie."""
 
+import importlib.util
 import json
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -24,6 +26,15 @@ TOY_WORDS = (
     "##ing ##ed ##s ##ly ##er ##est ##un ##able"
 )
 LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789"
+
+
+def load_script(path):
+    """Import a script, which is in no package, under a name of its own."""
+    spec = importlib.util.spec_from_file_location(f"{path.stem}_under_test", path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture(autouse=True)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import load_script
 
 from bert import BertModel
 from config import BertConfig
@@ -27,17 +28,7 @@ needs_references = pytest.mark.skipif(
     reason="transformers and peft, the benchmark's reference, are not installed",
 )
 
-
-def load_script():
-    """Import benchmarks/throughput.py, which is a script and in no package."""
-    spec = importlib.util.spec_from_file_location("throughput_under_test", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
-
-
-throughput = load_script()
+throughput = load_script(SCRIPT)
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,5 @@
 """The bias probe: sentences differ in one word, tables are whole, figures are the model's own."""
 
-import importlib.util
 import re
 import signal
 import subprocess
@@ -10,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import REPOSITORY, SAMPLE
+from conftest import REPOSITORY, SAMPLE, load_script
 
 import evaluation
 import multitask_classifier
@@ -23,16 +22,7 @@ SCRIPT = REPOSITORY / "benchmarks" / "bias_probe.py"
 CPU = torch.device("cpu")
 
 
-def load_script():
-    """Import benchmarks/bias_probe.py, which is a script and in no package."""
-    spec = importlib.util.spec_from_file_location("bias_probe_under_test", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-bias_probe = load_script()
+bias_probe = load_script(SCRIPT)
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 A tiny random encoder on a cut of the sample; the sweep and its runs are processes of their own.
 """
 
-import importlib.util
 import json
 import os
 import re
@@ -17,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import REPOSITORY, SAMPLE
+from conftest import REPOSITORY, SAMPLE, load_script
 from matplotlib.figure import Figure
 
 from bert import BertModel
@@ -36,16 +35,7 @@ COMMAND = f"--ranks 4 2 --alpha 2 --scaling 0.5 --runs_dir sweep --out out -- {S
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 
 
-def load_script():
-    """Import benchmarks/lora_sweep.py, which is a script and in no package."""
-    spec = importlib.util.spec_from_file_location("lora_sweep_under_test", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-lora_sweep = load_script()
+lora_sweep = load_script(SCRIPT)
 
 
 @pytest.fixture(scope="module")

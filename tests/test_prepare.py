@@ -7,7 +7,6 @@ they are at hand.
 import csv
 import hashlib
 import http.server
-import importlib.util
 import json
 import os
 import random
@@ -21,23 +20,14 @@ import time
 from pathlib import Path
 
 import pytest
+from conftest import load_script
 
 SCRIPT = Path(__file__).resolve().parents[1] / "data" / "prepare.py"
 REAL_DATA = Path(
     os.environ.get("REAL_DATA_DIR") or Path(__file__).resolve().parents[2] / "shared" / "data"
 )
 
-
-def load_script():
-    """Import data/prepare.py, which is a script and in no package."""
-    spec = importlib.util.spec_from_file_location("prepare_under_test", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
-
-
-prepare = load_script()
+prepare = load_script(SCRIPT)
 
 
 def git_blob_id(content: bytes) -> str:

@@ -2,28 +2,19 @@
 labels that can be learnt but not by counting words alone."""
 
 import csv
-import importlib.util
 import re
 from collections import Counter
 from pathlib import Path
 
 import pytest
+from conftest import load_script
 
 DATA = Path(__file__).resolve().parents[1] / "data"
 SAMPLE = DATA / "sample"
 STEMS = {"sst": "ids-sst", "quora": "quora", "sts": "sts", "cfimdb": "ids-cfimdb"}
 SPLITS = ("train", "dev", "test-student")
 
-
-def load_script():
-    """Import data/make_sample.py, which is a script and in no package."""
-    spec = importlib.util.spec_from_file_location("make_sample_under_test", DATA / "make_sample.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-make_sample = load_script()
+make_sample = load_script(DATA / "make_sample.py")
 
 
 def read_rows(task: str, split: str) -> list[list[str]]:
