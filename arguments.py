@@ -131,6 +131,11 @@ def make_parser():
     add("--head_lr", type=rate, help="peak learning rate of the heads, which start from random "
         "numbers and bear a larger one; default "
         f"{LEARNING_RATES['full-model'][1]:g} beside a trained encoder")
+    add("--layer_decay", type=number(float, 0.01, 1), default=1.0, metavar="D",
+        help="each encoder layer learns at D times the rate of the layer above it, the embeddings "
+        "at D times that of the lowest; default 1")
+    add("--freeze_word_embeddings", action="store_true",
+        help="full-model: train all but the word vectors, half of a small encoder's weights")
     add("--warmup", type=share, default=0.1, metavar="SHARE",
         help="share of all steps with rising learning rate, then linear decay; default 0.1")
     add("--weight_decay", type=number(float, 0, None), default=1e-3,
@@ -210,6 +215,10 @@ def get_args(argv=None):
 
 def leave_away_what_does_not_apply(args):
     """Of flags that a recipe has set, what is for tasks or a mode that the user has not chosen."""
+    if args.recipe and args.fine_tune_mode != RECIPES[args.recipe].flags["fine_tune_mode"]:
+        for name, value in (("lr", None), ("freeze_word_embeddings", False)):
+            if name not in args.given:
+                setattr(args, name, value)
     if "r_drop" not in args.given:
         trained = args.tasks if args.fine_tune_mode != "last-linear-layer" else []
         args.r_drop = [name for name in args.r_drop if name in trained]
@@ -228,9 +237,10 @@ def expanded_command(parser, args, argv):
     words = []
     for action in parser._actions:
         name = action.dest
+        value = getattr(args, name, None)
         lost = name.startswith("LoRA_") and args.fine_tune_mode != "LoRA"
+        lost = lost or value is None or value is False
         if name in RECIPES[args.recipe].flags and name not in args.given and not lost:
-            value = getattr(args, name)
             values = value if isinstance(value, list) else [] if value is True else [value]
             words += [action.option_strings[0], *(f"{v:g}" if isinstance(v, float) else str(v)
                                                   for v in values)]  # fmt: skip
@@ -262,6 +272,10 @@ def check_args(args):
     lora_flags = sorted(name for name in given if name.startswith("LoRA_"))
     if mode != "LoRA" and lora_flags:
         raise UserError(f"--{lora_flags[0]}: only with --fine-tune-mode LoRA, not {mode}")
+    if mode != "full-model" and args.freeze_word_embeddings:
+        raise UserError(f"--freeze_word_embeddings: only in full-model; {mode} freezes them anyway")
+    if mode == "last-linear-layer" and args.layer_decay < 1:
+        raise UserError(f"--layer_decay: no encoder layer learns in --fine-tune-mode {mode}")
     args.joint, args.both = pair_encodings(args.pair_encoding, args.tasks)
     args.batch_sizes = batch_sizes(args)
     simcse = args.unsupervised_simcse or args.supervised_simcse

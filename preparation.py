@@ -1,6 +1,7 @@
 """What does a run begin with? Data, model, optimiser, and the record of all that it depends on."""
 
 import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -154,6 +155,8 @@ def build_model(args, encoder, tokenizer):
     bert = BertModel.from_pretrained(encoder)
     if args.hidden_dropout_prob is not None:
         bert.set_dropout(args.hidden_dropout_prob)
+    if args.freeze_word_embeddings:
+        bert.embeddings.word_embeddings.requires_grad_(False)
     config = MultitaskConfig(
         tasks=tuple(args.tasks),
         heads={name: getattr(args, f"{name}_head") for name in args.tasks},
@@ -173,11 +176,18 @@ def build_model(args, encoder, tokenizer):
 
 
 def make_optimizer(model, args):
-    """AdamW over what is trained; no decay on biases and LayerNorm, own rates for the heads."""
-    groups = {}
+    """AdamW over what is trained; no decay on biases and LayerNorm, own rates for the heads.
+
+    `--layer_decay` lowers the rate layer by layer from the top (Howard & Ruder 2018, §3.2).
+    """
+    groups, layers = {}, model.bert.config.num_hidden_layers
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            rate = args.encoder_rate if name.startswith("bert.") else args.head_rate
+            rate = args.head_rate
+            if name.startswith("bert."):
+                layer = re.search(r"\.layer\.(\d+)\.", name)
+                depth = layers - 1 - int(layer[1]) if layer else layers
+                rate = args.encoder_rate * args.layer_decay**depth
             decay = 0.0 if parameter.ndim < 2 or "LayerNorm" in name else args.weight_decay
             group = {"params": [], "peak_lr": rate, "lr": rate, "weight_decay": decay}
             groups.setdefault((rate, decay), group)["params"].append(parameter)

@@ -278,6 +278,30 @@ def test_epochs_evaluations_and_patience(train):
     assert [line["epoch"] for line in metrics(run, "eval")] == [1, 2, 3]
 
 
+def test_layers_learn_at_rates_that_fall_from_the_top(train):
+    """The first step of AdamW moves each weight that has a gradient by its learning rate."""
+    flags = "--warmup 0 --weight_decay 0 --clip 0 --lr 1e-3 --head_lr 1e-2 --epochs 1"
+    run = train(f"{flags} --steps_per_epoch 1 --layer_decay 0.5 --precision fp32", "full-model")
+    before = load_file("encoder/model.safetensors")
+    after = load_file(run / "best" / "model.safetensors")
+    largest = {
+        name: float((after[name] - before[name]).abs().max())
+        for name in ("encoder.layer.1.output.dense.weight", "encoder.layer.0.output.dense.weight",
+                     "embeddings.word_embeddings.weight")
+    }  # fmt: skip
+    assert list(largest.values()) == pytest.approx([1e-3, 5e-4, 2.5e-4], rel=1e-2)
+
+
+def test_word_embeddings_may_be_left_as_they_are(train):
+    run = train("--epochs 1 --steps_per_epoch 2 --freeze_word_embeddings", "full-model")
+    before = load_file("encoder/model.safetensors")
+    after = load_file(run / "best" / "model.safetensors")
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert moved == {
+        n for n in before if not n.startswith(("embeddings.word_embeddings", "pooler"))
+    }
+
+
 def test_the_best_model_is_the_one_with_the_best_score(train):
     run = train("--epochs 4 --steps_per_epoch 3 --lr 0.01", "full-model")
     evaluations = metrics(run, "eval")
@@ -323,13 +347,16 @@ class Broken(Exception):
     """Stands for a kill right after a state was saved."""
 
 
-@pytest.mark.parametrize("mode", ["last-linear-layer", "full-model", "LoRA"])
+@pytest.mark.parametrize(
+    "mode", ["last-linear-layer", "full-model", "LoRA", "full-model --freeze_word_embeddings"]
+)
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_broken_and_continued_run_is_the_unbroken_one(train, monkeypatch, mode, precision):
     """To the last bit, in every mode: a frozen encoder's kept vectors are gone with the process,
     and may not come back with other bits for having been encoded in another batch."""
     flags = f"--fine-tune-mode {mode} --precision {precision} --epochs 3 --steps_per_epoch 5"
     flags += " --batch_size 3 --model_file_suffix"
+    mode = mode.split()[0]
     whole = train(f"{flags} whole", f"{mode}-whole")
     save_state = RunFolder.save_state
 
