@@ -212,8 +212,9 @@ def test_no_flag_may_be_abbreviated(flag):
     [
         "--lr nan", "--lr -1", "--lr inf", "--lr 0", "--lr x", "--batch_size 0", "--epochs -1",
         "--epochs 1.5", "--hidden_dropout_prob 1.5", "--hidden_dropout_prob -0.1", "--warmup 2",
-        "--layer_decay 0", "--layer_decay 1.1", "--weight_decay -1", "--weight_decay nan", "--clip -1", "--accumulate 0", "--seed -1",
-        "--steps_per_epoch 0", "--max_length 2", "--patience -1", "--log_every 0",
+        "--layer_decay 0", "--layer_decay 1.1", "--weight_decay -1", "--weight_decay nan",
+        "--clip -1", "--accumulate 0", "--seed -1", "--steps_per_epoch 0", "--max_length 2",
+        "--patience -1", "--log_every 0",
         f"{LORA} --LoRA_r 0", f"{LORA} --LoRA_r -4", f"{LORA} --LoRA_r 2.5",
         f"{LORA} --LoRA_alpha 0", f"{LORA} --LoRA_alpha -1", f"{LORA} --LoRA_dropout 1",
         "--epochs 1" + 400 * "0", "--batch_size", "--tasks",
