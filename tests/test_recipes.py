@@ -10,7 +10,7 @@ from conftest import SAMPLE
 import multitask_classifier
 from arguments import get_args, make_parser
 from bert import BertModel
-from config import RECIPES, TASKS, UserError
+from config import LEARNING_RATES, MODES, RECIPES, TASKS, UserError
 from tokenizer import BertTokenizer
 
 # What the recipes are documented to stand for, written out as a user would.
@@ -63,7 +63,7 @@ def test_recipes_name_flags_and_choices_that_exist(name):
 def test_the_best_recipe_passes_the_checks_and_encodes_paraphrase_pairs_both_ways():
     args, _ = get_args(["--recipe", "best"])
     assert args.both == ("para",) and args.tasks == [n for n, t in TASKS.items() if t.default]
-    assert (args.batch_sizes["para"], args.epochs * args.steps_per_epoch) == (32, 1000)
+    assert (args.batch_sizes["para"], args.epochs * args.steps_per_epoch) == (32, 1200)
 
 
 def test_a_flag_given_beside_the_recipe_wins_wherever_it_stands():
@@ -136,10 +136,10 @@ def test_the_expanded_command_is_printed_and_kept_and_may_be_continued(
 @pytest.mark.parametrize(
     ("flags", "r_drop", "both"),
     [
-        ("", ["sst"], ("para",)),
+        ("", ["sst", "para"], ("para",)),
         ("--r_drop", [], ("para",)),
         ("--r_drop para", ["para"], ("para",)),
-        ("--tasks para sts", [], ("para",)),
+        ("--tasks para sts", ["para"], ("para",)),
         ("--tasks sst", ["sst"], ()),
         ("--fine-tune-mode last-linear-layer", [], ("para",)),
     ],
@@ -150,3 +150,16 @@ def test_what_the_best_recipe_sets_for_other_tasks_and_modes_is_left_away(flags,
     assert (args.r_drop, args.both) == (r_drop, both)
     again, _ = get_args(shlex.split(args.expanded_command)[2:])
     assert (again.r_drop, again.both, again.joint) == (r_drop, both, args.joint)
+
+
+@pytest.mark.parametrize("mode", [mode for mode in MODES if mode != "full-model"])
+def test_the_best_recipe_in_another_mode_learns_at_that_modes_rates(mode):
+    """Its own is for the whole model, and there are no word embeddings to leave out."""
+    best, _ = get_args(["--recipe", "best"])
+    args, _ = get_args(["--recipe", "best", "--fine-tune-mode", mode])
+    assert best.freeze_word_embeddings and not args.freeze_word_embeddings
+    assert (args.encoder_rate, args.head_rate) == LEARNING_RATES[mode]
+    assert best.encoder_rate == RECIPES["best"].flags["lr"] != LEARNING_RATES["full-model"][0]
+    assert parsed(shlex.join(shlex.split(args.expanded_command)[2:])) == {
+        n: v for n, v in vars(args).items() if n not in OWN
+    }
