@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from arguments import FREE_WHEN_CONTINUING, SPLITS
+from arguments import FREE_WHEN_CONTINUING, OF_ONE_COMMAND, SPLITS, flags_of
 from base_bert import file_sha256
 from config import RECIPES, TASKS, UserError, overall_tasks
 from datasets import read_task_file
@@ -28,7 +28,8 @@ ERRORS_SHOWN = 8
 LONGEST_TEXT = 160  # characters of a sentence in a table
 # Flags in which the runs of one row may differ: names and places, whose content is compared.
 NAMES = {"seed", "model_file_suffix", "recipe", "pretrained", "data_dir", "expanded_command"}
-NAMES |= {f"{task}_{split}" for task in TASKS for split in SPLITS} | FREE_WHEN_CONTINUING
+NAMES |= {f"{task}_{split}" for task in TASKS for split in SPLITS}
+NAMES |= FREE_WHEN_CONTINUING | OF_ONE_COMMAND
 
 
 @dataclass
@@ -80,7 +81,8 @@ def group_runs(runs):
     """The rows of the tables: label -> runs that differ only in seed and name."""
     groups = {}
     for run in runs:
-        flags = {name: value for name, value in run.args.items() if name not in NAMES}
+        flags = flags_of(run.description)  # in one order, with those that a later version added
+        flags = {name: value for name, value in flags.items() if name not in NAMES}
         files = [file["sha256"] for of_task in run.description["data"].values()
                  for file in of_task.values()]  # fmt: skip
         same = (flags, files, run.description["encoder"]["sha256"], run.description["precision"])

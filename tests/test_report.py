@@ -193,6 +193,14 @@ def test_runs_that_differ_in_more_than_the_seed_are_rows_apart(runs, change):
     assert len(report.group_runs([first, other])) == 2
 
 
+def test_how_a_run_was_started_and_by_which_version_sets_no_row_apart(runs):
+    """A seed run again with --overwrite, or before there was a flag that is at its default."""
+    first, second = (load(runs / name) for name in list(RUNS)[:2])
+    second.args.update(overwrite=True, debug=True, runs_dir="elsewhere", log_every=1)
+    del second.args["layer_decay"]
+    assert len(report.group_runs([first, second])) == 1
+
+
 def load(path):
     """A run as a report takes it."""
     return evaluation.finished_run(RunFolder(path))
