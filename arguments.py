@@ -134,8 +134,9 @@ def make_parser():
     add("--layer_decay", type=number(float, 0.01, 1), default=1.0, metavar="D",
         help="each encoder layer learns at D times the rate of the layer above it, the embeddings "
         "at D times that of the lowest; default 1")
-    add("--freeze_word_embeddings", action="store_true",
-        help="full-model: train all but the word vectors, half of a small encoder's weights")
+    add("--freeze_word_embeddings", action=argparse.BooleanOptionalAction, default=False,
+        help="full-model: train all but the word vectors, half of a small encoder's weights; "
+        "--no-freeze_word_embeddings where a recipe leaves them out")
     add("--warmup", type=share, default=0.1, metavar="SHARE",
         help="share of all steps with rising learning rate, then linear decay; default 0.1")
     add("--weight_decay", type=number(float, 0, None), default=1e-3,

@@ -225,8 +225,8 @@ def cost_table(rows):
             f"{max([0, *group[0].logged('step')]):,}",
             batch_sizes(group[0].args),
             spread([minutes(run) for run in group], "{:.1f}"),
-            spread([median(run.logged("sentences_per_s")) for run in group], "{:,.0f}"),
-            spread([median(run.logged("tokens_per_s")) for run in group], "{:,.0f}"),
+            spread([median(run.logged("sentences_per_s")) or None for run in group], "{:,.0f}"),
+            spread([median(run.logged("tokens_per_s")) or None for run in group], "{:,.0f}"),
             spread(memory, "{:,.0f}"),
             *(f"{parameters[key]:,}" if key in parameters else "–" for key in ("trained", "all")),
             by_value(group, lambda run: "{device}, {precision}".format(**run.description)),
@@ -234,7 +234,8 @@ def cost_table(rows):
     caption = (
         "What it cost. Batch: examples of each task in an optimiser step. Minutes: from the start "
         "to the last logged line, evaluations included. Speeds: medians of the logged lines, "
-        "without padding; each encoded sequence counts, a jointly encoded pair as one. Peak "
+        "without padding; each encoded sequence counts, a jointly encoded pair as one; "
+        "a dash where a frozen encoder's sentences were all encoded before the first step. Peak "
         f"memory: allocated on a GPU, else of the whole process. {provenance(runs)}"
     )
     return Table(caption, header, cells)

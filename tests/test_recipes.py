@@ -152,6 +152,13 @@ def test_what_the_best_recipe_sets_for_other_tasks_and_modes_is_left_away(flags,
     assert (again.r_drop, again.both, again.joint) == (r_drop, both, args.joint)
 
 
+def test_what_a_recipe_switches_on_may_be_switched_off_beside_it():
+    args, _ = get_args(["--recipe", "best", "--no-freeze_word_embeddings"])
+    assert not args.freeze_word_embeddings
+    again, _ = get_args(shlex.split(args.expanded_command)[2:])
+    assert not again.freeze_word_embeddings
+
+
 @pytest.mark.parametrize("mode", [mode for mode in MODES if mode != "full-model"])
 def test_the_best_recipe_in_another_mode_learns_at_that_modes_rates(mode):
     """Its own is for the whole model, and there are no word embeddings to leave out."""
