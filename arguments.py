@@ -112,6 +112,9 @@ def make_parser():
         "prediction (R-Drop), on these tasks; default none")
     add("--loss_weights", nargs="+", default=[], metavar="LOSS=W",
         help="factors of the summed losses, such as para=2 simcse_sst=0.1; default 1 each")
+    add("--calibration_examples", type=natural, default=2000, metavar="N",
+        help="training examples of each task on which every evaluation fits a constant that is "
+        "added to a head's outputs, since dropout shifts them; default 2000, 0 for none")
     add("--gradient_surgery", nargs="?", choices=("sum", "mean"), const="sum", default=None,
         help="project conflicting task gradients (PCGrad), then sum (default) or average them")
 

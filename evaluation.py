@@ -50,20 +50,29 @@ class TaskResult:
 
 
 @torch.no_grad()
-def predict_dataset(model, dataset, precision, check_stop=lambda: None):
-    """Predict a whole `TaskDataset` in batches of `BATCH_TOKENS`; returns a `TaskResult`."""
-    task = dataset.task
+def head_outputs(model, dataset, precision, check_stop=lambda: None, rows=None):
+    """What the head says of a `TaskDataset`, (examples, num_classes) fp32 on the CPU.
+
+    In eval mode and in batches of `BATCH_TOKENS`. With `rows` only those are predicted; the others
+    are 0.
+    """
     device = next(model.parameters()).device
     model.eval()
-    outputs = torch.zeros(len(dataset), task.num_classes, device=device)
+    outputs = torch.zeros(len(dataset), dataset.task.num_classes, device=device)
+    batches = dataset.batches_of(BATCH_TOKENS[device.type], rows)
     with autocast(device, precision):  # once: it keeps the trained weights that it converts
-        for number, (rows, batch) in enumerate(dataset.batches_of(BATCH_TOKENS[device.type])):
+        for number, (batch_rows, batch) in enumerate(batches):
             if number % distributed.world_size() == 0:
                 check_stop()
             if number % distributed.world_size() != distributed.rank():
                 continue  # the share of another process
-            outputs[torch.as_tensor(rows)] = model.predict(task.name, batch)
-    outputs = distributed.sum_over_processes(outputs).cpu()
+            outputs[torch.as_tensor(batch_rows)] = model.predict(dataset.task.name, batch)
+    return distributed.sum_over_processes(outputs).cpu()
+
+
+def predict_dataset(model, dataset, precision, check_stop=lambda: None):
+    """Predict a whole `TaskDataset`; returns a `TaskResult`."""
+    task, outputs = dataset.task, head_outputs(model, dataset, precision, check_stop)
     ids = [example.id for example in dataset.examples]
     result = TaskResult(ids, *to_predictions(task, outputs))
     if dataset.labels is not None:
@@ -128,6 +137,41 @@ def evaluate(model, datasets, precision, check_stop=lambda: None):
         name: predict_dataset(model, dataset, precision, check_stop)
         for name, dataset in datasets.items()
     }
+
+
+def calibrate(model, train_sets, examples, precision, check_stop=lambda: None):
+    """Fit what `model.predict` adds to each head's outputs, on training examples in eval mode.
+
+    A head is trained on vectors with dropout, which lowers the cosine of two of them, and predicts
+    on vectors without it: uncorrected, it says "paraphrase" too often. `train_sets` maps a task to
+    its `TaskDataset`, of which `examples` are used, the same ones every time; 0 leaves the model
+    as it is.
+    """
+    for name, dataset in train_sets.items() if examples else ():
+        rows = np.random.default_rng(0).permutation(len(dataset))[:examples]
+        offset = model.get_buffer(f"offset_{name}").zero_()
+        outputs = head_outputs(model, dataset, precision, check_stop, rows)[rows]
+        offset.copy_(best_offset(dataset.task, outputs, dataset.labels[rows]))
+
+
+def best_offset(task, outputs, labels):
+    """The vector (num_classes,) which, added to `outputs` (n, num_classes), has the least loss.
+
+    Against `labels` (n,), with a standard normal prior, which keeps it finite where all are alike.
+    """
+    outputs, labels = outputs.double(), labels.double()
+    offset = torch.zeros(task.num_classes, dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.LBFGS([offset], max_iter=100, line_search_fn="strong_wolfe")
+
+    def loss():
+        optimizer.zero_grad()
+        prior = offset.square().sum() / (2 * len(labels))
+        total = task_loss(task, outputs + offset, labels) + prior
+        total.backward()
+        return total
+
+    optimizer.step(loss)
+    return offset.detach()
 
 
 def overall_score(results):

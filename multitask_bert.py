@@ -148,7 +148,8 @@ class MultitaskBERT(nn.Module):
 
     `bert` is a `BertModel`, `config` a `MultitaskConfig`. With `frozen=True` (mode
     `last-linear-layer`) the encoder stays in eval mode and each sentence is encoded once: its
-    vector is kept, up to `VECTOR_CACHE_MIB`.
+    vector is kept, up to `VECTOR_CACHE_MIB`. `offset_<task>` (num_classes,) is what `predict` adds
+    to a head's outputs: 0 until `evaluation.calibrate` fits it.
     """
 
     def __init__(self, bert, config, pad_id=0, frozen=False):
@@ -160,6 +161,8 @@ class MultitaskBERT(nn.Module):
                             config.dropout)
             for name in config.tasks
         })  # fmt: skip
+        for name in config.tasks:
+            self.register_buffer(f"offset_{name}", torch.zeros(TASKS[name].num_classes))
         if config.uses_simcse:
             self.simcse_projection = nn.Linear(hidden, hidden)
         bert.pooler.requires_grad_(False)  # nothing here uses it
@@ -230,8 +233,9 @@ class MultitaskBERT(nn.Module):
         return torch.tanh(self.simcse_projection(vectors))
 
     def predict(self, name, batch):
-        """Raw outputs of a task's head for a batch, (batch, num_classes) fp32: logits or scores."""
-        return self.outputs(name, self.encode_groups(self.task_inputs(name, batch))).float()
+        """Calibrated outputs of a task's head, (batch, num_classes) fp32: logits or scores."""
+        outputs = self.outputs(name, self.encode_groups(self.task_inputs(name, batch)))
+        return outputs.float() + self.get_buffer(f"offset_{name}")
 
     def outputs(self, name, vectors, suffix=""):
         """The head of `name` on its vectors; `suffix` " again": on those of the second pass."""

@@ -41,6 +41,7 @@ from device import (
     select_precision,
 )
 from evaluation import (
+    calibrate,
     evaluate,
     format_table,
     overall_score,
@@ -202,7 +203,7 @@ def train(args, run, model, batches, dev, optimizer, precision, state, save_best
     if args.gradient_surgery:
         compute_gradient = backward_with_surgery  # averages over processes by itself
     elif distributed.world_size() > 1:
-        replica = DistributedDataParallel(model)
+        replica = DistributedDataParallel(model, broadcast_buffers=False)
         fix_order_of_sums(replica, batches[0], args, precision)
     trained = [p for p in model.parameters() if p.requires_grad]
     bar = tqdm(total=args.total_steps, initial=state["step"], unit="step",
@@ -220,7 +221,8 @@ def train(args, run, model, batches, dev, optimizer, precision, state, save_best
             step = state["step"]
             at_epoch_end = (step % args.steps_per_epoch == 0 and step > 0) or args.total_steps == 0
             if at_epoch_end and state["evaluated"] < step:
-                evaluate_and_keep(args, run, model, dev, precision, state, save_best, save, signals)
+                evaluate_and_keep(args, run, model, batches.datasets, dev, precision, state,
+                                  save_best, save, signals)  # fmt: skip
             if step == args.total_steps or 0 < args.patience <= state["misses"]:
                 return
 
@@ -315,13 +317,16 @@ def log_step(run, bar, meter, step, args, optimizer, device):
         say(f"step {step}/{args.total_steps}  {shown}  {speed['sentences_per_s']:.0f} sentences/s")
 
 
-def evaluate_and_keep(args, run, model, dev, precision, state, save_best, save, signals):
-    """Evaluate on dev, log it, keep the model if it is the best so far, save the state.
+def evaluate_and_keep(
+    args, run, model, train_sets, dev, precision, state, save_best, save, signals
+):
+    """Calibrate, evaluate on dev, log it, keep the model if it is the best so far, save the state.
 
     A signal in the middle saves the state before the evaluation, which continuing makes up for.
     """
     began = time.perf_counter()
     try:
+        calibrate(model, train_sets, args.calibration_examples, precision, signals.check)
         results = evaluate(model, dev, precision, signals.check)
     except Stopped:
         save()

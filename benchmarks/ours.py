@@ -92,7 +92,7 @@ class Ours:
         self.precision, _ = select_precision(precision, self.device)
         tokenizer = SimpleNamespace(pad_id=0, model_max_length=512)
         self.model = build_model(self.args, resolve_encoder(encoder), tokenizer)
-        own = {n: t for n, t in self.model.state_dict().items() if not n.startswith("bert.")}
+        own = {n: p for n, p in self.model.named_parameters() if not n.startswith("bert.")}
         write_tensors(heads, own)
         sets = {task: dataset(workload, "train", task, examples) for task in TASKS}
         self.batches = MultitaskBatches(sets, batch_size, self.args.seed)

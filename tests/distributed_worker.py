@@ -82,7 +82,7 @@ def own_rows(rows):
     return rows, 0
 
 
-def unwrapped(model):
+def unwrapped(model, **_):
     """`DistributedDataParallel` that wraps nothing: the model's own methods are called."""
     model.no_sync = nullcontext
     return model

@@ -19,6 +19,7 @@ from config import TASKS, LoRAConfig, MultitaskConfig, UserError
 from datasets import Example, TaskDataset, TaskFile
 from evaluation import (
     TaskResult,
+    best_offset,
     format_predictions,
     format_table,
     measure,
@@ -262,6 +263,67 @@ def test_predicting_leaves_no_gradients_and_no_dropout(model, datasets):
     assert all(p.grad is None for p in model.parameters())
 
 
+# ----------------------------------------------------------------------------------- calibration
+
+
+def test_offsets_worked_out_by_hand():
+    """Of n examples: the prior takes 1/n of a score's offset and next to nothing of a large n's."""
+    scores, labels = torch.tensor([[1.0], [2.0], [4.0], [3.0]]), torch.tensor([2.0, 4, 4, 4])
+    torch.testing.assert_close(  # mean difference 1, times 2n / (2n + 1)
+        best_offset(TASKS["sts"], scores, labels).item(), 8 / 9
+    )
+    quarter = (torch.arange(100_000) % 4 == 0).float()
+    found = best_offset(TASKS["para"], torch.full((100_000, 1), 2.0), quarter)
+    assert found.item() == pytest.approx(np.log(1 / 3) - 2, abs=1e-3)
+    classes = torch.tensor([0, 1, 1, 2, 2, 2, 2, 3, 3, 4]).repeat(10_000)
+    found = best_offset(TASKS["sst"], torch.zeros(100_000, 5), classes)
+    np.testing.assert_allclose(found.softmax(0), [0.1, 0.2, 0.4, 0.2, 0.1], atol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["sst", "para", "sts"])
+def test_examples_with_one_label_and_far_outputs_have_a_finite_offset(name):
+    outputs = torch.full((8, TASKS[name].num_classes), 30.0)
+    offset = best_offset(TASKS[name], outputs, torch.zeros(8))
+    assert offset.isfinite().all()
+    assert task_loss(TASKS[name], outputs + offset, torch.zeros(8)) <= task_loss(
+        TASKS[name], outputs, torch.zeros(8)
+    )
+
+
+def test_a_calibrated_model_predicts_the_training_labels_mean(model, datasets):
+    """Of many examples; here of few, so that some of the way is the prior's."""
+    model.train()
+    evaluation.calibrate(model, datasets, 20, "fp32")
+    for name, dataset in datasets.items():
+        offset = model.get_buffer(f"offset_{name}").clone()
+        assert offset.abs().max() > 0.01
+        calibrated = predict_dataset(model, dataset, "fp32")
+        model.get_buffer(f"offset_{name}").zero_()
+        before = predict_dataset(model, dataset, "fp32")
+        assert calibrated.loss < before.loss
+        if TASKS[name].num_classes == 1:
+            means = [abs(r.scores.mean() - r.labels.mean()) for r in (before, calibrated)]
+            assert means[1] < 0.5 * means[0]
+
+
+def test_calibrating_is_repeatable_and_leaves_training_as_it_is(model, datasets):
+    batches = {name: dataset.batch(range(8)) for name, dataset in datasets.items()}
+    model.eval()
+    before = model(batches)
+    evaluation.calibrate(model, datasets, 12, "fp32")
+    first = {name: model.get_buffer(f"offset_{name}").clone() for name in datasets}
+    evaluation.calibrate(model, datasets, 12, "fp32")
+    for name in datasets:
+        assert torch.equal(first[name], model.get_buffer(f"offset_{name}"))
+    after = model.eval()(batches)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_no_examples_calibrate_nothing(model, datasets):
+    evaluation.calibrate(model, datasets, 0, "fp32")
+    assert not any(model.get_buffer(f"offset_{name}").any() for name in datasets)
+
+
 # ---------------------------------------------------------------------------------- saved models
 
 LORA = LoRAConfig(r=3, alpha=6.0, targets=("query", "output"))
@@ -298,6 +360,7 @@ def other_model(model, lora=None):
 
 @pytest.mark.parametrize("lora", [None, LORA])
 def test_a_saved_model_loads_with_the_same_numbers(model, datasets, saved, lora):
+    evaluation.calibrate(model, datasets, 20, "fp32")
     folder = saved(lora)
     again = other_model(model, lora)
     load_weights(again, lora, folder)
