@@ -278,6 +278,22 @@ def test_epochs_evaluations_and_patience(train):
     assert [line["epoch"] for line in metrics(run, "eval")] == [1, 2, 3]
 
 
+@pytest.mark.parametrize("mode", ["full-model", "LoRA", "last-linear-layer"])
+def test_calibrating_moves_the_predictions_and_nothing_in_training(train, mode):
+    """With dropout on: an evaluation that drew from its generators would show in the losses."""
+    flags = f"--epochs 2 --steps_per_epoch 2 --fine-tune-mode {mode} --model_file_suffix"
+    plain = train(f"{flags} plain --calibration_examples 0", f"{mode}-plain")
+    calibrated = train(f"{flags} calibrated --calibration_examples 10", f"{mode}-calibrated")
+    losses = [[s["losses"] for s in metrics(run, "train")] for run in (plain, calibrated)]
+    assert losses[0] == losses[1]
+    assert len(losses[0]) == 4
+    for name in THREE:
+        offsets = [load_file(run / "best/heads.safetensors")[f"offset_{name}"]
+                   for run in (plain, calibrated)]  # fmt: skip
+        assert not offsets[0].any()
+        assert offsets[1].all()
+
+
 def test_layers_learn_at_rates_that_fall_from_the_top(train):
     """The first step of AdamW moves each weight that has a gradient by its learning rate."""
     flags = "--warmup 0 --weight_decay 0 --clip 0 --lr 1e-3 --head_lr 1e-2 --epochs 1"
