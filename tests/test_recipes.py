@@ -63,7 +63,7 @@ def test_recipes_name_flags_and_choices_that_exist(name):
 def test_the_best_recipe_passes_the_checks_and_encodes_paraphrase_pairs_both_ways():
     args, _ = get_args(["--recipe", "best"])
     assert args.both == ("para",) and args.tasks == [n for n, t in TASKS.items() if t.default]
-    assert (args.batch_sizes["para"], args.epochs * args.steps_per_epoch) == (32, 1200)
+    assert (args.batch_sizes["para"], args.epochs * args.steps_per_epoch) == (32, 1800)
 
 
 def test_a_flag_given_beside_the_recipe_wins_wherever_it_stands():
