@@ -147,7 +147,9 @@ def calibrate(model, train_sets, examples, precision, check_stop=lambda: None):
     its `TaskDataset`, of which `examples` are used, the same ones every time; 0 leaves the model
     as it is.
     """
-    for name, dataset in train_sets.items() if examples else ():
+    if not examples:
+        return
+    for name, dataset in train_sets.items():
         rows = np.random.default_rng(0).permutation(len(dataset))[:examples]
         offset = model.get_buffer(f"offset_{name}").zero_()
         outputs = head_outputs(model, dataset, precision, check_stop, rows)[rows]
