@@ -34,11 +34,9 @@ from arguments import get_args as training_args
 from base_bert import file_sha256
 from config import TASKS, UserError
 from evaluation import finished_run, read_run_scores
+from figures import COLOURS, LEGEND, Picture, write_pictures
 from preparation import identity
 from report import (
-    COLOURS,
-    LEGEND,
-    Picture,
     Run,
     Table,
     bootstrap_interval,
@@ -50,7 +48,6 @@ from report import (
     paraphrase_notes,
     provenance,
     spread,
-    write_pictures,
 )
 from run_folder import write_file
 from script import NotFinite, run_script, say

@@ -14,6 +14,7 @@ import pytest
 from conftest import REPOSITORY, SAMPLE
 
 import evaluation
+import figures
 import multitask_classifier
 import report
 from bert import BertModel
@@ -318,7 +319,7 @@ def test_the_bootstraps_scores_are_the_plain_ones():
 
 def test_the_curves_are_the_logged_losses(runs):
     run = load(runs / "LoRA-simcse-lora")
-    (steps, losses), (dev_steps, dev_losses) = report.loss_curves(run, ("sst", "sts"))
+    (steps, losses), (dev_steps, dev_losses) = figures.loss_curves(run, ("sst", "sts"))
     trained = [line for line in run.lines if line["kind"] == "train"]
     assert steps == [1, 2, 3, 4, 5, 6] and dev_steps == [3, 6]
     assert losses == [line["losses"]["sst"] + line["losses"]["sts"] for line in trained]
@@ -328,17 +329,17 @@ def test_the_curves_are_the_logged_losses(runs):
 
 def test_smoothing_keeps_a_straight_line_straight_up_to_its_ends():
     """A window that is cut on one side only would bend every curve at its ends."""
-    np.testing.assert_allclose(report.smooth([1, 2, 3, 4, 5, 6, 7], 3), [1, 2, 3, 4, 5, 6, 7])
-    np.testing.assert_allclose(report.smooth([0, 3, 0, 3, 0], 1), [0, 1, 2, 1, 0])
-    assert report.smooth([], 1) == []
+    np.testing.assert_allclose(figures.smooth([1, 2, 3, 4, 5, 6, 7], 3), [1, 2, 3, 4, 5, 6, 7])
+    np.testing.assert_allclose(figures.smooth([0, 3, 0, 3, 0], 1), [0, 1, 2, 1, 0])
+    assert figures.smooth([], 1) == []
 
 
 def test_runs_have_colours_of_their_own_until_there_are_too_many(runs):
     run = load(runs / "full-model-a-s1")
-    few = [dataclasses.replace(run, path=f"run{i}") for i in range(len(report.COLOURS))]
-    assert len({colour for colour, _, _ in report.looks_of(few)}) == len(report.COLOURS)
+    few = [dataclasses.replace(run, path=f"run{i}") for i in range(len(figures.COLOURS))]
+    assert len({colour for colour, _, _ in figures.looks_of(few)}) == len(figures.COLOURS)
     many = [dataclasses.replace(run, path=f"run{i}", row=f"row{i // 3}") for i in range(30)]
-    looks = report.looks_of(many)
+    looks = figures.looks_of(many)
     assert looks[0] == looks[1] == looks[2] and len(set(looks)) == 10
 
 

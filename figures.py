@@ -1,0 +1,172 @@
+"""How are the report's figures drawn? Each as PNG and PDF.
+
+Figures 1 to 4 are the paper's: the losses in training and on dev, one curve a run. The two that it
+lacks are similarity predicted against true, and the cosines of the tasks' gradients over time. A
+run here is a `report.Run`.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import numpy as np
+
+from config import TASKS
+from run_folder import output_errors
+
+# Okabe and Ito's palette, told apart by colour-blind readers too, without its pale yellow.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+MARKERS = "os^Dv"
+STYLE = {"font.size": 11, "axes.grid": True, "grid.alpha": 0.3, "axes.spines.top": False,
+         "axes.spines.right": False, "savefig.dpi": 150}  # fmt: skip
+LEGEND = {"loc": "outside lower center", "ncols": 3, "frameon": False, "fontsize": 10}
+LOSSES = {"classes": "cross entropy (nats)", "binary": "logistic loss (nats)",
+          "score": "squared error (label points²)"}  # fmt: skip
+
+
+class Picture(NamedTuple):
+    """A figure: its file name without ending, what it shows, and how to draw it."""
+
+    name: str
+    alt: str
+    caption: str
+    size: tuple  # inches
+    draw: Callable  # of a matplotlib `Figure`
+
+
+def looks_of(runs):
+    """(colour, marker, legend label) of each run; of many runs, those of one row share them."""
+    labels = [run.row if len(runs) > len(COLOURS) else run.name for run in runs]
+    distinct = list(dict.fromkeys(labels))
+    looks = []
+    for label in labels:
+        cycle, place = divmod(distinct.index(label), len(COLOURS))
+        looks.append((COLOURS[place], MARKERS[cycle % len(MARKERS)], label))
+    return looks
+
+
+def smooth(values, reach):
+    """Mean of each value and `reach` neighbours on either side, of fewer on both near an end."""
+    last = len(values) - 1
+    reaches = (min(reach, i, last - i) for i in range(len(values)))
+    return [np.mean(values[i - r : i + r + 1]) for i, r in enumerate(reaches)]
+
+
+def plot_smoothed(axes, steps, values, colour, **settings):
+    """Raw values, pale, and over them their moving average over a tenth of the curve."""
+    means = smooth(values, -(-len(values) // 20))
+    axes.plot(steps, values, color=colour, alpha=0.25, linewidth=0.8)
+    return axes.plot(steps, means, color=colour, linewidth=1.8, **settings)[0]
+
+
+def loss_curves(run, tasks):
+    """(steps, summed losses of `tasks`) in training, and the same on dev."""
+    curves = {"train": ([], []), "eval": ([], [])}
+    for line in run.lines:
+        losses = line.get("losses") or {name: dev["loss"] for name, dev in line["dev"].items()}
+        curves[line["kind"]][0].append(line["step"])
+        curves[line["kind"]][1].append(sum(losses[name] for name in tasks))
+    return curves.values()
+
+
+def draw_losses(figure, runs, tasks, unit):
+    """Training loss, smoothed over raw, and dev loss of every run."""
+    axes, handles = figure.subplots(), {}
+    for run, (colour, marker, label) in zip(runs, looks_of(runs), strict=True):
+        training, dev = loss_curves(run, tasks)
+        handles.setdefault(label, plot_smoothed(axes, *training, colour))
+        axes.plot(*dev, color=colour, linestyle="--", marker=marker, markersize=4.5, linewidth=1.2)
+    handles["training (raw: pale)"] = axes.plot([], [], color="gray", linewidth=1.8)[0]
+    handles["dev"] = axes.plot([], [], "--o", color="gray", markersize=4.5, linewidth=1.2)[0]
+    axes.set(xlabel="optimiser steps", ylabel=unit, xlim=(0, None))
+    figure.legend(handles.values(), handles, **LEGEND)
+
+
+def loss_pictures(runs):
+    """Figures 1 to 4: the tasks' summed loss, then each task's."""
+    tasks = [name for name in ("para", "sts", "sst", "cfimdb") if any(name in r.dev for r in runs)]
+    what = f"Sum of the task losses ({', '.join(tasks)}; without SimCSE and R-Drop)"
+    shown = [("overall", what, tasks, "sum of the task losses")]
+    for name in tasks:
+        title = f"{TASKS[name].title.capitalize()} loss ({name})"
+        shown.append((name, title, [name], LOSSES[TASKS[name].kind]))
+    pictures = []
+    for name, title, summed, unit in shown:
+        having = [run for run in runs if set(summed) <= set(run.dev)]
+        caption = f"{title} in training (solid: smoothed, pale: as logged) and on dev (dashed)."
+        alt = f"{title} against optimiser steps, one curve per run"
+        draw = partial(draw_losses, runs=having, tasks=summed, unit=unit)
+        pictures.append(Picture(f"loss-{name}", alt, caption, (8, 5), draw))
+    return pictures
+
+
+def draw_scatter(figure, run, name):
+    """Predicted against true scores; labels are spread a little sideways to show their number."""
+    task, result = TASKS[name], run.dev[name]
+    spread_out = np.random.default_rng(0).uniform(-0.06, 0.06, len(result.labels))
+    axes = figure.subplots()
+    axes.scatter(result.labels + spread_out, result.predictions, s=16, alpha=0.4, linewidths=0,
+                 color=COLOURS[0], label="one dev pair")  # fmt: skip
+    ends = [task.low, task.high]
+    axes.plot(ends, ends, color="black", linewidth=1, label="predicted = true")
+    unit = f"{task.title} ({task.low:g} to {task.high:g})"
+    axes.set(xlabel=f"true {unit}", ylabel=f"predicted {unit}", aspect="equal")
+    figure.legend(**LEGEND)
+
+
+def scatter_picture(run, name):
+    """Figure 5: what is predicted against what is true."""
+    title, metrics = TASKS[name].title, run.dev[name].metrics
+    caption = (
+        f"{title.capitalize()} on dev, predicted by `{run.name}` against true: Pearson "
+        f"{metrics['pearson']:.3f}, Spearman {metrics['spearman']:.3f}. Labels are spread by ±0.06."
+    )
+    alt = f"Scatter plot of predicted against true {title} with the line where both are equal"
+    draw = partial(draw_scatter, run=run, name=name)
+    return Picture(f"{name}-scatter", alt, caption, (6, 6), draw)
+
+
+def draw_cosines(figure, runs, keys):
+    """Cosine of each pair of tasks' gradients over time, a panel for each run."""
+    panels = figure.subplots(len(runs), sharex=True, sharey=True, squeeze=False)[:, 0]
+    for axes, run in zip(panels, runs, strict=True):
+        for key, colour in zip(keys, COLOURS, strict=False):
+            label = key.removeprefix("cosine ").replace(" ", " and ")
+            steps = [line["step"] for line in run.lines if key in line]
+            label = label if axes is panels[0] else None
+            plot_smoothed(axes, steps, run.logged(key), colour, label=label)
+        axes.axhline(0, color="black", linewidth=0.8)
+        axes.set_title(run.name, fontsize=11)
+        axes.set(ylabel="cosine", xlim=(0, None))
+    panels[-1].set_xlabel("optimiser steps")
+    figure.legend(**LEGEND)
+
+
+def cosine_pictures(runs):
+    """Figure 6, where gradient surgery logged it: how far the tasks' gradients conflict."""
+    runs = [run for run in runs if run.logged("conflicts")]
+    if not runs:
+        return []
+    keys = {key for run in runs for line in run.lines for key in line if key.startswith("cosine ")}
+    shares = (f"`{run.name}` {np.mean(run.logged('conflicts')):.0%}" for run in runs)
+    caption = (
+        "Cosine of the encoder's gradients of two tasks (solid: smoothed, pale: as logged); below "
+        f"0 they conflict. Share of conflicting pairs over all steps: {', '.join(shares)}."
+    )
+    alt = "Cosine of the gradients of each pair of tasks against optimiser steps"
+    draw = partial(draw_cosines, runs=runs, keys=sorted(keys))
+    return [Picture("gradient-cosines", alt, caption, (8, 1.2 + 2.4 * len(runs)), draw)]
+
+
+def write_pictures(pictures, folder):
+    """Draw each picture as PNG and PDF."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure  # without a window system: its canvas is Agg's
+
+    for picture in pictures:
+        with rc_context(STYLE), output_errors(folder / f"{picture.name}.png"):
+            folder.mkdir(parents=True, exist_ok=True)
+            figure = Figure(figsize=picture.size, layout="constrained")
+            picture.draw(figure)
+            figure.savefig(folder / f"{picture.name}.png")
+            figure.savefig(folder / f"{picture.name}.pdf", metadata={"CreationDate": None})
