@@ -10,6 +10,7 @@ Prints the dev scores and writes the prediction files of dev and test in the cou
 """
 
 import sys
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -291,29 +292,30 @@ def read_run_scores(run, split):
 def average_results(runs):
     """The ensemble of several runs' results: mean probabilities and scores, task by task.
 
-    `runs` maps a run's name to its results (task -> `TaskResult`). Raises `UserError` where tasks,
-    ids or labels differ.
+    `runs` maps a run's name to its results (task -> `TaskResult`); each task is averaged over the
+    runs that have it. Raises `UserError` where ids or labels differ.
     """
-    (first_name, first), *others = runs.items()
-    for name, results in others:
-        if set(results) != set(first):
-            raise UserError(
-                f"{name}: predictions for {', '.join(results) or 'no task'}; expected those of "
-                f"{first_name}: {', '.join(first) or 'no task'}"
-            )
-        for task in first:
-            if results[task].ids != first[task].ids:
-                raise UserError(f"{name}: other {task} examples than {first_name}; ids differ")
-            if not np.array_equal(results[task].labels, first[task].labels):
-                raise UserError(f"{name}: other {task} labels than {first_name}")
     averaged = {}
-    for task, result in first.items():
-        scores = np.mean([r[task].scores for r in runs.values()], axis=0, dtype=np.float64)
-        scores = scores.astype(np.float32)
-        predictions = scores_to_predictions(TASKS[task], scores)
-        averaged[task] = TaskResult(result.ids, predictions, scores, result.labels)
-        if result.labels is not None:
-            averaged[task].metrics = measure(TASKS[task], predictions, result.labels)
+    for task in TASKS:
+        members = {name: results[task] for name, results in runs.items() if task in results}
+        if members:
+            averaged[task] = average_task(TASKS[task], members)
+    return averaged
+
+
+def average_task(task, members):
+    """`average_results` for one task; `members` maps a run's name to its `TaskResult`."""
+    (first_name, first), *others = members.items()
+    for name, result in others:
+        if result.ids != first.ids:
+            raise UserError(f"{name}: other {task.name} examples than {first_name}; ids differ")
+        if not np.array_equal(result.labels, first.labels):
+            raise UserError(f"{name}: other {task.name} labels than {first_name}")
+    scores = np.mean([result.scores for result in members.values()], axis=0, dtype=np.float64)
+    scores = scores.astype(np.float32)
+    averaged = TaskResult(first.ids, scores_to_predictions(task, scores), scores, first.labels)
+    if first.labels is not None:
+        averaged.metrics = measure(task, averaged.predictions, averaged.labels)
     return averaged
 
 
@@ -326,13 +328,29 @@ def evaluate_ensemble(paths, predictions_dir):
     for split in ("dev", "test"):
         results = {name: read_run_scores(run, split) for name, run in runs.items()}
         averaged = average_results(results)
+        for name, run in runs.items():
+            missing = set(run.description()["args"]["tasks"]) & set(averaged) - set(results[name])
+            if missing:
+                raise UserError(
+                    f"{name}: no {split} predictions for {', '.join(sorted(missing))}; "
+                    "expected them, since other runs have them"
+                )
         files |= prediction_files(predictions_dir, averaged, split)
         if split == "dev":
-            for name, of_run in (results | {f"ensemble of {len(runs)} runs": averaged}).items():
+            for name, of_run in (results | {name_ensemble(results): averaged}).items():
                 print(f"{name}\n{format_table(of_run)}\n")
     write_files(files)
     for path in files:
         print(f"wrote {path}")
+
+
+def name_ensemble(runs):
+    """What an ensemble is called: how many runs it has, and for each task where that differs."""
+    counts = Counter(task for results in runs.values() for task in results)
+    name = f"ensemble of {len(runs)} runs"
+    if set(counts.values()) == {len(runs)}:
+        return name
+    return f"{name} ({', '.join(f'{task} of {counts[task]}' for task in TASKS if task in counts)})"
 
 
 def report_runs(paths, folder):

@@ -147,16 +147,27 @@ def test_other_labels_are_refused(runs, tmp_path):
         ensemble(runs, tmp_path / "out")
 
 
-def test_other_tasks_are_refused(runs, tmp_path):
-    runs.append(make_run(tmp_path / "fewer", 4, ("sst", "sts")))
-    with pytest.raises(UserError, match=r"fewer.*expected.*para"):
-        ensemble(runs, tmp_path / "out")
+def test_each_task_is_averaged_over_the_runs_that_have_it(tmp_path, capsys):
+    """Runs of single tasks make one set of files, and the name says how many each task has."""
+    tasks = [("sst", "sts"), ("sts",), ("para", "sts")]
+    runs = [make_run(tmp_path / f"of{'-'.join(of)}", seed, of) for seed, of in enumerate(tasks)]
+    ensemble(runs, tmp_path / "out")
+    assert "ensemble of 3 runs (sst of 1, para of 1, sts of 3)" in capsys.readouterr().out
+    for split in ("dev", "test"):
+        own = scores_in(runs[0], "sst", split).argmax(1)
+        assert (predicted(tmp_path / "out", "sst", split) == own).all()
+        own = scores_in(runs[2], "para", split)[:, 0] > 0.5
+        assert (predicted(tmp_path / "out", "para", split) == own).all()
+        mean = np.mean([scores_in(run, "sts", split)[:, 0] for run in runs], axis=0)
+        np.testing.assert_allclose(predicted(tmp_path / "out", "sts", split), mean, rtol=1e-6)
 
 
 def test_a_test_split_that_only_some_have_is_refused(runs, tmp_path):
+    """It would be averaged over fewer runs than the dev split, whose scores are shown."""
     runs.append(make_run(tmp_path / "untested", 4, splits=("dev",)))
-    with pytest.raises(UserError, match=r"untested: predictions for no task"):
+    with pytest.raises(UserError, match=r"untested: no test predictions for para, sst, sts"):
         ensemble(runs, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_an_unfinished_run_is_refused_with_the_command_that_finishes_it(runs, tmp_path):
