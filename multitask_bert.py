@@ -302,9 +302,13 @@ class MultitaskBERT(nn.Module):
         }
         fresh = dict(zip(new, self.encode(list(new.values())), strict=True)) if new else {}
         found = torch.stack([self.vectors[k] if k in self.vectors else fresh[k] for k in keys])
-        room = VECTOR_CACHE_MIB * 2**20 // (4 * found.size(1)) - len(self.vectors)
-        self.vectors |= dict(list(fresh.items())[: max(0, room)])
+        self.vectors |= dict(list(fresh.items())[: self.vectors_to_keep()])
         return found
+
+    def vectors_to_keep(self):
+        """How many more vectors of a frozen encoder there is room for."""
+        room = VECTOR_CACHE_MIB * 2**20 // (4 * self.bert.config.hidden_size)
+        return max(0, room - len(self.vectors))
 
     # --------------------------------------------------------------- the course starter's methods
 

@@ -20,7 +20,7 @@ from datasets import read_task_file
 from device import autocast, device_name
 from evaluation import BATCH_TOKENS
 from lora import apply_lora
-from multitask_bert import MultitaskBERT
+from multitask_bert import VECTOR_CACHE_MIB, MultitaskBERT
 from saved_models import lora_config_of
 from script import say
 
@@ -222,12 +222,12 @@ def load_training_state(model, optimizer, tensors):
         if name not in trained:
             raise UserError(f"state: does not fit: unexpected {key}")
         parameter = parameters[name]
-        place = value if moment == "step" else value.to(parameter.device)
-        optimizer.state[parameter][moment] = place
+        on_device = moment != "step" or optimizer.defaults["fused"]  # where AdamW keeps it itself
+        optimizer.state[parameter][moment] = value.to(parameter.device) if on_device else value
 
 
 def encode_in_advance(model, batches, args, precision, check_stop):
-    """Encode each training sentence of a frozen encoder once, in a fixed order.
+    """Encode the training sentences of a frozen encoder once, in a fixed order, as far as they fit.
 
     A vector's last bits depend on the batch in which it was encoded. So which sentences are encoded
     together must not depend on where a run was broken off.
@@ -235,10 +235,14 @@ def encode_in_advance(model, batches, args, precision, check_stop):
     device = next(model.parameters()).device
     for name, dataset in batches.datasets.items():
         rows = batches.rows_until(name, args.total_steps * args.accumulate)
-        if not len(rows):
-            continue
-        say(f"{name}: encoding {len(rows):,} training examples, once for all epochs")
-        for _, batch in dataset.batches_of(BATCH_TOKENS[device.type], rows):
+        if len(rows):
+            say(f"{name}: encoding {len(rows):,} training examples, once for all epochs")
+        own = [batch for _, batch in dataset.batches_of(BATCH_TOKENS[device.type], rows)]
+        for number in range(distributed.largest(len(own))):  # every process checks as often
             check_stop()
-            with autocast(device, precision), torch.no_grad():
-                model.encode_groups(model.task_inputs(name, batch))
+            if number < len(own) and model.vectors_to_keep():
+                with autocast(device, precision), torch.no_grad():
+                    model.encode_groups(model.task_inputs(name, own[number]))
+    if not model.vectors_to_keep():
+        say(f"warning: {VECTOR_CACHE_MIB:,} MiB of sentence vectors are kept; the other sentences "
+            "are encoded again in each step")  # fmt: skip

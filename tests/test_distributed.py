@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from safetensors.torch import load_file
 
 import distributed
 from bert import BertModel
+from preparation import encode_in_advance
 from script import StopSignals
 from tokenizer import BertTokenizer
 
@@ -462,6 +464,21 @@ def test_a_relayed_signal_is_no_second_one(monkeypatch):
     signals.came -= 60
     signals._receive(signal.SIGTERM, None)
     assert ended == [143, 143]
+
+
+def test_a_process_with_fewer_batches_to_encode_checks_as_often_as_the_others(monkeypatch):
+    """A check for signals is a word among all processes: one too few, and they wait for ever."""
+    checks, encoded = [], []
+    dataset = SimpleNamespace(batches_of=lambda tokens, rows: ((rows, row) for row in rows))
+    batches = SimpleNamespace(datasets={"sst": dataset}, rows_until=lambda name, steps: [5, 6])
+    model = SimpleNamespace(
+        parameters=lambda: iter([torch.zeros(1)]), vectors_to_keep=lambda: 1,
+        task_inputs=lambda name, row: row, encode_groups=encoded.append,
+    )  # fmt: skip
+    monkeypatch.setattr(distributed, "largest", lambda number: number + 3)
+    args = SimpleNamespace(total_steps=1, accumulate=1)
+    encode_in_advance(model, batches, args, "fp32", lambda: checks.append(1))
+    assert (len(checks), encoded) == (5, [5, 6])
 
 
 def test_with_one_process_nothing_is_shared(monkeypatch):
