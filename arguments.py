@@ -310,9 +310,7 @@ def check_args(args):
         together = args.joint + args.both
         if args.tasks == ["sts"] and args.sts_head == "cosine" and not together:
             raise UserError(f"--sts_head cosine: {frozen}; nothing to train; use --sts_head linear")
-    outputs = [getattr(args, name) for name in given if name.endswith(("_dev_out", "_test_out"))]
-    if len(set(outputs)) < len(outputs):
-        raise UserError(f"{', '.join(sorted(outputs))}: one file for several predictions")
+    check_output_paths(args)
     if args.gradient_surgery and args.accumulate > 1:
         raise UserError("--gradient_surgery: not with --accumulate; raise --batch_size")
     args.weights = loss_weights(args.loss_weights)
@@ -320,6 +318,18 @@ def check_args(args):
     frozen_encoder = mode == "last-linear-layer"
     args.encoder_rate = 0.0 if frozen_encoder else args.lr or encoder_lr
     args.head_rate = args.head_lr or (args.lr if frozen_encoder else None) or head_lr
+
+
+def check_output_paths(args):
+    """Raise `UserError` where two prediction files would be one, before hours of training."""
+    taken = {}
+    for name in args.tasks:
+        for split in ("dev", "test"):
+            default = Path(args.predictions_dir) / TASKS[name].output_name(split)
+            path = Path(getattr(args, f"{name}_{split}_out") or default)
+            what = f"{name} {split}"
+            if (other := taken.setdefault(path.resolve(), what)) != what:
+                raise UserError(f"{path}: one file for several predictions ({other}, {what})")
 
 
 def batch_sizes(args):

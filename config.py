@@ -129,6 +129,10 @@ class Task:
         """File name of `split` ("train", "dev" or "test")."""
         return self.files.format(split="test-student" if split == "test" else split)
 
+    def output_name(self, split):
+        """Name of the prediction file of `split` ("dev" or "test")."""
+        return f"{self.name}-{split}-output.csv"
+
     def format(self, prediction):
         """A prediction as the course's script prints it: class `3`, binary `1.0`, score `3.25`."""
         return str(int(prediction)) if self.kind == "classes" else str(prediction)

@@ -212,7 +212,7 @@ def undefined_correlations(results):
 
 def prediction_path(folder, name, split):
     """Path of the course's prediction file for task `name`."""
-    return Path(folder) / f"{name}-{split}-output.csv"
+    return Path(folder) / TASKS[name].output_name(split)
 
 
 def format_predictions(task, result):
@@ -231,9 +231,14 @@ def prediction_files(folder, results, split, paths=None):
     }
 
 
-def write_predictions(folder, results, split, paths=None):
-    """Write `prediction_files`."""
-    write_files(prediction_files(folder, results, split, paths))
+def write_predictions(folder, results):
+    """Write and name the prediction files of `results` (split -> task -> `TaskResult`)."""
+    files = {}
+    for split, of_split in results.items():
+        files |= prediction_files(folder, of_split, split)
+    write_files(files)
+    for path in files:
+        print(f"wrote {path}")
 
 
 def score_files(folder, results, split):
@@ -324,10 +329,10 @@ def evaluate_ensemble(paths, predictions_dir):
     runs = {str(path): RunFolder(path) for path in paths}
     if len({run.path.resolve() for run in runs.values()}) < len(paths):
         raise UserError("--checkpoint: a run is named twice; expected different runs")
-    files = {}
+    of_splits = {}
     for split in ("dev", "test"):
         results = {name: read_run_scores(run, split) for name, run in runs.items()}
-        averaged = average_results(results)
+        averaged = of_splits[split] = average_results(results)
         for name, run in runs.items():
             missing = set(run.description()["args"]["tasks"]) & set(averaged) - set(results[name])
             if missing:
@@ -335,13 +340,10 @@ def evaluate_ensemble(paths, predictions_dir):
                     f"{name}: no {split} predictions for {', '.join(sorted(missing))}; "
                     "expected them, since other runs have them"
                 )
-        files |= prediction_files(predictions_dir, averaged, split)
         if split == "dev":
             for name, of_run in (results | {name_ensemble(results): averaged}).items():
                 print(f"{name}\n{format_table(of_run)}\n")
-    write_files(files)
-    for path in files:
-        print(f"wrote {path}")
+    write_predictions(predictions_dir, of_splits)
 
 
 def name_ensemble(runs):
@@ -374,21 +376,21 @@ def finished_run(run):
 # ------------------------------------------------------------------------------------- the script
 
 
-def evaluate_run(run, device, precision, data=None):
+def evaluate_run(run, device, precision):
     """Dev and test results of a run's best model: `{"dev": {task: TaskResult}, "test": {…}}`.
 
-    `data` maps a split to task -> path; by default the run's own files, which must be unchanged.
+    On the run's own files. Raises `UserError` where one has changed.
     """
     model, tokenizer, description = load_run(run, device)
     results = {"dev": {}, "test": {}}
     for split, of_split in results.items():
         for name in model.config.tasks:
             recorded = description["data"][name].get(split)
-            path = (data or {}).get((name, split)) or (recorded and recorded["path"])
-            if path is None or not (split == "dev" or Path(path).exists()):
+            if recorded is None or not (split == "dev" or Path(recorded["path"]).exists()):
                 continue
+            path = recorded["path"]
             task_file = read_task_file(path, TASKS[name], split)
-            if not (data or {}).get((name, split)) and file_sha256(path) != recorded["sha256"]:
+            if file_sha256(path) != recorded["sha256"]:
                 raise UserError(f"{path}: changed since {run.path} was trained on it")
             dataset = TaskDataset(task_file, TASKS[name], tokenizer, model.config.max_length)
             of_split[name] = predict_dataset(model, dataset, precision)
@@ -464,12 +466,8 @@ def main(argv=None):
     results = evaluate_run(run, device, precision)
     distributed.finish()
     print(format_table(results["dev"]))
-    if not distributed.is_first():
-        return
-    for split, of_split in results.items():
-        write_predictions(args.predictions_dir, of_split, split)
-        for name in of_split:
-            print(f"wrote {prediction_path(args.predictions_dir, name, split)}")
+    if distributed.is_first():
+        write_predictions(args.predictions_dir, results)
 
 
 if __name__ == "__main__":

@@ -83,10 +83,11 @@ def draw_losses(figure, runs, tasks, unit):
 
 
 def loss_pictures(runs):
-    """Figures 1 to 4: the tasks' summed loss, then each task's."""
+    """Figures 1 to 4: the summed loss of the tasks that all runs have, then each task's."""
     tasks = [name for name in ("para", "sts", "sst", "cfimdb") if any(name in r.dev for r in runs)]
-    what = f"Sum of the task losses ({', '.join(tasks)}; without SimCSE and R-Drop)"
-    shown = [("overall", what, tasks, "sum of the task losses")]
+    of_all = [name for name in tasks if all(name in run.dev for run in runs)]
+    what = f"Sum of the task losses ({', '.join(of_all)}; without SimCSE and R-Drop)"
+    shown = [("overall", what, of_all, "sum of the task losses")] if of_all else []
     for name in tasks:
         title = f"{TASKS[name].title.capitalize()} loss ({name})"
         shown.append((name, title, [name], LOSSES[TASKS[name].kind]))

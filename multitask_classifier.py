@@ -450,7 +450,8 @@ def main(argv=None):
     }
     train_sets = {name: of_task["train"] for name, of_task in datasets.items()}
     batches = MultitaskBatches(train_sets, args.batch_sizes, args.seed, shares)
-    args.steps_per_epoch = args.steps_per_epoch or min(2000, batches.largest())
+    largest = math.ceil(batches.largest() / args.accumulate)
+    args.steps_per_epoch = args.steps_per_epoch or min(2000, largest)
     args.total_steps = args.epochs * args.steps_per_epoch
     # ---- device, optimiser, continue
     model.to(device)

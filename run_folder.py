@@ -84,8 +84,11 @@ def write_file(path, text):
 def write_files(texts):
     """Write text files by path: all are written beside their names before the first is renamed.
 
-    So a disk that fills up leaves every earlier file as it was.
+    So a disk that fills up leaves every earlier file as it was. Of two spellings of one path the
+    last counts.
     """
+    same = {Path(path).parent.resolve() / Path(path).name: path for path in texts}
+    texts = {path: texts[path] for path in same.values()}
     paths = {path: Path(path).with_name(f"{TEMPORARY}{Path(path).name}") for path in texts}
     try:
         for path, temporary in paths.items():
@@ -185,15 +188,16 @@ class RunFolder:
             self._remove(self.path.rglob(f"{TEMPORARY}*"))
 
     def start(self, values):
-        """Begin a run: remove an earlier one, then write `run.json` with `values`.
+        """Begin a run: write `run.json` with `values` and remove an earlier run.
 
         Removed are a run's own files only. The states go first: a kill in between leaves a run
-        that starts at step 0, not one that continues with half of what it had.
+        that starts at step 0, of the new flags, not one that continues with half of what it had.
         """
         with output_errors(self.path):
-            names = ("state", "best", "best-*", "metrics.jsonl", "predictions")
+            self._remove([self.path / "state"])
+            self.write_description(values)
+            names = ("best", "best-*", "metrics.jsonl", "predictions")
             self._remove(place for name in names for place in self.path.glob(name))
-        self.write_description(values)
 
     def holds_run(self):
         """Whether a run was ever started here."""

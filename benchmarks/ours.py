@@ -54,7 +54,8 @@ class Ours:
         origin = workload / "origin.txt"
         if not origin.exists():
             tokenizer = load_encoder("bundled" if encoder == "base" else encoder)[1]
-            args, _ = get_args(["--data_dir", data_dir] if data_dir else [])
+            flags = ["--runs_dir", str(workload / "runs")]  # in which there is none
+            args, _ = get_args(flags + (["--data_dir", data_dir] if data_dir else []))
             paths, _ = data_paths(args)
             for task in TASKS:
                 for split in ("train", "dev"):
@@ -98,7 +99,7 @@ class Ours:
         self.batches = MultitaskBatches(sets, batch_size, self.args.seed)
         self.dev = {}
         self.model.to(self.device)
-        if self.precision == "bf16":
+        if self.precision == "bf16" and mode == "LoRA":
             self.model.bert.keep_frozen_in(torch.bfloat16)
         self.optimizer = make_optimizer(self.model, self.args)
         names = ("encoder_rate", "head_rate", "weight_decay", "clip")

@@ -301,12 +301,17 @@ def measure_startup(settings, repeats):
                    "--log_every", "1", "--runs_dir", str(runs)]  # fmt: skip
         command += ["--data_dir", settings.data_dir] if settings.data_dir else []
         began = time.perf_counter()
-        with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
-            first = next((line for line in process.stdout if line.startswith("step 1/")), None)
+        # Standard error too: on a terminal it would have a progress bar in place of the lines.
+        with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                              text=True) as process:  # fmt: skip
+            line = ""
+            for line in process.stdout:
+                if line.startswith("step 1/"):
+                    break
             seconds.append(round(time.perf_counter() - began, 2))
             process.kill()
-        if first is None:
-            raise WorkerFailed(f"{shlex.join(command[1:])}: ended before its first step")
+        if not line.startswith("step 1/"):
+            raise WorkerFailed(f"{shlex.join(command[1:])}: ended before its first step: {line}")
         say(f"  {seconds[-1]:.2f} s to the first step")
     return seconds
 

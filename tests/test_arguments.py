@@ -261,6 +261,8 @@ CONTRADICTIONS = {
     "--fine-tune-mode last-linear-layer --layer_decay 0.9": "no encoder layer learns",
     "--resume --overwrite": "exclude each other",
     "--sst_dev_out x.csv --para_dev_out x.csv": "one file for several",
+    "--sst_dev_out x.csv --para_test_out ./x.csv": "one file for several.*sst dev, para test",
+    "--sts_dev_out predictions/sst-test-output.csv": "one file for several.*sst test, sts dev",
 }
 
 

@@ -25,6 +25,7 @@ from evaluation import (
     measure,
     overall_score,
     predict_dataset,
+    prediction_files,
     read_scores,
     score_files,
     to_predictions,
@@ -33,7 +34,7 @@ from evaluation import (
 )
 from lora import adapter_tensors, apply_lora
 from multitask_bert import MultitaskBERT, task_loss
-from run_folder import new_folder, write_files
+from run_folder import OutputError, new_folder, write_files
 from saved_models import load_weights, save_model
 from tokenizer import BertTokenizer
 
@@ -165,12 +166,24 @@ def test_prediction_files_are_the_courses_byte_for_byte():
 
 def test_files_lie_where_the_course_looks_for_them(tmp_path):
     results = {"sst": result_of("sst", ["a"], [[0.0, 0, 0, 9, 0]])}
-    write_predictions(tmp_path / "predictions", results, "dev")
+    write_predictions(tmp_path / "predictions", {"dev": results})
     path = tmp_path / "predictions" / "sst-dev-output.csv"
     assert path.read_bytes() == b"id \t Predicted_Sentiment \na , 3 \n"
-    write_predictions(tmp_path, results, "test", {"sst": tmp_path / "mine.csv"})
-    assert (tmp_path / "mine.csv").read_bytes() == path.read_bytes()
-    assert not (tmp_path / "sst-test-output.csv").exists()
+    files = prediction_files(tmp_path, results, "test", {"sst": tmp_path / "mine.csv"})
+    assert files == {tmp_path / "mine.csv": path.read_text(encoding="utf-8")}
+
+
+def test_a_disk_that_fills_up_leaves_both_splits_files_as_they_were(tmp_path):
+    """New dev files beside old test files would be one upload of two models."""
+    old = {"sst": result_of("sst", ["a"], [[0.0, 0, 0, 9, 0]])}
+    write_predictions(tmp_path, {"dev": old, "test": old})
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    new = {"sst": result_of("sst", ["a"], [[9.0, 0, 0, 0, 0]])}
+    (tmp_path / ".tmp-sst-test-output.csv").mkdir()  # cannot be written
+    with pytest.raises(OutputError):
+        write_predictions(tmp_path, {"dev": new, "test": new})
+    (tmp_path / ".tmp-sst-test-output.csv").rmdir()
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 @pytest.mark.parametrize("name", ["sst", "para", "sts"])

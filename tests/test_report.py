@@ -327,6 +327,20 @@ def test_the_curves_are_the_logged_losses(runs):
     assert dev_losses == [scores["sst"]["loss"] + scores["sts"]["loss"] for scores in dev]
 
 
+def test_the_summed_loss_is_that_of_the_tasks_which_all_runs_have(runs):
+    """Runs of single tasks have none in common; each of their own pictures is there."""
+    run = load(runs / "LoRA-simcse-lora")
+    assert len(run.dev) == 3
+    some = [
+        dataclasses.replace(run, path=path, dev={name: run.dev[name] for name in names})
+        for path, names in (("a", ["sst", "sts"]), ("b", ["sst"]), ("c", ["para"]))
+    ]
+    names = [picture.name for picture in figures.loss_pictures(some)]
+    assert names == ["loss-para", "loss-sts", "loss-sst"]
+    overall = figures.loss_pictures(some[:2])[0]
+    assert overall.name == "loss-overall" and "(sst; without" in overall.caption
+
+
 def test_smoothing_keeps_a_straight_line_straight_up_to_its_ends():
     """A window that is cut on one side only would bend every curve at its ends."""
     np.testing.assert_allclose(figures.smooth([1, 2, 3, 4, 5, 6, 7], 3), [1, 2, 3, 4, 5, 6, 7])

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 
 import base_bert
 import evaluation
+import multitask_bert
 import multitask_classifier
 from bert import BertModel
 from config import TASKS, BertConfig, UserError
@@ -257,6 +258,31 @@ def test_named_prediction_files_and_a_folder_of_ones_own(train, workplace):
     assert "sst-dev-output.csv" not in names
     assert "sst-test-output.csv" in names
     assert not (workplace / "predictions").exists()
+
+
+def test_predictions_may_go_to_the_runs_own_folder_by_another_spelling(train, workplace):
+    own = workplace / "runs/full-model/predictions"
+    train(f"--epochs 0 --predictions_dir {own}", "full-model")
+    assert len(prediction_files(own)) == 6
+
+
+def test_an_epoch_is_one_pass_with_accumulated_batches_too(train):
+    """Small batches in place of large ones, where memory is short, are the same training."""
+    run = train("--epochs 1 --accumulate 4", "full-model")
+    assert [line["step"] for line in metrics(run, "train")] == [1, 2]  # 24 rows, 16 a step
+
+
+def test_a_frozen_encoders_vectors_that_do_not_fit_are_encoded_again(train, monkeypatch, capsys):
+    """It says so and trains the same."""
+    flags = "--fine-tune-mode last-linear-layer --epochs 1 --precision fp32 --model_file_suffix"
+    kept = train(f"{flags} kept", "last-linear-layer-kept")
+    assert "sentence vectors are kept" not in capsys.readouterr().out
+    monkeypatch.setattr(multitask_bert, "VECTOR_CACHE_MIB", 0)
+    again = train(f"{flags} again", "last-linear-layer-again")
+    assert "sentence vectors are kept" in capsys.readouterr().out
+    losses = [[line["losses"] for line in metrics(run, "train")] for run in (kept, again)]
+    for one, other in zip(*losses, strict=True):
+        assert one == pytest.approx(other, rel=1e-4)
 
 
 def test_without_a_test_file_dev_is_written_and_no_partial_test_file(train, workplace, capsys):
