@@ -28,6 +28,12 @@ TOY_WORDS = (
 LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789"
 
 
+def pytest_configure(config):
+    """Tests run on the CPU, for which their numbers hold, their processes too; not `-m cuda`."""
+    if config.getoption("markexpr", "") != "cuda":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 def load_script(path):
     """Import a script, which is in no package, under a name of its own."""
     spec = importlib.util.spec_from_file_location(f"{path.stem}_under_test", path)

@@ -1053,6 +1053,27 @@ def test_37_overwriting(program, tiny, halfway, expected, tmp_path):
     assert not leftovers(tmp_path)
 
 
+def test_37_a_kill_while_overwriting_leaves_nothing_to_continue_by_the_earlier_flags(
+    tmp_path, monkeypatch
+):
+    """Broken off at the second removal: no states any more, and the new `run.json` already."""
+    run = fill_run(tmp_path / "run", [1, 2])
+    run.write_description({"args": "earlier"})
+    remove, calls = RunFolder._remove, []
+
+    def broken(places):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        remove(places)
+
+    monkeypatch.setattr(RunFolder, "_remove", staticmethod(broken))
+    with pytest.raises(KeyboardInterrupt):
+        run.start({"args": "new"})
+    assert json.loads((run.path / "run.json").read_text(encoding="utf-8")) == {"args": "new"}
+    assert run.load_state() is None
+
+
 def test_38_two_runs_in_one_folder(program, tiny, halfway, expected, tmp_path):
     copy(halfway, tmp_path)
     (tmp_path / "other").mkdir()

@@ -396,8 +396,13 @@ class Broken(Exception):
 def test_a_broken_and_continued_run_is_the_unbroken_one(train, monkeypatch, mode, precision):
     """To the last bit, in every mode: a frozen encoder's kept vectors are gone with the process,
     and may not come back with other bits for having been encoded in another batch."""
-    flags = f"--fine-tune-mode {mode} --precision {precision} --epochs 3 --steps_per_epoch 5"
-    flags += " --batch_size 3 --model_file_suffix"
+    check_broken_and_continued(train, monkeypatch, mode, f"--precision {precision}")
+
+
+def check_broken_and_continued(train, monkeypatch, mode, flags):
+    """A run that is broken off after a third, and continued, ends as the unbroken one, bitwise."""
+    flags = f"--fine-tune-mode {mode} {flags} --epochs 3 --steps_per_epoch 5 --batch_size 3"
+    flags += " --model_file_suffix"
     mode = mode.split()[0]
     whole = train(f"{flags} whole", f"{mode}-whole")
     save_state = RunFolder.save_state
@@ -618,3 +623,48 @@ def test_bf16_reaches_the_dev_scores_of_fp32(workplace):
     print(scores)
     assert min(scores["fp32"]) > 0.65, "so little was learned that nothing could differ"
     assert apart <= max(3 * spread, 0.01), scores
+
+
+# ------------------------------------------------------------- on a GPU: python -m pytest -m cuda
+
+MODES = ["last-linear-layer", "full-model", "LoRA"]
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """Skips where there is none; `--deterministic` ends with the test."""
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA GPU")
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read once, at the first product
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("mode", MODES)
+def test_a_gpus_losses_and_scores_are_the_cpus(gpu, train, monkeypatch, mode):
+    """fp32, no dropout, whose random numbers differ: the same batches, the same updates."""
+    flags = f"--fine-tune-mode {mode} --epochs 2 --steps_per_epoch 4 --precision fp32 --clip 0.5"
+    flags += " --hidden_dropout_prob 0 --model_file_suffix"
+    on_gpu = train(f"{flags} gpu", f"{mode}-gpu")
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.cuda, "is_available", lambda: False)
+        on_cpu = train(f"{flags} cpu", f"{mode}-cpu")
+    assert "cpu" not in RunFolder(on_gpu).description()["device"]
+    for kind in ("train", "eval"):
+        for one, other in zip(metrics(on_gpu, kind), metrics(on_cpu, kind), strict=True):
+            if kind == "train":
+                assert one["losses"] == pytest.approx(other["losses"], rel=1e-3)
+                assert one["peak_memory_mib"] < other["peak_memory_mib"]  # of tensors alone
+            else:
+                assert one["overall"] == pytest.approx(other["overall"], abs=0.05)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_a_broken_and_continued_run_on_a_gpu_is_the_unbroken_one(gpu, train, monkeypatch, mode,
+                                                                  precision):  # fmt: skip
+    """Weights, AdamW's state and fp16's scaler come back to where they were computed on."""
+    flags = f"--precision {precision} --deterministic"
+    check_broken_and_continued(train, monkeypatch, mode, flags)
