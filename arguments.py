@@ -231,6 +231,11 @@ def leave_away_what_does_not_apply(args):
         args.pair_encoding = of_tasks or ["separate"]
 
 
+def lasting(argv):
+    """A command line without the flags by which a run is begun or continued: it can take them."""
+    return [word for word in argv if word not in ("--resume", "--overwrite")]
+
+
 def expanded_command(parser, args, argv):
     """The command line with the recipe's flags written out, None without a recipe.
 
@@ -248,7 +253,7 @@ def expanded_command(parser, args, argv):
             values = value if isinstance(value, list) else [] if value is True else [value]
             words += [action.option_strings[0], *(f"{v:g}" if isinstance(v, float) else str(v)
                                                   for v in values)]  # fmt: skip
-    return shlex.join(["python", "multitask_classifier.py", *words, *argv])
+    return shlex.join(["python", "multitask_classifier.py", *words, *lasting(argv)])
 
 
 def flags_of(description):
@@ -321,12 +326,15 @@ def check_args(args):
 
 
 def check_output_paths(args):
-    """Raise `UserError` where two prediction files would be one, before hours of training."""
+    """Raise `UserError` for prediction files that could not be written after hours of training."""
     taken = {}
     for name in args.tasks:
         for split in ("dev", "test"):
             default = Path(args.predictions_dir) / TASKS[name].output_name(split)
             path = Path(getattr(args, f"{name}_{split}_out") or default)
+            folder = next(parent for parent in path.absolute().parents if parent.exists())
+            if not folder.is_dir() or (path.exists() and not path.is_file()):
+                raise UserError(f"{path}: for predictions; expected a file, new or to be replaced")
             what = f"{name} {split}"
             if (other := taken.setdefault(path.resolve(), what)) != what:
                 raise UserError(f"{path}: one file for several predictions ({other}, {what})")

@@ -178,14 +178,14 @@ def _hub_reachable():
 def _download(repo):
     """Fetch the files of `repo` from the hub; a download that began and failed is an error."""
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError
+    from huggingface_hub.errors import RemoteEntryNotFoundError
 
     revision, folder = REVISIONS.get(repo), None
     print(f"downloading {repo} from the hub", flush=True)
-    for file in FILES + OPTIONAL_FILES:
+    for file in OPTIONAL_FILES + FILES:  # once all of FILES are in the cache nothing is asked for
         try:
             folder = Path(hf_hub_download(repo, file, revision=revision)).parent
-        except EntryNotFoundError as error:
+        except RemoteEntryNotFoundError as error:
             if file in FILES:
                 raise UserError(f"encoder {repo}: the hub has no {file} of it") from error
         except Exception as error:  # the client's, its HTTP library's, the system's: no common base

@@ -127,14 +127,14 @@ class BertSelfAttention(nn.Module):
         B, T = rows.input_ids.shape
         q, k, v = (x.view(B, T, self.num_heads, -1).transpose(1, 2) for x in (query, key, value))
         dropout, mask = self.dropout.p if self.training else 0.0, rows.attention_mask
-        if dropout and query.device.type == "cpu":
+        if dropout and query.device.type != "cuda":
             context = self.attend_with_dropout(q, k, v, mask)
         else:
             context = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
         return context.transpose(1, 2).reshape(B * T, -1)
 
     def attend_with_dropout(self, q, k, v, mask):
-        """The same written out, (B, H, T, D/H) each: on a CPU the fused kernel knows no dropout."""
+        """The same written out, (B, H, T, D/H) each: but on CUDA no fused kernel has dropout."""
         scores = (q / math.sqrt(q.size(-1))) @ k.transpose(-2, -1)
         # Added once over all heads: `scores.masked_fill` would take seven times as long.
         lowest = torch.finfo(scores.dtype).min

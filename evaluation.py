@@ -376,19 +376,28 @@ def finished_run(run):
 # ------------------------------------------------------------------------------------- the script
 
 
-def evaluate_run(run, device, precision):
+def evaluate_run(run, device, precision, data_dir=None):
     """Dev and test results of a run's best model: `{"dev": {task: TaskResult}, "test": {…}}`.
 
-    On the run's own files. Raises `UserError` where one has changed.
+    On the run's own files, which lie in `data_dir` now where that is given. Raises `UserError`
+    where one has changed.
     """
     model, tokenizer, description = load_run(run, device)
     results = {"dev": {}, "test": {}}
     for split, of_split in results.items():
         for name in model.config.tasks:
             recorded = description["data"][name].get(split)
-            if recorded is None or not (split == "dev" or Path(recorded["path"]).exists()):
+            if recorded is None:
                 continue
-            path = recorded["path"]
+            path = Path(recorded["path"])
+            if data_dir:
+                path = Path(data_dir) / TASKS[name].file_name(split)
+            if not path.exists() and split == "test":
+                print(f"warning: {path}: no such file; no test predictions for {name}")
+                continue
+            if not path.exists():
+                raise UserError(f"{path}: no such file; name the folder of the run's data files "
+                                "with --data_dir")  # fmt: skip
             task_file = read_task_file(path, TASKS[name], split)
             if file_sha256(path) != recorded["sha256"]:
                 raise UserError(f"{path}: changed since {run.path} was trained on it")
@@ -429,6 +438,8 @@ def get_args(argv=None):
     add("--sentence", help="predict on this text instead of on files")
     add("--sentence2", help="second sentence: paraphrase and similarity of the two")
     add("--predictions_dir", default="predictions", help="where the prediction files go")
+    add("--data_dir", metavar="DIR", help="where the run's data files lie now, default where they "
+        "lay when it was trained")
     add("--use_gpu", action="store_true", help="insist on a GPU")
     add("--precision", choices=("auto", "fp32", "bf16", "fp16"), default=None,
         help="default: the run's own")  # fmt: skip
@@ -463,7 +474,7 @@ def main(argv=None):
     if args.sentence is not None:
         predict_text(run, args.sentence, args.sentence2, device, precision)
         return
-    results = evaluate_run(run, device, precision)
+    results = evaluate_run(run, device, precision, args.data_dir)
     distributed.finish()
     print(format_table(results["dev"]))
     if distributed.is_first():

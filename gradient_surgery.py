@@ -23,7 +23,7 @@ def pcgrad(gradients, generator, reduction="sum"):
     """
     tasks = list(gradients)
     original = torch.stack([gradients[task] for task in tasks])
-    dots = (original @ original.T).double().cpu()  # of the original gradients, for the log
+    dots = (original @ original.T).cpu().double()  # of the original gradients, for the log
     norms = dots.diagonal().clamp_min(1e-30).sqrt()
     cosines = {
         (tasks[i], tasks[j]): float(dots[i, j] / (norms[i] * norms[j]))

@@ -98,8 +98,8 @@ FRESH_STATE = {
 class Meter:
     """Mean losses and speed since the last logged step."""
 
-    def __init__(self, sums=None):
-        self.sums = defaultdict(float, sums or {})  # of losses, and the number of steps
+    def __init__(self, totals=None):
+        self.totals = totals or {}  # of each value: its sum, and the number of steps that had it
         self.restart()
 
     def restart(self):
@@ -108,13 +108,14 @@ class Meter:
 
     def add(self, values, sentences, tokens):
         """Count one step."""
-        for name, value in (values | {"steps": 1}).items():
-            self.sums[name] += value
+        for name, value in values.items():
+            total, steps = self.totals.get(name, (0.0, 0))
+            self.totals[name] = [total + value, steps + 1]
         self.sentences, self.tokens = self.sentences + sentences, self.tokens + tokens
 
     def means(self):
         """Mean of each value."""
-        return {n: v / self.sums["steps"] for n, v in self.sums.items() if n != "steps"}
+        return {name: total / steps for name, (total, steps) in self.totals.items()}
 
     def speed(self):
         """Sentences and tokens encoded per second."""
@@ -211,7 +212,7 @@ def train(args, run, model, batches, dev, optimizer, precision, state, save_best
                smoothing=0.1)  # fmt: skip
 
     def save():
-        state.update(meter=dict(meter.sums), scaler=scaler.state_dict())
+        state.update(meter=dict(meter.totals), scaler=scaler.state_dict())
         run.save_state(state, training_state(model, optimizer))
         signals.check()
         meter.restart()
@@ -245,10 +246,13 @@ def train(args, run, model, batches, dev, optimizer, precision, state, save_best
             values = distributed.mean_over_processes(values).tolist()
             *values, norm, sentences, tokens, stop = values
             values = dict(zip(losses, values, strict=True))
-            numbers = [*values.values(), 0.0 if scaler.is_enabled() else norm]
-            if not all(map(math.isfinite, numbers)):  # fp16's scaler skips gradients by itself
+            # fp16's scaler skips steps without a finite gradient and halves its scale, down to 1.
+            may_skip = scaler.is_enabled() and scaler.get_scale() >= 1
+            if not all(map(math.isfinite, [*values.values(), 0.0 if may_skip else norm])):
                 save()
                 raise not_finite(model, values, step_batches, args, step, precision)
+            if not math.isfinite(norm):
+                extra = {}  # a skipped step's gradients have no cosines
             scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad()

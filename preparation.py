@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 import distributed
-from arguments import HERE, SPLITS, data_paths
+from arguments import HERE, SPLITS, data_paths, lasting
 from base_bert import file_sha256, load_strictly
 from bert import BertModel
 from config import TASKS, BertConfig, MultitaskConfig, UserError
@@ -79,7 +79,7 @@ def describe_run(args, encoder, files, device, precision):
     values = {name: value for name, value in vars(args).items() if name not in derived}
     return {
         "command": shlex.join(
-            [*distributed.launch_command(), "multitask_classifier.py", *sys.argv[1:]]
+            [*distributed.launch_command(), "multitask_classifier.py", *lasting(sys.argv[1:])]
         ),
         "expanded_command": args.expanded_command,
         "args": values,
@@ -142,6 +142,8 @@ def check_fit(args, encoder, tokenizer):
     limit = tokenizer.model_max_length  # `load_encoder` holds it to the encoder's positions
     if args.max_length and args.max_length > limit:
         raise UserError(f"--max_length {args.max_length}: this encoder has {limit} positions")
+    if (args.joint or args.both) and config.type_vocab_size < 2:
+        raise UserError("--pair_encoding: this encoder knows one segment; expected separate")
     if lora := lora_config_of(vars(args)):
         try:
             with torch.device("meta"):

@@ -32,6 +32,7 @@ def pytest_configure(config):
     """Tests run on the CPU, for which their numbers hold, their processes too; not `-m cuda`."""
     if config.getoption("markexpr", "") != "cuda":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
+        torch.backends.mps.is_available = lambda: False
 
 
 def load_script(path):

@@ -288,8 +288,9 @@ def test_in_offline_mode_the_cache_is_used_and_damage_in_it_is_found(tmp_path, t
 
 
 @contextmanager
-def hub(files, broken=()):
-    """A server that plays the hub: `files` (repo, name) -> bytes; those in `broken` break off.
+def hub(files, broken=(), refused=()):
+    """A server that plays the hub: `files` (repo, name) -> bytes; those in `broken` break off, and
+    those in `refused` may not be read.
 
     Yields its address and the list of what was asked of it, as (method, path).
     """
@@ -309,6 +310,11 @@ def hub(files, broken=()):
             match = re.fullmatch(r"/([^/]+/[^/]+)/resolve/[^/]+/([^?]+)", self.path)
             content = files.get(match.groups()) if match else None
             self.close_connection = True
+            if match and match.groups() in refused:
+                self.send_response(429)
+                self.send_header("Content-Length", "0")
+                self.end_headers()
+                return
             if content is None:
                 self.send_response(200 if self.path == "/" else 404)
                 if match:
@@ -380,6 +386,20 @@ def test_a_download_that_breaks_off_is_an_error_never_another_encoder(tmp_path, 
     assert found.get("error") == "UserError", found
     assert "model.safetensors" in found["message"]
     assert default in found["message"]
+
+
+def test_a_hub_that_refuses_has_not_said_that_a_file_is_not_there(tmp_path, tiny_folder):
+    """Without its settings a cased tokenizer would make everything lower case, without a word."""
+    files = {("toy/encoder", name): content for name, content in contents(tiny_folder).items()}
+    for name in ("tokenizer_config.json", "config.json"):
+        with hub(files, refused={("toy/encoder", name)}) as (address, _):
+            (found,) = resolve_elsewhere(["toy/encoder"], tmp_path / name, address)
+        assert found.get("error") == "UserError", found
+        assert f"{name} not downloaded" in found["message"]
+    without = {key: content for key, content in files.items() if "tokenizer" not in key[1]}
+    with hub(without) as (address, _):
+        (found,) = resolve_elsewhere(["toy/encoder"], tmp_path / "without", address)
+    assert found["name"] == "toy/encoder"
 
 
 # ------------------------------------------------------------------------------- the real ones

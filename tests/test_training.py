@@ -23,6 +23,7 @@ from bert import BertModel
 from config import TASKS, BertConfig, UserError
 from lora import LORA_TARGETS
 from run_folder import RunFolder
+from script import NotFinite
 from tokenizer import BertTokenizer
 
 ROWS = {"train": 24, "dev": 12, "test": 6}  # of each file of the sample
@@ -258,6 +259,33 @@ def test_named_prediction_files_and_a_folder_of_ones_own(train, workplace):
     assert "sst-dev-output.csv" not in names
     assert "sst-test-output.csv" in names
     assert not (workplace / "predictions").exists()
+
+
+def test_predictions_need_a_place_for_files(train, workplace):
+    """Found before training: a folder of that name, or a file where the folder should be."""
+    (workplace / "folder").mkdir()
+    with pytest.raises(UserError, match="folder: for predictions; expected a file"):
+        train("--epochs 0 --para_dev_out folder", "")
+    (workplace / "predictions").write_text("mine")
+    with pytest.raises(UserError, match=r"sst-dev-output.csv: for predictions"):
+        train("--epochs 0", "")
+    with pytest.raises(UserError, match="/dev/null: for predictions"):
+        train("--epochs 0 --predictions_dir other --sst_test_out /dev/null", "")
+
+
+def test_an_encoder_of_one_segment_takes_no_joint_pairs(train, workplace):
+    config = workplace / "encoder/config.json"
+    values = json.loads(config.read_text(encoding="utf-8")) | {"type_vocab_size": 1}
+    config.write_text(json.dumps(values), encoding="utf-8")
+    with pytest.raises(UserError, match="knows one segment"):
+        train("--pair_encoding para=both", "")
+
+
+def test_the_recorded_command_can_be_continued(train, monkeypatch):
+    """A broken-off run is told to go on with it and --resume, which --overwrite excludes."""
+    monkeypatch.setattr(sys, "argv", ["x", "--epochs", "0", "--overwrite"])
+    run = RunFolder(train("--epochs 0 --overwrite", "full-model"))
+    assert run.description()["command"] == "python multitask_classifier.py --epochs 0"
 
 
 def test_predictions_may_go_to_the_runs_own_folder_by_another_spelling(train, workplace):
@@ -567,6 +595,22 @@ def test_changed_data_or_encoder_is_not_evaluated_in_silence(train, workplace):
         evaluation.main(["--checkpoint", str(run)])
 
 
+def test_a_run_is_evaluated_on_its_files_where_they_lie_now(train, workplace, capsys):
+    """Moved ones are named by their folder; a test file that is gone is spoken of."""
+    run = train("--epochs 0", "full-model")
+    before = prediction_files(run / "predictions")
+    (workplace / "data").rename(workplace / "moved")
+    with pytest.raises(UserError, match=r"ids-sst-dev.csv: no such file.*--data_dir"):
+        evaluation.main([])
+    evaluation.main(["--data_dir", "moved", "--predictions_dir", "again"])
+    assert prediction_files(workplace / "again") == before
+    (workplace / "moved" / TASKS["sst"].file_name("test")).unlink()
+    capsys.readouterr()
+    evaluation.main(["--data_dir", "moved", "--predictions_dir", "fewer"])
+    assert "no test predictions for sst" in capsys.readouterr().out
+    assert len(prediction_files(workplace / "fewer")) == 5
+
+
 def test_without_a_run_there_is_nothing_to_evaluate():
     with pytest.raises(UserError, match="no finished run"):
         evaluation.main([])
@@ -623,6 +667,34 @@ def test_bf16_reaches_the_dev_scores_of_fp32(workplace):
     print(scores)
     assert min(scores["fp32"]) > 0.65, "so little was learned that nothing could differ"
     assert apart <= max(3 * spread, 0.01), scores
+
+
+def test_in_fp16_a_gradient_that_is_never_finite_ends_the_run(train, monkeypatch):
+    """The scaler would skip every step to the end and leave an untrained model as the result."""
+    monkeypatch.setattr(multitask_classifier, "select_precision", lambda *_: ("fp16", None))
+    backward = multitask_classifier.backward
+
+    def overflowing(model, *rest):
+        losses, extra = backward(model, *rest)
+        if broken:
+            next(p for p in model.parameters() if p.grad is not None).grad.fill_(float("inf"))
+        return losses, extra
+
+    monkeypatch.setattr(multitask_classifier, "backward", overflowing)
+    flags = "--tasks sst --epochs 1 --steps_per_epoch 40 --model_file_suffix"
+    broken = False
+    run = train(f"{flags} sound", "full-model-sound")
+    assert metrics(run, "train")[-1]["step"] == 40
+    broken = True
+    with pytest.raises(NotFinite, match="step 18: gradient of the loss sst"):  # 65,536 is 2^16
+        train(f"{flags} broken", "")
+
+
+def test_a_step_that_fp16_skips_is_left_out_of_the_mean_cosines():
+    meter = multitask_classifier.Meter()
+    meter.add({"sst": 1.0}, 4, 40)
+    meter.add({"sst": 2.0, "conflicts": 0.5}, 4, 40)
+    assert meter.means() == {"sst": 1.5, "conflicts": 0.5}
 
 
 # ------------------------------------------------------------- on a GPU: python -m pytest -m cuda
