@@ -384,6 +384,11 @@ def loss_weights(values):
     return weights
 
 
+def in_sample(path):
+    """Whether a data file is one of the generated sample."""
+    return Path(path).parent.parts[-2:] == ("data", "sample")
+
+
 def data_paths(args):
     """Path of every file: `{task: {split: Path}}`, and a warning or None.
 

@@ -43,8 +43,8 @@ def start(device):
             raise UserError(f"torchrun --nproc_per_node {processes}: this machine has {gpus} GPUs")
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
-    elif device.type != "cpu":
-        raise UserError(f"torchrun: several processes need CUDA GPUs or CPUs, not {device.type}")
+    else:  # one GPU of another kind is not for several
+        device = torch.device("cpu")
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return device
 

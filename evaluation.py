@@ -391,7 +391,7 @@ def evaluate_run(run, device, precision, data_dir=None):
                 continue
             path = Path(recorded["path"])
             if data_dir:
-                path = Path(data_dir) / TASKS[name].file_name(split)
+                path = Path(data_dir) / path.name
             if not path.exists() and split == "test":
                 print(f"warning: {path}: no such file; no test predictions for {name}")
                 continue
@@ -451,6 +451,8 @@ def get_args(argv=None):
         parser.error("--sentence takes one run")
     if args.report and args.checkpoint:
         parser.error("--report and --checkpoint exclude each other")
+    if args.data_dir and (args.report or args.sentence or len(args.checkpoint or []) > 1):
+        parser.error("--data_dir goes with the evaluation of one run; nothing else reads data")
     return args
 
 

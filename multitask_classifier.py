@@ -90,7 +90,7 @@ FRESH_STATE = {
     "best_step": None,
     "best_score": None,  # overall dev score of the best model
     "misses": 0,  # evaluations since then
-    "meter": {},
+    "totals": {},
     "scaler": {},
 }
 
@@ -199,7 +199,7 @@ def train(args, run, model, batches, dev, optimizer, precision, state, save_best
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
     if state["scaler"]:
         scaler.load_state_dict(state["scaler"])
-    meter = Meter(state["meter"])
+    meter = Meter(state["totals"])
     compute_gradient, replica = backward, model
     if args.gradient_surgery:
         compute_gradient = backward_with_surgery  # averages over processes by itself
@@ -212,7 +212,7 @@ def train(args, run, model, batches, dev, optimizer, precision, state, save_best
                smoothing=0.1)  # fmt: skip
 
     def save():
-        state.update(meter=dict(meter.totals), scaler=scaler.state_dict())
+        state.update(totals=dict(meter.totals), scaler=scaler.state_dict())
         run.save_state(state, training_state(model, optimizer))
         signals.check()
         meter.restart()
@@ -465,7 +465,7 @@ def main(argv=None):
     values = dict(FRESH_STATE)
     if state:
         load_training_state(model, optimizer, state.tensors)
-        values = state.values
+        values |= state.values
     else:  # only now, when nothing that was asked for can be wrong any more
         run.start(description | {"parameters": count_parameters(model)})
     # ---- loop

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 import distributed
-from arguments import HERE, SPLITS, data_paths, lasting
+from arguments import HERE, SPLITS, data_paths, in_sample, lasting
 from base_bert import file_sha256, load_strictly
 from bert import BertModel
 from config import TASKS, BertConfig, MultitaskConfig, UserError
@@ -70,6 +70,8 @@ def recorded_paths(args, description):
         name: {split: Path(file["path"]) for split, file in of_task.items()}
         for name, of_task in description["data"].items()
     }
+    if any(in_sample(path) for of_task in paths.values() for path in of_task.values()):
+        return paths, "continuing on the small generated sample, as the run began"
     return paths, None
 
 

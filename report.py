@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from arguments import FREE_WHEN_CONTINUING, OF_ONE_COMMAND, SPLITS, flags_of
+from arguments import FREE_WHEN_CONTINUING, OF_ONE_COMMAND, SPLITS, flags_of, in_sample
 from base_bert import file_sha256
 from config import RECIPES, TASKS, UserError, overall_tasks
 from datasets import read_task_file
@@ -29,6 +29,9 @@ LONGEST_TEXT = 160  # characters of a sentence in a table
 NAMES = {"seed", "model_file_suffix", "recipe", "pretrained", "data_dir", "expanded_command"}
 NAMES |= {f"{task}_{split}" for task in TASKS for split in SPLITS}
 NAMES |= FREE_WHEN_CONTINUING | OF_ONE_COMMAND
+# Flags with which a row of the paper is still that row, trained for longer or otherwise.
+BUDGET = {"epochs", "steps_per_epoch", "patience", "batch_size", "task_batch_sizes", "accumulate",
+          "lr", "head_lr", "precision", "deterministic", "calibration_examples"}  # fmt: skip
 
 
 @dataclass
@@ -54,10 +57,14 @@ class Run:
 
     @property
     def recipe(self):
-        """Name of its recipe, None without one or where another flag took a recipe's place."""
+        """Name of its recipe, None without one or where other flags make it another strategy."""
         name = self.args.get("recipe")
-        flags = RECIPES[name].flags if name in RECIPES else {}
-        return name if all(self.args.get(flag) == flags[flag] for flag in flags) else None
+        if name not in RECIPES:
+            return None
+        own, recipe = flags_of(self.description), RECIPES[name].flags
+        expected = flags_of({"args": recipe})
+        flags = recipe.keys() | (expected.keys() - NAMES - BUDGET)
+        return name if all(own[flag] == expected[flag] for flag in flags) else None
 
     def logged(self, key):
         """Values of `key` in the training lines, as far as they have it."""
@@ -121,8 +128,8 @@ def describe_encoder(run):
 def describe_data(run):
     """Whether the data is the generated sample, and how much of it there was for training."""
     data = run.description["data"]
-    folders = [Path(file["path"]).parent for of_task in data.values() for file in of_task.values()]
-    sample = any(folder.parts[-2:] == ("data", "sample") for folder in folders)
+    files = [Path(file["path"]) for of_task in data.values() for file in of_task.values()]
+    sample = any(map(in_sample, files))
     kind = "the **generated sample**" if sample else "the files named in `run.json`, no sample"
     counts = (f"{name} {of_task['train']['examples']:,}" for name, of_task in data.items())
     return f"{kind}; training examples: {', '.join(counts)}"
@@ -200,6 +207,8 @@ def scores_table(rows):
         cells.append([label, str(len(group)), *map(spread, scores), overall, interval, paper])
         if recipe:
             notes.append(f"*{escape(label)}*: {recipe.reading}.")
+    if len({tuple(overall_tasks(run.dev)) for run in runs}) > 1:
+        notes.append("Overall scores of rows with different tasks do not compare.")
     caption = (
         "Dev scores by strategy. Overall: mean of the accuracies and (1 + correlation) / 2. "
         "Several runs: mean ± standard deviation over seeds; a single run: 95 % bootstrap interval "
@@ -364,27 +373,35 @@ def format_picture(number, picture, runs):
     )
 
 
+def best_run(runs, name):
+    """Of the runs with task `name`, and of these those with most tasks, the best by overall."""
+    having = [run for run in runs if name in run.dev]
+    return max(having, key=lambda run: (len(run.dev), run.overall))
+
+
 def write_report(runs, folder):
     """Write the report of `runs` (a list of `Run`) into `folder`; returns `report.md`'s path."""
     runs = list({Path(run.path).resolve(): run for run in runs}.values())
     folder, rows = Path(folder), group_runs(runs)
-    best = max(runs, key=lambda run: run.overall)
+    tasks = [name for name in TASKS if any(name in run.dev for run in runs)]
+    best = {name: best_run(runs, name) for name in tasks}
     pictures = loss_pictures(runs)
-    pictures += [scatter_picture(best, name) for name in best.dev if TASKS[name].kind == "score"]
+    pictures += [scatter_picture(best[n], n) for n in tasks if TASKS[n].kind == "score"]
     pictures += cosine_pictures(runs)
     write_pictures(pictures, folder)
 
     tables = [scores_table(rows), cost_table(rows)]
-    tables += [error_table(best, name) for name in TASKS if name in best.dev]
-    tables += [confusion_table(best, n) for n in best.dev if TASKS[n].kind == "classes"]
+    tables += [error_table(best[name], name) for name in tasks]
+    tables += [confusion_table(best[n], n) for n in tasks if TASKS[n].kind == "classes"]
     scores, cost, *errors = (format_table(*numbered) for numbered in enumerate(tables, start=1))
     images = [format_picture(number, p, runs) for number, p in enumerate(pictures, start=1)]
+    errors_of = ", ".join(dict.fromkeys(f"`{run.name}`" for run in best.values()))
     command = shlex.join(["python", "evaluation.py", "--report", *(run.path for run in runs)])
     commands = (r.description.get("expanded_command") or r.description["command"] for r in runs)
     write_file(folder / "report.md", "\n".join([
         "# Report\n", f"Made by `{command}`. A picture leads to its PDF.\n",
         "## Scores\n", scores, "The runs' commands:\n", *(f"    {c}" for c in commands), "",
         "## Cost\n", cost, "## Figures\n", *images,
-        "## Errors\n", f"Of the run with the best dev score, `{best.name}`.\n", *errors,
+        "## Errors\n", f"Of the run with the best dev score, {errors_of}.\n", *errors,
     ]))  # fmt: skip
     return folder / "report.md"

@@ -11,6 +11,7 @@ row fails where they differ. See benchmarks/README.md for what each column means
 """
 
 import argparse
+import contextlib
 import fnmatch
 import json
 import os
@@ -123,7 +124,8 @@ class Worker:
         return self
 
     def __exit__(self, *error):
-        self.process.stdin.close()
+        with contextlib.suppress(BrokenPipeError):  # of one that has ended already
+            self.process.stdin.close()
         try:
             self.process.wait(timeout=20)
         except subprocess.TimeoutExpired:

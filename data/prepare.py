@@ -443,7 +443,7 @@ def prepare(args: argparse.Namespace, courses: dict[int, Course], small: dict[st
         write_small_quora(args.out, small, args.overwrite)
     where = "" if args.out.resolve() == HERE else f" --data_dir={args.out}"
     print(f"All files are in {args.out}. Next:")
-    print(f"  python multitask_classifier.py --fine-tune-mode=LoRA --LoRA_r=32{where}")
+    print(f"  python multitask_classifier.py --recipe best{where}")
 
 
 def main(

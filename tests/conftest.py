@@ -29,7 +29,7 @@ LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789"
 
 
 def pytest_configure(config):
-    """Tests run on the CPU, for which their numbers hold, their processes too; not `-m cuda`."""
+    """Tests run on the CPU, for which their numbers hold; those of `-m cuda` do not."""
     if config.getoption("markexpr", "") != "cuda":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
         torch.backends.mps.is_available = lambda: False

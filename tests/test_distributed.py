@@ -492,6 +492,16 @@ def test_with_one_process_nothing_is_shared(monkeypatch):
     assert distributed.share(7, "sst") == slice(0, 7)
 
 
+def test_several_processes_without_cuda_take_the_cpu(monkeypatch):
+    """On a Mac there is one GPU, and NCCL does not know it."""
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    joined = []
+    monkeypatch.setattr(distributed.dist, "init_process_group", joined.append)
+    assert distributed.start(torch.device("mps")) == torch.device("cpu")
+    assert joined == ["gloo"]
+
+
 def test_more_processes_than_gpus_are_refused(monkeypatch):
     """NCCL would fail on a GPU that is not there, on one process, while the others wait."""
     monkeypatch.setenv("RANK", "0")

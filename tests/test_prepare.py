@@ -193,7 +193,7 @@ def test_fetches_every_file_and_says_what_comes_next(server, tmp_path, capsys):
     # The quoted field of two lines counts once, as the readers of these files count it.
     assert re.search(rf"ids-sst-dev.csv +{len(CONTENTS[BIG]):,} bytes +3,001 rows  fetched", said)
     assert re.search(r"quora-dev.csv .* 41 rows  fetched", said)
-    assert "python multitask_classifier.py --fine-tune-mode=LoRA --LoRA_r=32" in said
+    assert "python multitask_classifier.py --recipe best" in said
 
 
 def test_asks_for_the_pinned_commit(monkeypatch, server, tmp_path):

@@ -217,6 +217,32 @@ def test_the_papers_score_stands_beside_its_recipe_only(written, runs):
     assert [*report.group_runs([run])] == ["LoRA-simcse-lora"]
 
 
+@pytest.mark.parametrize(
+    ("change", "same"),
+    [({"lr": 1e-3, "epochs": 99, "batch_size": 64}, True), ({"tasks": ["sst"]}, False),
+     ({"gradient_surgery": "sum"}, False), ({"pooling": "cls"}, False)],
+)  # fmt: skip
+def test_a_recipe_is_the_papers_row_for_any_budget_and_no_other_strategy(runs, change, same):
+    run = load(runs / "LoRA-simcse-lora")
+    assert run.recipe == "simcse-lora"
+    run.args.update(change)
+    assert run.recipe == ("simcse-lora" if same else None)
+
+
+def test_each_tasks_errors_are_those_of_a_run_with_most_tasks(runs):
+    """A similarity of .9 alone is no better overall than three tasks at .8."""
+    run = load(runs / "LoRA-simcse-lora")
+    alone = {
+        name: dataclasses.replace(run, path=name, dev={name: run.dev[name]}, overall=0.9)
+        for name in run.dev
+    }
+    assert report.best_run([*alone.values(), run], "sts") is run
+    assert report.best_run([alone["sst"], alone["sts"]], "sts") is alone["sts"]
+    notes = report.scores_table(report.group_runs([run, alone["sts"]])).notes
+    assert any("do not compare" in note for note in notes)
+    assert not any("compare" in n for n in report.scores_table(report.group_runs([run])).notes)
+
+
 def test_costs_are_those_of_the_log(written, runs):
     _, header, rows = table(written[1], 2)
     row = dict(zip(header, next(r for r in rows if r[0] == "simcse-lora"), strict=True))

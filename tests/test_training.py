@@ -281,6 +281,15 @@ def test_an_encoder_of_one_segment_takes_no_joint_pairs(train, workplace):
         train("--pair_encoding para=both", "")
 
 
+def test_a_run_of_the_sample_says_so_when_it_is_continued_too(train, workplace, capsys):
+    """After the course's files were fetched the old run still goes on with the sample."""
+    shutil.copytree(workplace / "data", workplace / "data/sample")
+    train("--epochs 0 --data_dir data/sample", "full-model")
+    capsys.readouterr()
+    multitask_classifier.main(["--resume"])
+    assert "continuing on the small generated sample" in capsys.readouterr().out
+
+
 def test_the_recorded_command_can_be_continued(train, monkeypatch):
     """A broken-off run is told to go on with it and --resume, which --overwrite excludes."""
     monkeypatch.setattr(sys, "argv", ["x", "--epochs", "0", "--overwrite"])
@@ -604,6 +613,8 @@ def test_a_run_is_evaluated_on_its_files_where_they_lie_now(train, workplace, ca
         evaluation.main([])
     evaluation.main(["--data_dir", "moved", "--predictions_dir", "again"])
     assert prediction_files(workplace / "again") == before
+    with pytest.raises(UserError, match="--data_dir goes with"):
+        evaluation.main(["--data_dir", "moved", "--report", str(run)])
     (workplace / "moved" / TASKS["sst"].file_name("test")).unlink()
     capsys.readouterr()
     evaluation.main(["--data_dir", "moved", "--predictions_dir", "fewer"])
