@@ -139,6 +139,17 @@ def test_evaluation_gives_the_same_scores(bench):
     assert ours["sentences"] == 5 * 40
 
 
+def test_a_worker_that_died_is_reported_as_one_that_failed(tmp_path):
+    """Closing its broken pipe must not take the report's place: the other rows go on."""
+    with (
+        pytest.raises(throughput.WorkerFailed, match=r"worker\.py ended with -9"),
+        throughput.Worker("worker.py", tmp_path) as worker,
+    ):
+        worker.process.kill()
+        worker.process.wait()
+        worker.ask("describe")
+
+
 def test_flops_of_one_layer_by_hand():
     """A wrong count would make the share of the device's rate wrong with it."""
     config = {"hidden_size": 2, "intermediate_size": 3, "num_hidden_layers": 1}
