@@ -210,11 +210,6 @@ def undefined_correlations(results):
 # -------------------------------------------------------------------------------- prediction files
 
 
-def prediction_path(folder, name, split):
-    """Path of the course's prediction file for task `name`."""
-    return Path(folder) / TASKS[name].output_name(split)
-
-
 def format_predictions(task, result):
     """The course's prediction file, byte for byte."""
     rows = zip(result.ids, result.predictions, strict=True)
@@ -223,12 +218,12 @@ def format_predictions(task, result):
 
 def prediction_files(folder, results, split, paths=None):
     """The text of `<task>-<split>-output.csv` by path; `paths` (task -> path) override names."""
-    return {
-        (paths or {}).get(name) or prediction_path(folder, name, split): format_predictions(
-            TASKS[name], result
-        )
-        for name, result in results.items()
-    }
+    files = {}
+    for name, result in results.items():
+        task = TASKS[name]
+        path = (paths or {}).get(name) or Path(folder) / task.output_name(split)
+        files[path] = format_predictions(task, result)
+    return files
 
 
 def write_predictions(folder, results):

@@ -108,6 +108,11 @@ def group_runs(runs):
     return rows
 
 
+def tasks_of(runs):
+    """The tasks that any of the runs has, in the tables' order."""
+    return [name for name in TASKS if any(name in run.dev for run in runs)]
+
+
 def by_value(runs, describe):
     """`describe(run)` of all runs as text: once where all agree, else each with its runs."""
     found = {}
@@ -189,7 +194,7 @@ def spread(values, form="{:.3f}"):
 def scores_table(rows):
     """Table 1: dev scores by strategy, the paper's overall beside ours."""
     runs = [run for group in rows.values() for run in group]
-    tasks = [name for name in TASKS if any(name in run.dev for run in runs)]
+    tasks = tasks_of(runs)
     header = ["strategy", "runs", *(f"{name} {TASKS[name].metric}" for name in tasks), "overall",
               "95 % interval", "paper's overall"]  # fmt: skip
     cells, notes = [], []
@@ -383,7 +388,7 @@ def write_report(runs, folder):
     """Write the report of `runs` (a list of `Run`) into `folder`; returns `report.md`'s path."""
     runs = list({Path(run.path).resolve(): run for run in runs}.values())
     folder, rows = Path(folder), group_runs(runs)
-    tasks = [name for name in TASKS if any(name in run.dev for run in runs)]
+    tasks = tasks_of(runs)
     best = {name: best_run(runs, name) for name in tasks}
     pictures = loss_pictures(runs)
     pictures += [scatter_picture(best[n], n) for n in tasks if TASKS[n].kind == "score"]
