@@ -239,9 +239,10 @@ def encode_in_advance(model, batches, args, precision, check_stop):
     device = next(model.parameters()).device
     for name, dataset in batches.datasets.items():
         rows = batches.rows_until(name, args.total_steps * args.accumulate)
-        if len(rows):
+        own = []
+        if len(rows) and model.vectors_to_keep():
             say(f"{name}: encoding {len(rows):,} training examples, once for all epochs")
-        own = [batch for _, batch in dataset.batches_of(BATCH_TOKENS[device.type], rows)]
+            own = [batch for _, batch in dataset.batches_of(BATCH_TOKENS[device.type], rows)]
         for number in range(distributed.largest(len(own))):  # every process checks as often
             check_stop()
             if number < len(own) and model.vectors_to_keep():
