@@ -66,7 +66,7 @@ from preparation import (
 )
 from run_folder import ReadOnlyRunFolder, write_files
 from saved_models import load_weights, lora_config_of, save_model
-from script import NotFinite, Stopped, StopSignals, memory_errors, run_script, say
+from script import NotFinite, Stopped, StopSignals, bar_size, memory_errors, run_script, say
 
 
 def set_learning_rate(optimizer, step, total, warmup):
@@ -209,7 +209,7 @@ def train(args, run, model, batches, dev, optimizer, precision, state, save_best
     trained = [p for p in model.parameters() if p.requires_grad]
     bar = tqdm(total=args.total_steps, initial=state["step"], unit="step",
                disable=distributed.rank() > 0 or not sys.stderr.isatty(),
-               smoothing=0.1)  # fmt: skip
+               smoothing=0.1, **bar_size())  # fmt: skip
 
     def save():
         state.update(totals=dict(meter.totals), scaler=scaler.state_dict())

@@ -49,6 +49,15 @@ def say(text):
     sys.stdout.flush()
 
 
+def bar_size():
+    """tqdm's arguments for the size of standard error's terminal: none where that is known.
+
+    One that does not know its size (`docker exec -t`, `script`) says 0, and tqdm draws nothing.
+    """
+    known = not sys.stderr.isatty() or all(os.get_terminal_size(sys.stderr.fileno()))
+    return {} if known else {"ncols": 100, "nrows": 20}
+
+
 @contextlib.contextmanager
 def memory_errors(device, batch):
     """Turn an exhausted memory into an `OutOfMemory` that says what to lower; `batch` describes

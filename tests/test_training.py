@@ -1,13 +1,16 @@
 """The training and evaluation scripts end to end, on a tiny encoder and a cut of the sample."""
 
+import contextlib
 import csv
 import json
 import os
+import pty
 import random
 import shutil
 import signal
 import subprocess
 import sys
+import termios
 
 import numpy as np
 import pytest
@@ -301,6 +304,24 @@ def test_predictions_may_go_to_the_runs_own_folder_by_another_spelling(train, wo
     own = workplace / "runs/full-model/predictions"
     train(f"--epochs 0 --predictions_dir {own}", "full-model")
     assert len(prediction_files(own)) == 6
+
+
+@pytest.mark.parametrize("size", [(0, 0), (40, 120)])
+def test_a_terminal_of_any_size_shows_a_progress_bar(train, workplace, size):
+    """One that does not know its size says 0, where there would be neither a bar nor lines."""
+    ours, theirs = pty.openpty()
+    termios.tcsetwinsize(theirs, size)
+    command = [sys.executable, str(REPOSITORY / "multitask_classifier.py"), *SMALL.split(),
+               "--epochs", "1", "--steps_per_epoch", "2"]  # fmt: skip
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=theirs) as process:
+        os.close(theirs)
+        shown = b""
+        with contextlib.suppress(OSError):  # Linux's way to say that the other end is closed
+            while part := os.read(ours, 4096):
+                shown += part
+    os.close(ours)
+    assert process.returncode == 0
+    assert "2/2 [" in shown.decode() and "sst" in shown.decode()
 
 
 def test_an_epoch_is_one_pass_with_accumulated_batches_too(train):
