@@ -26,6 +26,22 @@ FREE_WHEN_CONTINUING = {
     "data_dir",  # the files' content is compared, wherever they lie
 } | {f"{task}_{what}" for task in TASKS for what in (*SPLITS, "dev_out", "test_out")}  # fmt: skip
 
+# What other training scripts call a flag.
+OTHER_NAMES = {
+    "learning_rate": "lr", "rank": "lora_r", "alpha": "lora_alpha", "wd": "weight_decay",
+    "dropout": "hidden_dropout_prob", "bs": "batch_size", "steps": "steps_per_epoch",
+    "gradient_accumulation_steps": "accumulate", "name": "model_file_suffix",
+    "device": "use_gpu", "output_dir": "runs_dir",
+}  # fmt: skip
+
+
+def nearest_flag(flag, flags):
+    """That of `flags` which was probably meant by `flag`, or None."""
+    plain = {name.strip("-").lower().replace("-", "_"): name for name in flags}
+    wanted = flag.strip("-").lower().replace("-", "_")
+    near = difflib.get_close_matches(OTHER_NAMES.get(wanted, wanted), plain, n=1)
+    return plain[near[0]] if near else None
+
 
 class FlagParser(argparse.ArgumentParser):
     """An argument parser without abbreviations; its errors are one line and name the near flag."""
@@ -38,9 +54,8 @@ class FlagParser(argparse.ArgumentParser):
         namespace, unknown = self.parse_known_args(args, namespace)
         if unknown:
             flag = unknown[0].split("=")[0]
-            flags = [name for action in self._actions for name in action.option_strings]
-            near = difflib.get_close_matches(flag, flags, n=1, cutoff=0.4)
-            hint = f"; did you mean {near[0]}?" if near else ""
+            near = nearest_flag(flag, self._option_string_actions)
+            hint = f"; did you mean {near}?" if near else ""
             raise UserError(f"unknown argument {unknown[0]}{hint} (--help lists all)")
         return namespace
 
@@ -72,7 +87,14 @@ def number(kind, low, high, *, above=False):
 
 def make_parser():
     """All flags, by group."""
-    parser = FlagParser(description="Fine-tune a hand-written BERT on several sentence tasks.")
+    parser = FlagParser(
+        usage="%(prog)s [FLAG …]",
+        description="Fine-tune a hand-written BERT on several sentence tasks at once.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="python %(prog)s --fine-tune-mode LoRA --LoRA_r 32\n"
+        "python %(prog)s --pretrained bundled --recipe best\n"
+        "then `python evaluation.py`; README.md says more of each flag",
+    )
     positive, natural = number(int, 1, None), number(int, 0, None)
     rate, share = number(float, 0, None, above=True), number(float, 0, 1)
 
@@ -80,7 +102,8 @@ def make_parser():
     add("--recipe", choices=RECIPES, metavar="NAME", help="the flags of a row of the paper's table "
         f"1, or our best: {', '.join(RECIPES)}; a flag given beside it wins")
     add("--fine-tune-mode", choices=MODES, default="full-model", help="default full-model")
-    add("--tasks", nargs="+", choices=TASKS, metavar="TASK", help=f"of {', '.join(TASKS)}",
+    add("--tasks", nargs="+", choices=TASKS, metavar="TASK",
+        help=f"of {', '.join(TASKS)}; default all but cfimdb",
         default=[name for name, task in TASKS.items() if task.default])
     add("--pretrained", metavar="ENCODER", help="folder, hub name, or 'bundled' "
         "(default bert-base-uncased; where the hub is out of reach, the bundled MiniLM)")
@@ -133,13 +156,14 @@ def make_parser():
         f"default by mode: {', '.join(f'{m} {r[0] or r[1]:g}' for m, r in LEARNING_RATES.items())}")
     add("--head_lr", type=rate, help="peak learning rate of the heads, which start from random "
         "numbers and bear a larger one; default "
-        f"{LEARNING_RATES['full-model'][1]:g} beside a trained encoder")
+        f"{LEARNING_RATES['full-model'][1]:g} beside a trained encoder, "
+        f"{LEARNING_RATES['last-linear-layer'][1]:g} beside a frozen one")
     add("--layer_decay", type=number(float, 0.01, 1), default=1.0, metavar="D",
         help="each encoder layer learns at D times the rate of the layer above it, the embeddings "
         "at D times that of the lowest; default 1")
     add("--freeze_word_embeddings", action=argparse.BooleanOptionalAction, default=False,
         help="full-model: train all but the word vectors, half of a small encoder's weights; "
-        "--no-freeze_word_embeddings where a recipe leaves them out")
+        "--no-freeze_word_embeddings trains them beside a recipe that does not")
     add("--warmup", type=share, default=0.1, metavar="SHARE",
         help="share of all steps with rising learning rate, then linear decay; default 0.1")
     add("--weight_decay", type=number(float, 0, None), default=1e-3,
@@ -226,6 +250,9 @@ def leave_away_what_does_not_apply(args):
     if "r_drop" not in args.given:
         trained = args.tasks if args.fine_tune_mode != "last-linear-layer" else []
         args.r_drop = [name for name in args.r_drop if name in trained]
+    if "loss_weights" not in args.given:
+        none = {f"r_drop_{name}" for name in TASKS if name not in args.r_drop}
+        args.loss_weights = [v for v in args.loss_weights if v.partition("=")[0] not in none]
     if "pair_encoding" not in args.given:
         of_tasks = [v for v in args.pair_encoding if "=" not in v or v.split("=")[0] in args.tasks]
         args.pair_encoding = of_tasks or ["separate"]
@@ -248,7 +275,7 @@ def expanded_command(parser, args, argv):
         name = action.dest
         value = getattr(args, name, None)
         lost = name.startswith("LoRA_") and args.fine_tune_mode != "LoRA"
-        lost = lost or value is None or value is False
+        lost = lost or value in (None, False, [])
         if name in RECIPES[args.recipe].flags and name not in args.given and not lost:
             values = value if isinstance(value, list) else [] if value is True else [value]
             words += [action.option_strings[0], *(f"{v:g}" if isinstance(v, float) else str(v)
@@ -319,10 +346,28 @@ def check_args(args):
     if args.gradient_surgery and args.accumulate > 1:
         raise UserError("--gradient_surgery: not with --accumulate; raise --batch_size")
     args.weights = loss_weights(args.loss_weights)
+    check_loss_weights(args)
+    if mode == "last-linear-layer" and {"lr", "head_lr"} <= given:
+        raise UserError(f"--lr and --head_lr: both are the heads' rate in --fine-tune-mode {mode}")
     encoder_lr, head_lr = LEARNING_RATES[mode]
     frozen_encoder = mode == "last-linear-layer"
     args.encoder_rate = 0.0 if frozen_encoder else args.lr or encoder_lr
     args.head_rate = args.head_lr or (args.lr if frozen_encoder else None) or head_lr
+
+
+def check_loss_weights(args):
+    """Raise `UserError` for a factor of a loss that the run does not have."""
+    if "loss_weights" not in args.given:
+        return
+    losses = [*args.tasks, *(f"r_drop_{name}" for name in args.r_drop)]
+    if args.unsupervised_simcse:
+        losses += [f"simcse_{name}" for name in args.simcse_tasks or args.tasks]
+    losses += ["simcse_para_supervised"] * args.supervised_simcse
+    for value in args.loss_weights:
+        if value.partition("=")[0] not in losses:
+            raise UserError(
+                f"--loss_weights {value}: no such loss in this run; it has {', '.join(losses)}"
+            )
 
 
 def check_output_paths(args):
@@ -375,12 +420,12 @@ def loss_weights(values):
     weights = dict.fromkeys(names, 1.0)
     for value in values:
         name, _, factor = value.partition("=")
-        try:
-            weights[name] = number(float, 0, None)(factor)
-        except Exception as error:
-            raise UserError(f"--loss_weights {value}; expected LOSS=FACTOR") from error
         if name not in names:
             raise UserError(f"--loss_weights {value}; expected one of {', '.join(names)}")
+        try:
+            weights[name] = number(float, 0, None)(factor)
+        except argparse.ArgumentTypeError as error:
+            raise UserError(f"--loss_weights {value}; expected LOSS=FACTOR") from error
     return weights
 
 

@@ -5,6 +5,7 @@ import ctypes
 import resource
 import sys
 
+import numpy as np
 import torch
 
 from config import UserError
@@ -22,6 +23,11 @@ def select_device(use_gpu=False):
     if use_gpu:
         raise UserError("--use_gpu: no GPU here; the only device is cpu; leave the flag away")
     return torch.device("cpu")
+
+
+def seed_everything(*numbers):
+    """Seed dropout's generators from numbers such as (seed, step): nothing else needs saving."""
+    torch.manual_seed(int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1))
 
 
 def keep_freed_memory():

@@ -11,7 +11,6 @@ continues it.
 import math
 import os
 import random
-import re
 import signal
 import sys
 import time
@@ -22,7 +21,6 @@ from dataclasses import replace
 if __name__ == "__main__":  # Ctrl-C during the seconds of the imports below: no traceback
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
-import numpy as np
 import torch
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
@@ -34,9 +32,8 @@ from config import TASKS
 from datasets import MultitaskBatches, TaskDataset
 from device import (
     autocast,
-    device_name,
     keep_freed_memory,
-    peak_memory_mib,
+    seed_everything,
     select_device,
     select_precision,
 )
@@ -50,7 +47,9 @@ from evaluation import (
     undefined_correlations,
 )
 from gradient_surgery import pcgrad
+from monitor import Meter, log_step, not_finite
 from preparation import (
+    announce,
     build_model,
     check_fit,
     check_same_everywhere,
@@ -66,7 +65,7 @@ from preparation import (
 )
 from run_folder import ReadOnlyRunFolder, write_files
 from saved_models import load_weights, lora_config_of, save_model
-from script import NotFinite, Stopped, StopSignals, bar_size, memory_errors, run_script, say
+from script import Stopped, StopSignals, bar_size, memory_errors, run_script, say
 
 
 def set_learning_rate(optimizer, step, total, warmup):
@@ -75,11 +74,6 @@ def set_learning_rate(optimizer, step, total, warmup):
     factor = (step + 1) / rising if step < rising else (total - step) / max(1, total - rising)
     for group in optimizer.param_groups:
         group["lr"] = group["peak_lr"] * factor
-
-
-def seed_everything(*numbers):
-    """Seed dropout's generators from numbers such as (seed, step): nothing else needs saving."""
-    torch.manual_seed(int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1))
 
 
 # ------------------------------------------------------------------------------------- the loop
@@ -95,39 +89,12 @@ FRESH_STATE = {
 }
 
 
-class Meter:
-    """Mean losses and speed since the last logged step."""
-
-    def __init__(self, totals=None):
-        self.totals = totals or {}  # of each value: its sum, and the number of steps that had it
-        self.restart()
-
-    def restart(self):
-        """Begin to count time anew, after an evaluation or a save."""
-        self.began, self.sentences, self.tokens = time.perf_counter(), 0, 0
-
-    def add(self, values, sentences, tokens):
-        """Count one step."""
-        for name, value in values.items():
-            total, steps = self.totals.get(name, (0.0, 0))
-            self.totals[name] = [total + value, steps + 1]
-        self.sentences, self.tokens = self.sentences + sentences, self.tokens + tokens
-
-    def means(self):
-        """Mean of each value."""
-        return {name: total / steps for name, (total, steps) in self.totals.items()}
-
-    def speed(self):
-        """Sentences and tokens encoded per second."""
-        seconds = max(1e-9, time.perf_counter() - self.began)
-        return {
-            "sentences_per_s": round(self.sentences / seconds, 1),
-            "tokens_per_s": round(self.tokens / seconds),
-        }
-
-
 def backward(model, step_batches, args, step, precision, scaler):
-    """The gradient of the summed loss of a step; returns each loss as a detached scalar."""
+    """The gradient of the summed loss of a step, left in the parameters' `.grad`.
+
+    `model` may be DDP's replica; `step_batches` are the step's batches, one unless accumulated.
+    Returns each loss as a detached scalar, and what else is logged: nothing.
+    """
     device = next(model.parameters()).device
     losses = defaultdict(float)
     for micro, batches in enumerate(step_batches):
@@ -267,58 +234,6 @@ def train(args, run, model, batches, dev, optimizer, precision, state, save_best
                 meter = Meter()
             if stop or (args.save_every and step % args.save_every == 0):
                 save()
-
-
-def not_finite(model, losses, step_batches, args, step, precision):
-    """The `NotFinite` of a step: which loss, or whose gradient, and the ids of its task's batch."""
-    bad = [name for name, value in losses.items() if not math.isfinite(value)]
-    what = f"loss {', '.join(bad)}"
-    if not bad:
-        bad = bad_gradients(model, step_batches, args, step, precision)
-        bad = sorted(set(" ".join(distributed.gather_texts(" ".join(bad))).split())) or list(losses)
-        what = f"gradient of the loss {', '.join(bad)}"
-    tasks = {re.sub("^(simcse|r_drop)_|_supervised$", "", name) for name in bad}
-    ids = "; ".join(
-        f"{name}: {' '.join(distributed.gather_texts(' '.join(batch[name].ids)))}"
-        for batch in step_batches
-        for name in batch
-        if name in tasks
-    )
-    return NotFinite(
-        f"step {step + 1}: {what} is not finite; the weights, saved, are those before the step; "
-        f"try a lower --lr; batch {ids}"
-    )
-
-
-def bad_gradients(model, step_batches, args, step, precision):
-    """Names of the losses whose gradient is not finite: each one's is computed again, by itself."""
-    device = next(model.parameters()).device
-    bad = set()
-    for micro, batches in enumerate(step_batches):
-        seed_everything(args.seed, step, micro, distributed.rank())
-        with autocast(device, precision):
-            losses = model(batches)
-        for name, loss in losses.items():
-            model.zero_grad()
-            loss.backward(retain_graph=True)
-            gradients = [p.grad for p in model.parameters() if p.grad is not None]
-            if not all(gradient.isfinite().all() for gradient in gradients):
-                bad.add(name)
-    return sorted(bad)
-
-
-def log_step(run, bar, meter, step, args, optimizer, device):
-    """A line of `metrics.jsonl`, the progress bar, and a plain line where there is no terminal."""
-    means, speed = meter.means(), meter.speed()
-    losses = {name: value for name, value in means.items() if name in args.weights}
-    extra = {name: value for name, value in means.items() if name not in args.weights}
-    rate = max(group["lr"] for group in optimizer.param_groups)
-    run.log(kind="train", step=step, losses=losses, **extra, lr=rate, **speed,
-            peak_memory_mib=peak_memory_mib(device), seconds=run.seconds())  # fmt: skip
-    shown = "  ".join(f"{name} {value:.3f}" for name, value in losses.items())
-    bar.set_postfix_str(f"{shown}  {speed['sentences_per_s']:.0f} sentences/s")
-    if bar.disable:
-        say(f"step {step}/{args.total_steps}  {shown}  {speed['sentences_per_s']:.0f} sentences/s")
 
 
 def evaluate_and_keep(
@@ -485,29 +400,6 @@ def main(argv=None):
         load_weights(model, lora, run.best)
         write_results(args, run, model, datasets, precision, signals)
     distributed.finish()
-
-
-def describe_sizes(args):
-    """The batch sizes in words: one for all tasks, or each task's own."""
-    sizes = args.batch_sizes
-    if len(set(sizes.values())) == 1:
-        return f"{sizes[args.tasks[0]]} of each task"
-    return ", ".join(f"{size} of {name}" for name, size in sizes.items())
-
-
-def announce(args, run, model, encoder, datasets, device, precision):
-    """Say what is about to be trained, on what."""
-    count = count_parameters(model)
-    hardware = f"{device_name(device)}, {precision}"
-    say(f"run {run.path}: {args.fine_tune_mode}, {encoder.name}, {hardware}")
-    say(f"trained parameters: {count['trained']:,} of {count['all']:,}")
-    for name, of_task in datasets.items():
-        counts = ", ".join(f"{split} {len(dataset):,}" for split, dataset in of_task.items())
-        say(f"{name}: {counts} examples")
-    say(
-        f"{args.epochs} epochs of {args.steps_per_epoch} steps, batch {describe_sizes(args)}, "
-        f"learning rate {args.encoder_rate:g} (heads {args.head_rate:g})"
-    )
 
 
 if __name__ == "__main__":

@@ -251,3 +251,29 @@ def encode_in_advance(model, batches, args, precision, check_stop):
     if not model.vectors_to_keep():
         say(f"warning: {VECTOR_CACHE_MIB:,} MiB of sentence vectors are kept; the other sentences "
             "are encoded again in each step")  # fmt: skip
+
+
+# --------------------------------------------------------------------------------------- for people
+
+
+def describe_sizes(args):
+    """The batch sizes in words: one for all tasks, or each task's own."""
+    sizes = args.batch_sizes
+    if len(set(sizes.values())) == 1:
+        return f"{sizes[args.tasks[0]]} of each task"
+    return ", ".join(f"{size} of {name}" for name, size in sizes.items())
+
+
+def announce(args, run, model, encoder, datasets, device, precision):
+    """Say what is about to be trained, on what."""
+    count = count_parameters(model)
+    hardware = f"{device_name(device)}, {precision}"
+    say(f"run {run.path}: {args.fine_tune_mode}, {encoder.name}, {hardware}")
+    say(f"trained parameters: {count['trained']:,} of {count['all']:,}")
+    for name, of_task in datasets.items():
+        counts = ", ".join(f"{split} {len(dataset):,}" for split, dataset in of_task.items())
+        say(f"{name}: {counts} examples")
+    say(
+        f"{args.epochs} epochs of {args.steps_per_epoch} steps, batch {describe_sizes(args)}, "
+        f"learning rate {args.encoder_rate:g} (heads {args.head_rate:g})"
+    )

@@ -236,7 +236,7 @@ def cost_table(rows):
         cells.append([
             label,
             f"{max([0, *group[0].logged('step')]):,}",
-            batch_sizes(group[0].args),
+            examples_a_step(group[0].args),
             spread([minutes(run) for run in group], "{:.1f}"),
             spread([median(run.logged("sentences_per_s")) or None for run in group], "{:,.0f}"),
             spread([median(run.logged("tokens_per_s")) or None for run in group], "{:,.0f}"),
@@ -254,7 +254,7 @@ def cost_table(rows):
     return Table(caption, header, cells)
 
 
-def batch_sizes(args):
+def examples_a_step(args):
     """Examples of each task in an optimiser step, as text: one number where all are the same."""
     sizes = args.get("batch_sizes") or dict.fromkeys(args["tasks"], args["batch_size"])
     sizes = {name: size * args["accumulate"] for name, size in sizes.items()}

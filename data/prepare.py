@@ -21,6 +21,7 @@ import io
 import math
 import os
 import random
+import shlex
 import ssl
 import sys
 import time
@@ -376,15 +377,17 @@ class OneLineParser(argparse.ArgumentParser):
 
 def whole_number(text: str) -> int:
     """A number of times: 0, 1, 2, ..."""
-    number = int(text)
-    if number < 0:
-        raise argparse.ArgumentTypeError(f"expected 0 or more, found {text}")
-    return number
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"expected 0, 1, 2, ..., found {text}")
+    return int(text)
 
 
 def seconds(text: str) -> float:
     """A finite time above 0."""
-    number = float(text)
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
     if not (math.isfinite(number) and number > 0):
         raise argparse.ArgumentTypeError(f"expected seconds above 0, found {text}")
     return number
@@ -441,9 +444,9 @@ def prepare(args: argparse.Namespace, courses: dict[int, Course], small: dict[st
         print_file(target, state)
     if args.quora == "small":
         write_small_quora(args.out, small, args.overwrite)
-    where = "" if args.out.resolve() == HERE else f" --data_dir={args.out}"
+    where = "" if args.out.resolve() == HERE else f" --data_dir={shlex.quote(str(args.out))}"
     print(f"All files are in {args.out}. Next:")
-    print(f"  python multitask_classifier.py --recipe best{where}")
+    print(f"  python multitask_classifier.py --pretrained bundled --recipe best{where}")
 
 
 def main(

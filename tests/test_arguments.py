@@ -6,7 +6,7 @@ import shlex
 
 import pytest
 
-from arguments import HERE, data_paths, get_args, make_parser
+from arguments import HERE, OTHER_NAMES, data_paths, get_args, make_parser, nearest_flag
 from config import LEARNING_RATES, LORA_TARGETS, TASKS, UserError
 from run_folder import RunFolder
 
@@ -150,7 +150,7 @@ def test_a_batch_of_one_of_a_single_task_leaves_simcse_without_negatives():
 
 
 def test_loss_weights():
-    weights = parse("--loss_weights para=2 simcse_sst=0.1").weights
+    weights = parse("--unsupervised_simcse --loss_weights para=2 simcse_sst=0.1").weights
     assert (weights["para"], weights["simcse_sst"], weights["sst"]) == (2.0, 0.1, 1.0)
     assert set(weights) >= {"sst", "simcse_para", "simcse_para_supervised"}
 
@@ -186,18 +186,36 @@ def test_a_suffix_that_is_no_folder_name_is_refused(suffix, tmp_path):
     ("flag", "near"),
     [
         ("--LoRA_rank 4", "--LoRA_r"),
-        ("--learning_rate 1", "--"),
+        ("--lora_r 4", "--LoRA_r"),
+        ("--lora-alpha 4", "--LoRA_alpha"),
         ("--batchsize 8", "--batch_size"),
         ("--fine_tune_mode LoRA", "--fine-tune-mode"),
         ("--unsupervised-simcse", "--unsupervised_simcse"),
-        ("--epocs=3", "--epoch"),
+        ("--epocs=3", "--epochs"),
+        ("--sst_trian x", "--sst_train"),
+        ("--learning-rate 1", "--lr"),
+        ("--rank 4", "--LoRA_r"),
+        ("--wd 0.1", "--weight_decay"),
+        ("--steps 10", "--steps_per_epoch"),
     ],
 )
 def test_an_unknown_flag_names_the_nearest(flag, near):
     with pytest.raises(UserError) as caught:
         parse(flag)
     assert flag.split()[0] in str(caught.value)
-    assert f"did you mean {near}" in str(caught.value)
+    assert f"did you mean {near}?" in str(caught.value)
+
+
+def test_an_unknown_flag_like_no_other_names_none():
+    with pytest.raises(UserError, match=r"unknown argument --verbose \(--help"):
+        parse("--verbose")
+
+
+def test_other_names_are_those_of_flags_that_there_are():
+    flags = make_parser()._option_string_actions
+    for name, meant in OTHER_NAMES.items():
+        assert f"--{name}" not in flags
+        assert nearest_flag(name, flags).lower() == f"--{meant}"
 
 
 @pytest.mark.parametrize("flag", ["--batch 8", "--weight 0.1", "--fine LoRA", "--hidden 0.1"])
@@ -259,6 +277,10 @@ CONTRADICTIONS = {
     f"{LORA} --freeze_word_embeddings": "only in full-model",
     "--fine-tune-mode last-linear-layer --freeze_word_embeddings": "only in full-model",
     "--fine-tune-mode last-linear-layer --layer_decay 0.9": "no encoder layer learns",
+    "--fine-tune-mode last-linear-layer --lr 1e-3 --head_lr 1e-3": "both are the heads' rate",
+    "--loss_weights simcse_sst=5": "no such loss in this run; it has sst, para, sts",
+    "--unsupervised_simcse --simcse_tasks sst --loss_weights simcse_sts=5": "no such loss",
+    "--supervised_simcse --loss_weights r_drop_sst=5": "no such loss.*simcse_para_supervised",
     "--resume --overwrite": "exclude each other",
     "--sst_dev_out x.csv --para_dev_out x.csv": "one file for several",
     "--sst_dev_out x.csv --para_test_out ./x.csv": "one file for several.*sst dev, para test",
@@ -277,6 +299,8 @@ def test_what_looks_like_a_contradiction_and_is_none():
     parse("--fine-tune-mode last-linear-layer --tasks sts --pair_encoding joint")
     parse("--unsupervised_simcse --batch_size 2 --simcse_tasks sst")
     parse("--gradient_surgery --accumulate 1")
+    parse("--unsupervised_simcse --supervised_simcse --r_drop sst --loss_weights simcse_sst=5 "
+          "simcse_para_supervised=2 r_drop_sst=4 sts=0")  # fmt: skip
 
 
 def test_every_message_is_one_line():

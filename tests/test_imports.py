@@ -19,7 +19,7 @@ LAYERS = (
     {"config"},
     {"tokenizer", "simcse", "gradient_surgery", "device", "distributed"},
     {"base_bert", "script"},
-    {"bert", "lora", "run_folder"},
+    {"bert", "lora", "run_folder", "monitor"},
     {"multitask_bert", "datasets", "arguments"},
     {"figures", "saved_models"},
     {"report"},

@@ -193,7 +193,7 @@ def test_fetches_every_file_and_says_what_comes_next(server, tmp_path, capsys):
     # The quoted field of two lines counts once, as the readers of these files count it.
     assert re.search(rf"ids-sst-dev.csv +{len(CONTENTS[BIG]):,} bytes +3,001 rows  fetched", said)
     assert re.search(r"quora-dev.csv .* 41 rows  fetched", said)
-    assert "python multitask_classifier.py --recipe best" in said
+    assert "python multitask_classifier.py --pretrained bundled --recipe best" in said
 
 
 def test_asks_for_the_pinned_commit(monkeypatch, server, tmp_path):
@@ -420,8 +420,10 @@ def test_ctrl_c_is_130_with_one_line_and_keeps_the_part(server, tmp_path):
         (["--quor", "small"], "--quora"),  # no silent abbreviation
         (["--year", "2022"], "2024"),
         (["--quora", "tiny"], "small"),
-        (["--retries", "-1"], "0 or more"),
+        (["--retries", "-1"], "expected 0, 1, 2, ..., found -1"),
+        (["--retries", "x"], "expected 0, 1, 2, ..., found x"),
         (["--timeout", "nan"], "above 0"),
+        (["--timeout", "soon"], "above 0, found soon"),
         (["--base_url", "file:///etc"], "http"),
     ],
 )
