@@ -7,6 +7,7 @@ data or weights load.
 import argparse
 import difflib
 import math
+import os
 import re
 import shlex
 import sys
@@ -133,6 +134,8 @@ def make_parser():
     add("--r_drop", nargs="*", choices=[n for n, t in TASKS.items() if t.kind != "score"],
         default=[], metavar="TASK", help="two passes through the model are held to the same "
         "prediction (R-Drop), on these tasks; default none")
+    add("--swap_pairs", action="store_true",
+        help="R-Drop's second pass has the two sentences of a pair in the other order")
     add("--loss_weights", nargs="+", default=[], metavar="LOSS=W",
         help="factors of the summed losses, such as para=2 simcse_sst=0.1; default 1 each")
     add("--calibration_examples", type=natural, default=2000, metavar="N",
@@ -223,6 +226,7 @@ def get_args(argv=None):
     given = vars(parser.parse_args(argv, namespace=blank))
     args.given = {name for name, value in given.items() if value is not unset}
     args.tasks = [name for name in TASKS if name in args.tasks]
+    args.LoRA_targets = [name for name in LORA_TARGETS if name in args.LoRA_targets]
     leave_away_what_does_not_apply(args)
     args.expanded_command = expanded_command(parser, args, argv)
     name = run_name(args.fine_tune_mode, args.model_file_suffix or args.recipe)
@@ -295,7 +299,8 @@ def take_over(args, description):
         own = getattr(args, name, None)
         if name in OF_ONE_COMMAND or (name in FREE_WHEN_CONTINUING and name in args.given):
             continue
-        if name in args.given and own != value:
+        computed = name == "precision" and own == description["precision"]  # what auto came to
+        if name in args.given and own != value and not computed:
             differences.append(f"--{name} is {own}, was {value}")
         setattr(args, name, value)
     if differences:
@@ -331,6 +336,8 @@ def check_args(args):
     absent = [name for name in args.r_drop if name not in args.tasks]
     if absent:
         raise UserError(f"--r_drop {absent[0]}: not among --tasks {' '.join(args.tasks)}")
+    if args.swap_pairs and not any(TASKS[name].is_pair for name in args.r_drop):
+        raise UserError("--swap_pairs: only with --r_drop para, whose second pass it swaps")
     if mode == "last-linear-layer":
         frozen = "the encoder is frozen and in eval mode in --fine-tune-mode last-linear-layer"
         if simcse:
@@ -373,16 +380,32 @@ def check_loss_weights(args):
 def check_output_paths(args):
     """Raise `UserError` for prediction files that could not be written after hours of training."""
     taken = {}
-    for name in args.tasks:
-        for split in ("dev", "test"):
-            default = Path(args.predictions_dir) / TASKS[name].output_name(split)
-            path = Path(getattr(args, f"{name}_{split}_out") or default)
-            folder = next(parent for parent in path.absolute().parents if parent.exists())
-            if not folder.is_dir() or (path.exists() and not path.is_file()):
-                raise UserError(f"{path}: for predictions; expected a file, new or to be replaced")
-            what = f"{name} {split}"
-            if (other := taken.setdefault(path.resolve(), what)) != what:
-                raise UserError(f"{path}: one file for several predictions ({other}, {what})")
+    for what, path in output_paths(args).items():
+        folder = next(parent for parent in path.absolute().parents if parent.exists())
+        if not folder.is_dir() or (path.exists() and not path.is_file()):
+            raise UserError(f"{path}: for predictions; expected a file, new or to be replaced")
+        if (other := taken.setdefault(path.resolve(), what)) != what:
+            raise UserError(f"{path}: one file for several predictions ({other}, {what})")
+
+
+def check_data_is_kept(args, data):
+    """Raise `UserError` where predictions would replace a data file, of `data_paths`' answer."""
+    files = {path.resolve() for of_task in data.values() for path in of_task.values()}
+    for what, path in output_paths(args).items():
+        if path.resolve() in files:
+            raise UserError(f"{path}: for predictions ({what}), which would replace the data in it")
+
+
+def output_paths(args):
+    """Path of every prediction file, by task and split as text, such as "sst dev"."""
+    return {
+        f"{name} {split}": Path(
+            getattr(args, f"{name}_{split}_out")
+            or Path(args.predictions_dir) / TASKS[name].output_name(split)
+        )
+        for name in args.tasks
+        for split in ("dev", "test")
+    }
 
 
 def batch_sizes(args):
@@ -451,7 +474,9 @@ def data_paths(args):
             raise UserError(f"--{name}_test {path}: no such file")
     warning = None
     files = [folder / TASKS[name].file_name(split) for name in args.tasks for split in SPLITS]
-    if not args.data_dir and not named and not any(map(Path.exists, files)):
+    missing = not any(map(os.path.lexists, files))  # a link to nothing is not missing: it is broken
+    missing = missing and (folder.exists() or not folder.is_symlink())
+    if not args.data_dir and not named and missing:
         warning = (
             f"none of the course's files is in {folder}/: using the small generated sample in "
             f"data/sample instead, good for a first run only (python data/prepare.py fetches them)"

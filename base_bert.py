@@ -5,10 +5,13 @@ Three sources: a local folder, the Hugging Face hub, and the encoder bundled in 
 Only safetensors is read, never a pickle.
 """
 
+import contextlib
 import hashlib
+import http.client
 import importlib.util
 import json
 import os
+import threading
 import urllib.error
 import urllib.request
 from dataclasses import dataclass
@@ -40,7 +43,8 @@ SHA256 = {
     ),
     BUNDLED_ENCODER: "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
 }
-FILES = ("config.json", "vocab.txt", "model.safetensors")
+FILES = ("config.json", "model.safetensors")
+VOCABULARIES = ("vocab.txt", "tokenizer.json")  # either will do
 OPTIONAL_FILES = ("tokenizer_config.json",)
 PROBE_SECONDS = 5  # how long the hub may take to show that it is there
 WAY_OUT = (
@@ -86,16 +90,16 @@ def resolve_encoder(name=None):
     every other name is looked up in the hub's cache, then on the hub. The default encoder alone is
     replaced by the bundled one where the hub cannot be reached. Raises `UserError` otherwise.
     """
-    if name is not None and Path(name).expanduser().is_dir():
-        folder = Path(name).expanduser()
+    folder = Path(os.path.expanduser(name or ""))
+    if name is not None and os.path.isdir(folder):
         return Encoder(str(folder.resolve()), folder, None, _checked_sha256(folder, name))
     repo = ALIASES.get(name or DEFAULT_ENCODER, name)
     if repo == BUNDLED_ENCODER and _bundled_folder():
         return _bundled_encoder()
-    if repo.count("/") != 1 or repo.startswith((".", "/", "~")):
+    if not _is_repository(repo):
         raise UserError(
-            f"--pretrained {name}: neither a folder nor the name of an encoder; "
-            f"expected a folder with {', '.join(FILES)}, or OWNER/NAME as on the hub"
+            f"--pretrained {name}: neither a folder nor the name of an encoder; expected a folder "
+            f"with {', '.join(FILES)} and {VOCABULARIES[0]}, or OWNER/NAME as on the hub"
         )
     folder = _cached_folder(repo)
     if folder is None and not _hub_reachable():
@@ -104,6 +108,17 @@ def resolve_encoder(name=None):
         raise UserError(f"encoder {repo}: not in the cache and the hub not reached; {WAY_OUT}")
     folder = folder or _download(repo)
     return Encoder(repo, folder, REVISIONS.get(repo), _checked_sha256(folder, repo))
+
+
+def _is_repository(name):
+    """Whether `name` could be that of a repository on the hub."""
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(name)
+    except ValueError:
+        return False
+    return name.count("/") == 1
 
 
 def _bundled_folder():
@@ -121,11 +136,11 @@ def _bundled_encoder(substituted=False):
 def _checked_sha256(folder, name):
     """Hash of the folder's weights, compared with the published one where that is known."""
     path = folder / "model.safetensors"
-    missing = [f for f in ("config.json", "model.safetensors") if not (folder / f).exists()]
+    missing = [f for f in FILES if not (folder / f).exists()]
     if missing:
         raise UserError(f"{folder}: no {' and no '.join(missing)}; not an encoder's folder")
     digest = file_sha256(path)
-    for file in FILES:
+    for file in FILES + VOCABULARIES:
         _check_download(folder / file, digest if file == path.name else None)
     if name in SHA256 and digest != SHA256[name]:
         raise UserError(
@@ -154,25 +169,37 @@ def _cached_folder(repo):
     """The hub cache's folder of `repo` where every file is there, else None."""
     from huggingface_hub import try_to_load_from_cache
 
-    revision = REVISIONS.get(repo)
-    paths = [try_to_load_from_cache(repo, file, revision=revision) for file in FILES]
-    return Path(paths[0]).parent if all(isinstance(path, str) for path in paths) else None
+    def in_cache(file):
+        path = try_to_load_from_cache(repo, file, revision=REVISIONS.get(repo))
+        return isinstance(path, str) and path
+
+    if all(map(in_cache, FILES)) and any(map(in_cache, VOCABULARIES)):
+        return Path(in_cache(FILES[0])).parent
+    return None
 
 
 def _hub_reachable():
-    """Whether the hub answers at all within `PROBE_SECONDS` (its client retries for 23 s)."""
+    """Whether the hub answers at all within `PROBE_SECONDS` (its client retries for 23 s).
+
+    Asked in a thread: a timeout of its own would count anew for each of the hub's addresses.
+    """
     from huggingface_hub import constants
 
     if constants.HF_HUB_OFFLINE:
         return False
-    request = urllib.request.Request(constants.ENDPOINT, method="HEAD")
-    try:
-        urllib.request.urlopen(request, timeout=PROBE_SECONDS).close()
-    except urllib.error.HTTPError:
-        return True  # an answer, if not a friendly one
-    except (OSError, ValueError):
-        return False
-    return True
+    answers = []
+
+    def ask():
+        with contextlib.suppress(OSError, ValueError, http.client.HTTPException):
+            request = urllib.request.Request(constants.ENDPOINT, method="HEAD")
+            with contextlib.suppress(urllib.error.HTTPError):  # an answer, if not a friendly one
+                urllib.request.urlopen(request, timeout=PROBE_SECONDS).close()
+            answers.append(True)
+
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(PROBE_SECONDS)
+    return bool(answers)
 
 
 def _download(repo):
@@ -180,19 +207,27 @@ def _download(repo):
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import RemoteEntryNotFoundError
 
-    revision, folder = REVISIONS.get(repo), None
     print(f"downloading {repo} from the hub", flush=True)
-    for file in OPTIONAL_FILES + FILES:  # once all of FILES are in the cache nothing is asked for
+
+    def fetch(file):
+        """The file's path in the cache, None where the hub has none of that name."""
         try:
-            folder = Path(hf_hub_download(repo, file, revision=revision)).parent
-        except RemoteEntryNotFoundError as error:
-            if file in FILES:
-                raise UserError(f"encoder {repo}: the hub has no {file} of it") from error
+            return hf_hub_download(repo, file, revision=REVISIONS.get(repo))
+        except RemoteEntryNotFoundError:
+            return None
         except Exception as error:  # the client's, its HTTP library's, the system's: no common base
             reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
             message = f"encoder {repo}: {file} not downloaded: {reason}; {WAY_OUT}"
             raise UserError(message) from error
-    return folder
+
+    for file in OPTIONAL_FILES:  # first: once the others are in the cache nothing is asked for
+        fetch(file)
+    if not any(map(fetch, VOCABULARIES)):
+        raise UserError(f"encoder {repo}: the hub has no {' and no '.join(VOCABULARIES)} of it")
+    for file in FILES:
+        if (path := fetch(file)) is None:
+            raise UserError(f"encoder {repo}: the hub has no {file} of it")
+    return Path(path).parent
 
 
 # ----------------------------------------------------------------------------- weights and names

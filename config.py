@@ -178,6 +178,7 @@ class MultitaskConfig:
     simcse_tasks: tuple = ()  # tasks with the unsupervised contrastive loss
     supervised_simcse: bool = False  # contrastive loss on the paraphrase pairs
     r_drop: tuple = ()  # tasks whose two passes are held to the same prediction
+    swap_pairs: bool = False  # the second of them has a pair's sentences in the other order
 
     def roles(self, task):
         """The sequences of an example that the task's head is given the vectors of, in order."""

@@ -4,6 +4,7 @@
 the batches is a pure function of (seed, step).
 """
 
+import codecs
 import csv
 import io
 import re
@@ -106,12 +107,14 @@ def _decode(path):
         raise UserError(f"{path}: a git-LFS pointer, not the data; run: git lfs pull")
     if content.lstrip()[:15].lower().startswith((b"<!doctype", b"<html")):
         raise UserError(f"{path}: an HTML page, not data; fetch it with: python data/prepare.py")
+    body = content.removeprefix(codecs.BOM_UTF8)
     try:
-        text = content.decode("utf-8-sig")
+        text = body.decode("utf-8")
     except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
+        offset = error.start + len(content) - len(body)
+        line = content.count(b"\n", 0, offset) + 1
         raise UserError(
-            f"{path}:{line}: byte 0x{content[error.start]:02x} at offset {error.start} "
+            f"{path}:{line}: byte 0x{content[offset]:02x} at offset {offset} "
             f"is not UTF-8; expected a UTF-8 file"
         ) from error
     nuls = text.count("\0")

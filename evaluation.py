@@ -413,10 +413,12 @@ def predict_text(run, sentence, sentence2, device, precision):
     """Print what a run's best model says of a sentence, or of a pair of them."""
     model, tokenizer, _ = load_run(run, device)
     sentences = (sentence,) if sentence2 is None else (sentence, sentence2)
-    for name in model.config.tasks:
+    fitting = [n for n in model.config.tasks if len(TASKS[n].sentences) == len(sentences)]
+    if not fitting:
+        number = "two sentences: add --sentence2" if sentence2 is None else "one: leave --sentence2"
+        raise UserError(f"{run.path} has {', '.join(model.config.tasks)}, on {number}")
+    for name in fitting:
         task = TASKS[name]
-        if len(task.sentences) != len(sentences):
-            continue
         result = predict_sentences(model, tokenizer, name, [sentences], precision)
         scores = " ".join(f"{score:.3f}" for score in result.scores[0])
         print(f"{name:<8}{task.title}: {task.format(result.predictions[0])}  ({scores})")
@@ -442,6 +444,9 @@ def get_args(argv=None):
     args = parser.parse_args(argv)
     if args.sentence2 is not None and args.sentence is None:
         parser.error("--sentence2 goes with --sentence")
+    for text in (args.sentence, args.sentence2):
+        if text is not None and any("\ud800" <= character <= "\udfff" for character in text):
+            parser.error(f"--sentence {text!a}: not UTF-8")
     if args.sentence is not None and (args.report or len(args.checkpoint or []) > 1):
         parser.error("--sentence takes one run")
     if args.report and args.checkpoint:
@@ -467,7 +472,9 @@ def main(argv=None):
     precision, warning = select_precision(asked, device)
     if warning:
         print(f"warning: {warning}")
-    print(f"run {run.path}, best model of step {run.best_step()}, {device}, {precision}")
+    step = run.best_step()  # none where a copy of the run followed the link
+    of_step = "" if step is None else f" of step {step}"
+    print(f"run {run.path}, best model{of_step}, {device}, {precision}")
     if args.sentence is not None:
         predict_text(run, args.sentence, args.sentence2, device, precision)
         return

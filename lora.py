@@ -205,7 +205,8 @@ def load_adapter(model, folder, config):
         found += tuple(settings.get(name) or None for name in UNSUPPORTED)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: not an adapter's configuration: {error!r}") from error
-    wanted = (config.r, float(config.alpha), sorted(config.targets)) + (None,) * len(UNSUPPORTED)
+    wanted = (config.r, float(config.alpha), sorted(set(config.targets)))
+    wanted += (None,) * len(UNSUPPORTED)
     labels = ("r", "alpha", "target_modules", *UNSUPPORTED)
     differences = [
         f"{label} is {a}, expected {b}"

@@ -86,6 +86,8 @@ def bad_gradients(model, step_batches, args, step, precision):
         with autocast(device, precision):
             losses = model(batches)
         for name, loss in losses.items():
+            if not loss.requires_grad:  # such as a cosine over a frozen encoder
+                continue
             model.zero_grad()
             loss.backward(retain_graph=True)
             gradients = [p.grad for p in model.parameters() if p.grad is not None]

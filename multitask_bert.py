@@ -187,10 +187,10 @@ class MultitaskBERT(nn.Module):
         """
         groups = {}  # (task, role) -> sequences; all of them are encoded together
         for name, batch in batches.items():
-            own = self.task_inputs(name, batch)
-            groups |= own | self.simcse_inputs(name, batch)
+            groups |= self.task_inputs(name, batch) | self.simcse_inputs(name, batch)
             if name in self.config.r_drop:
-                groups |= {(name, f"{role} again"): group for (_, role), group in own.items()}
+                again = self.task_inputs(name, batch, self.config.swap_pairs)
+                groups |= {(name, f"{role} again"): group for (_, role), group in again.items()}
         vectors = self.encode_groups(groups)
         losses = {}
         for name, batch in batches.items():
@@ -198,7 +198,7 @@ class MultitaskBERT(nn.Module):
             labels = batch.labels.to(outputs.device)
             losses[name] = task_loss(task, outputs, labels)
             if name in self.config.r_drop:
-                again = self.outputs(name, vectors, " again")
+                again = self.outputs(name, vectors, " again", self.config.swap_pairs)
                 losses[name] = (losses[name] + task_loss(task, again, labels)) / 2
                 losses[f"r_drop_{name}"] = consistency_loss(task, outputs, again)
         for name in batches:
@@ -237,18 +237,28 @@ class MultitaskBERT(nn.Module):
         outputs = self.outputs(name, self.encode_groups(self.task_inputs(name, batch)))
         return outputs.float() + self.get_buffer(f"offset_{name}")
 
-    def outputs(self, name, vectors, suffix=""):
-        """The head of `name` on its vectors; `suffix` " again": on those of the second pass."""
+    def outputs(self, name, vectors, suffix="", swapped=False):
+        """The head of `name` on its vectors; `suffix` " again": on those of the second pass.
+
+        `swapped`: the second sentence's vector in place of the first's, and the first's in place of
+        the second's.
+        """
         roles = self.config.roles(name)
+        if swapped:
+            roles = (*roles[:-2], *reversed(roles[-2:]))
         return self.heads[name](*(vectors[name, role + suffix] for role in roles))
 
     # ------------------------------------------------------------------ sentences into vectors
 
-    def task_inputs(self, name, batch):
-        """The sequences that the task's head needs, by (task, role); each (ids, segment start)."""
+    def task_inputs(self, name, batch, swapped=False):
+        """The sequences that the task's head needs, by (task, role); each (ids, segment start).
+
+        `swapped`: pairs that are one sequence begin with their second sentence.
+        """
         roles, groups = self.config.roles(name), {}
         if "pair" in roles:
-            joined = zip(batch.first, batch.second, strict=True)
+            sides = (batch.second, batch.first) if swapped else (batch.first, batch.second)
+            joined = zip(*sides, strict=True)
             groups[name, "pair"] = [join_pair(*ab, self.config.max_length) for ab in joined]
         return groups | (single_sentences(name, batch) if "first" in roles else {})
 

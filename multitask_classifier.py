@@ -26,7 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import distributed
-from arguments import data_paths, get_args
+from arguments import check_data_is_kept, data_paths, get_args
 from base_bert import load_encoder
 from config import TASKS
 from datasets import MultitaskBatches, TaskDataset
@@ -327,7 +327,9 @@ def main(argv=None):
     shares = {name: distributed.share(size, name) for name, size in args.batch_sizes.items()}
     if args.expanded_command:
         say(f"--recipe {args.recipe} is: {args.expanded_command}")
-    precision, warning = select_precision(args.precision, device)
+    earlier = run.description() if args.resume and run.holds_run() else None
+    asked = earlier["precision"] if earlier else args.precision
+    precision, warning = select_precision(asked, device)
     if warning:
         say(f"warning: {warning}")
     # ---- seed
@@ -336,8 +338,8 @@ def main(argv=None):
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
     # ---- data
-    earlier = run.description() if args.resume and run.holds_run() else None
     paths, warning = recorded_paths(args, earlier) if earlier else data_paths(args)
+    check_data_is_kept(args, paths)
     if warning:
         say(f"warning: {warning}")
     files = read_data(paths, args.require_test)
@@ -390,7 +392,7 @@ def main(argv=None):
     longest = max(d["train"].longest() for d in datasets.values())
     batch = max(args.batch_sizes.values())
     with memory_errors(device, f"batches of {batch} × up to {longest} tokens"):
-        if model.frozen:
+        if model.frozen and values["evaluated"] < args.total_steps:
             encode_in_advance(model, batches, args, precision, signals.check)
         train(
             args, run, model, batches, {name: d["dev"] for name, d in datasets.items()}, optimizer,

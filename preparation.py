@@ -172,6 +172,7 @@ def build_model(args, encoder, tokenizer):
         simcse_tasks=tuple(args.simcse_tasks or args.tasks) if args.unsupervised_simcse else (),
         supervised_simcse=args.supervised_simcse,
         r_drop=tuple(args.r_drop),
+        swap_pairs=args.swap_pairs,
     )
     if lora := lora_config_of(vars(args)):
         apply_lora(bert, lora)

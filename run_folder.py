@@ -26,6 +26,7 @@ from safetensors import SafetensorError
 
 from base_bert import file_sha256, read_tensors, write_tensors
 from config import UserError
+from script import say
 
 TEMPORARY = ".tmp-"
 STATES_KEPT = 2
@@ -81,19 +82,38 @@ def write_file(path, text):
     write_files({path: text})
 
 
+@contextlib.contextmanager
+def turns_in(folders):
+    """Wait for other processes that write files into one of the folders, where locks are known."""
+    with contextlib.ExitStack() as stack:
+        for folder in sorted({Path(folder).resolve() for folder in folders}):
+            descriptor = os.open(folder, os.O_RDONLY)
+            stack.callback(os.close, descriptor)
+            with contextlib.suppress(OSError):
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+
+
 def write_files(texts):
     """Write text files by path: all are written beside their names before the first is renamed.
 
     So a disk that fills up leaves every earlier file as it was. Of two spellings of one path the
-    last counts.
+    last counts; of two processes one waits for the other.
     """
     same = {Path(path).parent.resolve() / Path(path).name: path for path in texts}
     texts = {path: texts[path] for path in same.values()}
     paths = {path: Path(path).with_name(f"{TEMPORARY}{Path(path).name}") for path in texts}
+    for path, temporary in paths.items():
+        with output_errors(path):
+            temporary.parent.mkdir(parents=True, exist_ok=True)
+    with turns_in(temporary.parent for temporary in paths.values()):
+        _write_and_rename(texts, paths)
+
+
+def _write_and_rename(texts, paths):
     try:
         for path, temporary in paths.items():
             with output_errors(path):
-                temporary.parent.mkdir(parents=True, exist_ok=True)
                 temporary.write_text(texts[path], encoding="utf-8", newline="")
                 flush_to_disk(temporary)
         for path, temporary in paths.items():
@@ -168,7 +188,8 @@ class RunFolder:
     def open(self):
         """Lock the folder, made where it is missing, and clear away what a kill left half done.
 
-        Raises `UserError` where another process is at work in it.
+        Raises `UserError` where another process is at work in it, `OutputError` where `best` could
+        not become a link.
         """
         with output_errors(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
@@ -181,11 +202,27 @@ class RunFolder:
             raise UserError(
                 f"{self.path}: another run is at work in it (process {owner})"
             ) from None
+        except OSError as error:
+            say(f"warning: {self.path}: no file locks here ({error.strerror}): nothing keeps a "
+                "second run out of the folder")  # fmt: skip
         with output_errors(self.path):
             self._lock.truncate(0)
             self._lock.write(str(os.getpid()))
             self._lock.flush()
             self._remove(self.path.rglob(f"{TEMPORARY}*"))
+        self._try_a_link()
+
+    def _try_a_link(self):
+        """Raise `OutputError`, before hours of training, where `best` cannot become a link."""
+        link = self.path / f"{TEMPORARY}link"
+        try:
+            link.symlink_to("best")
+            link.unlink()
+        except OSError as error:
+            raise OutputError(
+                f"{self.path}: no symbolic link can be made here ({error.strerror}), and `best` is "
+                f"one; name a folder on another file system with --runs_dir"
+            ) from error
 
     def start(self, values):
         """Begin a run: write `run.json` with `values` and remove an earlier run.

@@ -88,9 +88,10 @@ def load_run(run, device):
     """
     description = run.description()
     args = description["args"]
-    if not run.best.exists():
+    best = run.best.resolve()  # once: a run that still trains may exchange the link meanwhile
+    if not best.exists():
         raise UserError(f"{run.path}: no best model yet; continue the run with --resume")
-    if problem := damage(run.best):
+    if problem := damage(best):
         raise UserError(problem)
     lora = lora_config_of(args)
     if lora:
@@ -99,9 +100,9 @@ def load_run(run, device):
             raise UserError(f"{encoder.folder}: not the encoder that {run.path} was trained on")
         bert = apply_lora(BertModel.from_pretrained(encoder), lora)
     else:
-        encoder, tokenizer = load_encoder(run.best)
+        encoder, tokenizer = load_encoder(best)
         bert = BertModel.from_pretrained(encoder)
-    path = run.best / "heads.json"
+    path = best / "heads.json"
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))
         settings = {k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()}
@@ -110,5 +111,5 @@ def load_run(run, device):
         raise UserError(f"{path}: not the settings of a model: {error}") from error
     frozen = args["fine_tune_mode"] == "last-linear-layer"
     model = MultitaskBERT(bert, config, tokenizer.pad_id, frozen)
-    load_weights(model, lora, run.best)
+    load_weights(model, lora, best)
     return model.to(device).eval(), tokenizer, description

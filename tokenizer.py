@@ -25,10 +25,13 @@ MAX_CHARACTERS = 100_000
 class BertTokenizer:
     """WordPiece tokenizer of one encoder (Devlin et al. 2019; Wu et al. 2016).
 
-    `vocab` lists the word pieces in the order of their ids; `lowercase` strips accents too.
+    `vocab` lists the word pieces in the order of their ids. `strip_accents` None: where it is
+    lower-cased. `split_chinese`: each Chinese character is a word of its own.
     """
 
-    def __init__(self, vocab, lowercase=True, model_max_length=512):
+    def __init__(
+        self, vocab, lowercase=True, model_max_length=512, strip_accents=None, split_chinese=True
+    ):
         ids = {piece: number for number, piece in enumerate(vocab)}
         missing = [token for token in SPECIAL_TOKENS if token not in ids]
         if missing:
@@ -36,32 +39,47 @@ class BertTokenizer:
         self.vocab, self.lowercase, self.model_max_length = list(vocab), lowercase, model_max_length
         self.pad_id, self.unk_id, self.cls_id, self.sep_id = (ids[t] for t in SPECIAL_TOKENS[:4])
         self._tokenizer = Tokenizer(WordPiece(ids, unk_token="[UNK]", max_input_chars_per_word=100))
-        self._tokenizer.normalizer = BertNormalizer(lowercase=lowercase)
+        self.strip_accents, self.split_chinese = strip_accents, split_chinese
+        self._tokenizer.normalizer = BertNormalizer(
+            lowercase=lowercase, strip_accents=strip_accents, handle_chinese_chars=split_chinese
+        )
         self._tokenizer.pre_tokenizer = BertPreTokenizer()
 
     @classmethod
     def from_pretrained(cls, folder):
         """Read `vocab.txt` (else `tokenizer.json`) and `tokenizer_config.json` of a local folder.
 
-        Raises `UserError` where there is no vocabulary to read.
+        How a text is normalised says the latter, else the former. Raises `UserError` where there is
+        no vocabulary to read.
         """
         folder = Path(folder)
         try:
-            if (folder / "vocab.txt").is_file():
+            settings, complete = (
+                json.loads((folder / name).read_text(encoding="utf-8"))
+                if (folder / name).is_file()
+                else {}
+                for name in ("tokenizer_config.json", "tokenizer.json")
+            )
+            if complete and not (folder / "vocab.txt").is_file():
+                ids = complete["model"]["vocab"]
+                vocab = sorted(ids, key=ids.get)
+            else:
                 text = (folder / "vocab.txt").read_text(encoding="utf-8")
                 vocab = text.removesuffix("\n").split("\n")
-            else:
-                model = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["model"]
-                vocab = sorted(model["vocab"], key=model["vocab"].get)
-            settings_file = folder / "tokenizer_config.json"
-            settings = {}
-            if settings_file.is_file():
-                settings = json.loads(settings_file.read_text(encoding="utf-8"))
+            normalizer = complete.get("normalizer") or {}
+            lowercase, strip_accents, split_chinese = (
+                settings.get(name, normalizer.get(there, default))
+                for name, there, default in (
+                    ("do_lower_case", "lowercase", True),
+                    ("strip_accents", "strip_accents", None),
+                    ("tokenize_chinese_chars", "handle_chinese_chars", True),
+                )
+            )
             length = settings.get("model_max_length", 512)
             length = length if length < 10**6 else 512  # 10^30 stands for no limit
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{folder}: no readable vocabulary: {error}") from error
-        return cls(vocab, settings.get("do_lower_case", True), length)
+        return cls(vocab, lowercase, length, strip_accents, split_chinese)
 
     def __len__(self):
         return len(self.vocab)
@@ -86,8 +104,8 @@ class BertTokenizer:
             "tokenizer_class": "BertTokenizer",
             "do_lower_case": self.lowercase,
             "model_max_length": self.model_max_length,
-            "strip_accents": None,
-            "tokenize_chinese_chars": True,
+            "strip_accents": self.strip_accents,
+            "tokenize_chinese_chars": self.split_chinese,
             "split_special_tokens": True,  # a literal [SEP] in a text is text there too
             **special,
         }

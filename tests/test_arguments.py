@@ -281,6 +281,8 @@ CONTRADICTIONS = {
     "--loss_weights simcse_sst=5": "no such loss in this run; it has sst, para, sts",
     "--unsupervised_simcse --simcse_tasks sst --loss_weights simcse_sts=5": "no such loss",
     "--supervised_simcse --loss_weights r_drop_sst=5": "no such loss.*simcse_para_supervised",
+    "--swap_pairs": "--swap_pairs: only with --r_drop para",
+    "--r_drop sst --swap_pairs": "--swap_pairs: only with --r_drop para",
     "--resume --overwrite": "exclude each other",
     "--sst_dev_out x.csv --para_dev_out x.csv": "one file for several",
     "--sst_dev_out x.csv --para_test_out ./x.csv": "one file for several.*sst dev, para test",
@@ -301,6 +303,7 @@ def test_what_looks_like_a_contradiction_and_is_none():
     parse("--gradient_surgery --accumulate 1")
     parse("--unsupervised_simcse --supervised_simcse --r_drop sst --loss_weights simcse_sst=5 "
           "simcse_para_supervised=2 r_drop_sst=4 sts=0")  # fmt: skip
+    parse("--recipe best --swap_pairs")
 
 
 def test_every_message_is_one_line():

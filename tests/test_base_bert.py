@@ -3,23 +3,28 @@
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
 import threading
 import time
-from contextlib import contextmanager
+import urllib.request
+from contextlib import contextmanager, suppress
 from hashlib import sha256
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 
+import base_bert
 from base_bert import (
     BUNDLED_ENCODER,
     REVISIONS,
     SHA256,
+    VOCABULARIES,
     load_encoder,
     published_to_own,
     read_tensors,
@@ -181,7 +186,11 @@ def test_a_folder_is_described_by_its_path_and_hash(tiny_folder):
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ["no_such_folder", "./a/b", "/no/such/folder", "a/b/c", "~/x"])
+@pytest.mark.parametrize(
+    "name",
+    ["no_such_folder", "./a/b", "/no/such/folder", "a/b/c", "~/x", "my models/bert", "a/b--c",
+     "a/b.git", "C:\\models/bert", "~nobody of that name/bert", "a/" + 300 * "b"],
+)  # fmt: skip
 def test_what_is_neither_a_folder_nor_a_hub_name_is_an_error(name):
     with pytest.raises(UserError, match="neither a folder nor the name of an encoder"):
         resolve_encoder(name)
@@ -305,11 +314,14 @@ def hub(files, broken=(), refused=()):
         def do_GET(self):
             self.answer(True)
 
+        def end_headers(self):
+            self.send_header("Connection", "close")
+            super().end_headers()
+
         def answer(self, with_body):
             asked.append((self.command, self.path))
             match = re.fullmatch(r"/([^/]+/[^/]+)/resolve/[^/]+/([^?]+)", self.path)
             content = files.get(match.groups()) if match else None
-            self.close_connection = True
             if match and match.groups() in refused:
                 self.send_response(429)
                 self.send_header("Content-Length", "0")
@@ -400,6 +412,57 @@ def test_a_hub_that_refuses_has_not_said_that_a_file_is_not_there(tmp_path, tiny
     with hub(without) as (address, _):
         (found,) = resolve_elsewhere(["toy/encoder"], tmp_path / "without", address)
     assert found["name"] == "toy/encoder"
+
+
+def test_either_vocabulary_on_the_hub_will_do(tmp_path, tiny_folder):
+    """`transformers` 5 writes `tokenizer.json` alone; without either there is no encoder."""
+    BertTokenizer.from_pretrained(tiny_folder).save_pretrained(tiny_folder)
+    for absent, problem in ((("vocab.txt",), None), (VOCABULARIES, "no vocab.txt and no")):
+        files = {("toy/encoder", n): b for n, b in contents(tiny_folder).items() if n not in absent}
+        with hub(files) as (address, _):
+            first, again = resolve_elsewhere(["toy/encoder"] * 2, tmp_path / absent[-1], address)
+        if problem:
+            assert problem in first["message"] and first["error"] == "UserError"
+        else:
+            assert "folder" in first and "folder" in again, (first, again)
+            assert Path(first["folder"]).is_dir() and first["folder"] == again["folder"]
+
+
+@contextmanager
+def no_hub(greeting):
+    """A server that is none of the hub: it says `greeting` to whoever comes, or nothing."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def greet():
+            with suppress(OSError):
+                while True:
+                    connection, _ = server.accept()
+                    connections.append(connection)
+                    connection.sendall(greeting)
+                    if greeting:
+                        connection.close()
+
+        connections = []
+        threading.Thread(target=greet, daemon=True).start()
+        yield f"http://127.0.0.1:{server.getsockname()[1]}"
+        for connection in connections:
+            connection.close()
+
+
+def test_a_server_that_is_not_the_hub_is_none(tmp_path, bundled_folder):
+    with no_hub(b"SSH-2.0-OpenSSH_9.0\r\n") as address:
+        (found,) = resolve_elsewhere([None], tmp_path, address)
+    assert found["substituted"] is True
+
+
+def test_silence_is_waited_for_once_however_many_addresses_the_hub_has(monkeypatch):
+    """A timeout of the socket's own counts anew for each."""
+    monkeypatch.setattr(base_bert, "PROBE_SECONDS", 0.3)
+    monkeypatch.setattr(urllib.request, "urlopen", lambda *_, **__: time.sleep(3))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    began = time.perf_counter()
+    assert base_bert._hub_reachable() is False
+    assert time.perf_counter() - began < 2
 
 
 # ------------------------------------------------------------------------------- the real ones

@@ -5,14 +5,19 @@ encoder. The long ones are in tests/test_faults_slow.py; row 44, one process of 
 with the tests of several processes, row 45, other tools read what is saved, in test_parity.py.
 """
 
+import codecs
 import csv
+import errno
+import fcntl
 import hashlib
+import itertools
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -38,7 +43,7 @@ from safetensors.torch import load_file, save_file
 from base_bert import file_sha256
 from config import TASKS, UserError
 from datasets import MultitaskBatches, TaskDataset, read_task_file
-from run_folder import RunFolder, damage, write_files
+from run_folder import OutputError, RunFolder, damage, write_files
 from tokenizer import BertTokenizer
 
 pytest_plugins = ("fault_fixtures",)
@@ -190,6 +195,9 @@ def test_07_byte_order_mark_and_crlf(tmp_path):
 def test_08_not_utf_8(tmp_path):
     content = (SST + rows(2)).encode() + b"2\tid2\tna\xefve\t3\n"
     rejected(tmp_path, content, "sst-train.csv:4:", "0xef", f"offset {content.index(0xEF)}")
+    # Behind a byte-order mark, at the begin of a line: the mark's three bytes count too.
+    content = codecs.BOM_UTF8 + (SST + rows(2)).encode() + b"\xe92\tid2\tnaive\t3\n"
+    rejected(tmp_path, content, "sst-train.csv:4:", "0xe9", f"offset {content.index(0xE9)}")
 
 
 def test_09_nul(tmp_path):
@@ -396,6 +404,23 @@ def test_22_no_data_at_all(program, tiny, tmp_path, what):
         path.write_bytes(NOT_DATA[what])
     done = program.run(tmp_path, tiny.argv("--sst_train", path), [WATCH])
     refused(done, path, what.strip())
+
+
+@pytest.mark.parametrize("what", ["files", "folder"])
+def test_22_links_to_nothing_do_not_stand_for_the_sample(program, tiny, tmp_path, what):
+    """A disk that is not mounted: the run would be of other data, with a warning in its log."""
+    data = tmp_path / "data"
+    if what == "folder":
+        data.symlink_to("unmounted")
+    else:
+        data.mkdir()
+        for name, split in itertools.product(("sst", "para", "sts"), ("train", "dev", "test")):
+            path = data / TASKS[name].file_name(split)
+            path.symlink_to(f"../unmounted/{path.name}")
+    argv = tiny.argv()
+    place = argv.index("--data_dir")
+    done = program.run(tmp_path, argv[:place] + argv[place + 2 :], [WATCH])
+    refused(done, "data/ids-sst-train.csv", *(["a dangling link"] if what == "files" else []))
 
 
 @pytest.mark.parametrize(
@@ -1021,6 +1046,45 @@ def test_36_all_files_or_none(tmp_path):
         write_files({first: "new", second: "new"})
     assert first.read_text() == "old"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["first", "not a folder"]
+
+
+def test_36_two_processes_that_write_the_same_files_take_turns(tmp_path):
+    """Runs that end together share a folder of predictions, and the temporary names in it."""
+    path = tmp_path / "predictions/file"
+    write_files({path: "old"})
+    descriptor = os.open(path.parent, os.O_RDONLY)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    other = threading.Thread(target=write_files, args=({path: "new", tmp_path / "more": "x"},))
+    other.start()
+    other.join(0.3)
+    assert other.is_alive() and path.read_text() == "old"
+    assert [p.name for p in path.parent.iterdir()] == ["file"], "its temporary file is there"
+    os.close(descriptor)
+    other.join(20)
+    assert path.read_text() == "new" and (tmp_path / "more").read_text() == "x"
+
+
+def test_36_a_file_system_without_links_is_found_before_training(tmp_path, monkeypatch):
+    """Such as exFAT, or Colab's mounted drive: after an epoch `best` could not be linked."""
+
+    def refuse(*_, **__):
+        raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+
+    monkeypatch.setattr(os, "symlink", refuse)
+    with pytest.raises(OutputError, match=r"runs/x: no symbolic link can be made.*--runs_dir"):
+        RunFolder(tmp_path / "runs/x").open()
+
+
+def test_36_a_file_system_without_locks_is_one_to_work_on(tmp_path, monkeypatch, capsys):
+    def refuse(*_):
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    run = RunFolder(tmp_path / "runs/x")
+    run.open()
+    assert "no file locks here (Function not implemented)" in capsys.readouterr().out
+    run.write_description({"a": 1})
+    assert json.loads((run.path / "run.json").read_text(encoding="utf-8")) == {"a": 1}
 
 
 @pytest.mark.parametrize("more", [[], ["--debug"]])

@@ -525,6 +525,27 @@ def test_r_drop_encodes_twice_what_its_tasks_heads_need(build, batches, how):
     ]
 
 
+@pytest.mark.parametrize("how", [{}, {"joint": ("para",)}, {"both": ("para",)}])
+def test_swapped_pairs_are_those_of_the_second_pass(build, batches, how):
+    """Without dropout it is all that differs: by hand from the pairs and the pairs turned round."""
+    model = build(r_drop=("sst", "para"), swap_pairs=True, simcse_tasks=("para",), **how).train()
+    losses = model(batches)
+    pairs = batches["para"]
+    turned = replace(pairs, first=pairs.second, second=pairs.first)
+    one, other = (
+        model.outputs("para", model.encode_groups(model.task_inputs("para", batch)))
+        for batch in (pairs, turned)
+    )
+    assert not torch.allclose(one, other, atol=1e-3), "a head to which the order is all one"
+    mean = sum(task_loss(TASKS["para"], outputs, pairs.labels) for outputs in (one, other)) / 2
+    torch.testing.assert_close(losses["para"], mean)
+    expected = consistency_loss(TASKS["para"], one, other)
+    torch.testing.assert_close(losses["r_drop_para"], expected)
+    plain = build(r_drop=("sst", "para"), simcse_tasks=("para",), **how).train()(batches)
+    for name in ("sst", "r_drop_sst", "sts", "simcse_para"):  # a sentence is its own positive still
+        torch.testing.assert_close(losses[name], plain[name])
+
+
 def test_r_drop_and_simcse_share_their_second_pass(build, batches):
     counts = []
     for r_drop in ((), ("sst",)):

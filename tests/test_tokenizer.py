@@ -96,6 +96,44 @@ def test_lowercasing_survives_saving(toy_vocab, tmp_path):
     assert BertTokenizer.from_pretrained(tmp_path).lowercase is False
 
 
+RULES = [
+    # tokenizer_config.json, normalizer of tokenizer.json, what becomes of "Ün"
+    ({"do_lower_case": True}, {}, ["un"]),
+    ({"do_lower_case": True, "strip_accents": False}, {}, ["[UNK]"]),
+    ({"do_lower_case": False}, {}, ["[UNK]"]),
+    ({}, {"lowercase": False, "strip_accents": None}, ["[UNK]"]),
+    ({}, {"lowercase": True, "strip_accents": True}, ["un"]),
+    ({"do_lower_case": True}, {"lowercase": False}, ["un"]),  # the settings' word is the last
+]
+
+
+@pytest.mark.parametrize(("settings", "normalizer", "pieces"), RULES)
+def test_how_a_text_is_normalised_is_read_and_written(
+    toy_vocab, tmp_path, settings, normalizer, pieces
+):
+    read, written = tmp_path / "read", tmp_path / "written"
+    for folder in (read, written):
+        folder.mkdir()
+    BertTokenizer(toy_vocab).save_pretrained(read)
+    complete = json.loads((read / "tokenizer.json").read_text())
+    complete["normalizer"] |= normalizer
+    (read / "tokenizer.json").write_text(json.dumps(complete))
+    (read / "tokenizer_config.json").write_text(json.dumps(settings))
+    first = BertTokenizer.from_pretrained(read)
+    first.save_pretrained(written)
+    for tokenizer in (first, BertTokenizer.from_pretrained(written)):
+        (ids,) = tokenizer(["Ün"])
+        assert [tokenizer.vocab[i] for i in ids[1:-1]] == pieces
+
+
+def test_chinese_characters_are_words_of_their_own_unless_told_otherwise(toy_vocab, tmp_path):
+    for split in (True, False):
+        tokenizer = BertTokenizer(toy_vocab, split_chinese=split)
+        tokenizer.save_pretrained(tmp_path)
+        for own in (tokenizer, BertTokenizer.from_pretrained(tmp_path)):
+            assert len(own(["中国"])[0]) == (4 if split else 3)
+
+
 def test_a_length_that_stands_for_none_becomes_512(toy_vocab_folder, tmp_path):
     """Published files write 10**30 where nobody set a limit."""
     (tmp_path / "vocab.txt").write_bytes((toy_vocab_folder / "vocab.txt").read_bytes())
