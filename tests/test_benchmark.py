@@ -111,7 +111,8 @@ def test_a_reference_without_the_simcse_terms_is_found_out(bench):
 
 @needs_references
 def test_two_training_steps_leave_both_sides_at_the_same_losses(bench):
-    """Another batch order, clipping, rate or weight decay would let the two models part."""
+    """Another batch order, clipping or rate would let the two models part. Weight decay would
+    not, in two steps: the check of the parameter groups finds that."""
     pair = open_pair(bench, "full-model", True)
     before, _ = pair.losses()
     for _ in range(2):  # step 0 both times: our rate falls with the step, the reference's does not

@@ -129,9 +129,10 @@ def test_a_class_is_the_largest_logit_and_its_scores_are_probabilities():
     assert scores.sum() == pytest.approx(1)
 
 
-def test_a_paraphrase_is_a_probability_of_one_half_or_more():
-    predictions, scores = to_predictions(TASKS["para"], torch.tensor([[2.0], [-2.0], [0.1]]))
-    assert predictions.tolist() == [1.0, 0.0, 1.0]
+def test_a_paraphrase_is_a_probability_above_one_half():
+    outputs = torch.tensor([[2.0], [-2.0], [0.1], [0.0]])
+    predictions, scores = to_predictions(TASKS["para"], outputs)
+    assert predictions.tolist() == [1.0, 0.0, 1.0, 0.0]
     assert scores[0, 0] == pytest.approx(1 / (1 + np.exp(-2)))
 
 
