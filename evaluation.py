@@ -9,10 +9,14 @@
 Prints the dev scores and writes the prediction files of dev and test in the course's format.
 """
 
+import signal
 import sys
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
+
+if __name__ == "__main__":  # Ctrl-C during the seconds of the imports below: no traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import numpy as np
 import torch
@@ -23,7 +27,7 @@ from arguments import FlagParser
 from base_bert import file_sha256
 from config import TASKS, UserError, overall_tasks
 from datasets import Example, TaskDataset, TaskFile, read_task_file
-from device import autocast, select_device, select_precision
+from device import PRECISIONS, autocast, select_device, select_precision
 from multitask_bert import task_loss
 from run_folder import RunFolder, newest_run, write_files
 from saved_models import load_run
@@ -38,7 +42,7 @@ class TaskResult:
     ids: list
     predictions: np.ndarray  # (n,) class, 0.0 or 1.0, or score, as the prediction file prints it
     scores: np.ndarray  # (n, classes) probabilities, or (n, 1) probability of 1 or score
-    labels: np.ndarray | None = None
+    labels: np.ndarray | None = None  # (n,), None for a test file
     loss: float | None = None  # mean over the file
     metrics: dict = field(default_factory=dict)
 
@@ -438,7 +442,7 @@ def get_args(argv=None):
     add("--data_dir", metavar="DIR", help="where the run's data files lie now, default where they "
         "lay when it was trained")
     add("--use_gpu", action="store_true", help="insist on a GPU")
-    add("--precision", choices=("auto", "fp32", "bf16", "fp16"), default=None,
+    add("--precision", choices=PRECISIONS, default=None,
         help="default: the run's own")  # fmt: skip
     add("--debug", action="store_true", help="show the traceback of an error")
     args = parser.parse_args(argv)

@@ -69,6 +69,11 @@ def loss_curves(run, tasks):
     return curves.values()
 
 
+def plain_ticks(value, _):
+    """Label of a tick between powers of 10: those that begin with 2 and 5 have one."""
+    return f"{value:g}" if f"{value:e}"[0] in "25" else ""
+
+
 def draw_losses(figure, runs, tasks, unit):
     """Training loss, smoothed over raw, and dev loss of every run."""
     axes, handles = figure.subplots(), {}
@@ -78,7 +83,9 @@ def draw_losses(figure, runs, tasks, unit):
         axes.plot(*dev, color=colour, linestyle="--", marker=marker, markersize=4.5, linewidth=1.2)
     handles["training (raw: pale)"] = axes.plot([], [], color="gray", linewidth=1.8)[0]
     handles["dev"] = axes.plot([], [], "--o", color="gray", markersize=4.5, linewidth=1.2)[0]
-    axes.set(xlabel="optimiser steps", ylabel=unit, xlim=(0, None))
+    axes.set(xlabel="optimiser steps", ylabel=f"{unit}, logarithmic", xlim=(0, None), yscale="log")
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter(plain_ticks)
     figure.legend(handles.values(), handles, **LEGEND)
 
 

@@ -38,7 +38,10 @@ class SentenceHead(nn.Module):
 
 
 class FeaturesHead(nn.Module):
-    """A linear layer on u, v, |u - v| and the elementwise product (Reimers & Gurevych 2019)."""
+    """A linear layer on u, v, |u - v| and u · v, elementwise (Conneau et al. 2017, §3.1).
+
+    Reimers & Gurevych 2019 leave u · v out.
+    """
 
     def __init__(self, hidden, dropout):
         super().__init__()
@@ -75,6 +78,7 @@ class CosineHead(nn.Module):
     def __init__(self, task):
         super().__init__()
         learned = task.kind == "binary"
+        # To begin with, a cosine of .7 is a probability of ½: sentences of this encoder lie close.
         scale, bias = (10.0, -7.0) if learned else (task.high, 0.0)
         self.scale = nn.Parameter(torch.tensor([scale])) if learned else scale
         self.bias = nn.Parameter(torch.tensor([bias])) if learned else bias

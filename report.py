@@ -163,7 +163,10 @@ def paraphrase_notes(runs):
 
 
 def bootstrap_interval(results, draws=BOOTSTRAP_DRAWS, seed=BOOTSTRAP_SEED):
-    """95 % interval of the overall score when each task's dev examples are drawn anew."""
+    """95 % interval of the overall score when each task's dev examples are drawn anew.
+
+    The percentile bootstrap (Efron 1979) over `draws` draws: an array of its two ends, (2,).
+    """
     generator = np.random.default_rng(seed)
     scores = []
     for name in overall_tasks(results):

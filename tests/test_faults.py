@@ -903,10 +903,10 @@ def test_33_one_signal(program, tiny, expected, tmp_path, where, number):
     assert outcome(tmp_path) == expected
 
 
-def test_33_ctrl_c_while_torch_is_imported(tmp_path):
+@pytest.mark.parametrize("script", ["multitask_classifier.py", "evaluation.py"])
+def test_33_ctrl_c_while_torch_is_imported(tmp_path, script):
     """The longest part of set-up, outside of `main`; no traceback there either."""
-    script = REPOSITORY / "multitask_classifier.py"
-    process = subprocess.Popen([sys.executable, script], cwd=tmp_path, stderr=subprocess.PIPE)
+    process = subprocess.Popen([sys.executable, REPOSITORY / script], cwd=tmp_path, stderr=subprocess.PIPE)
     maps = Path(f"/proc/{process.pid}/maps")
     wait_for(lambda: "libtorch" in maps.read_text())
     process.send_signal(signal.SIGINT)
