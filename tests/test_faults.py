@@ -906,7 +906,8 @@ def test_33_one_signal(program, tiny, expected, tmp_path, where, number):
 @pytest.mark.parametrize("script", ["multitask_classifier.py", "evaluation.py"])
 def test_33_ctrl_c_while_torch_is_imported(tmp_path, script):
     """The longest part of set-up, outside of `main`; no traceback there either."""
-    process = subprocess.Popen([sys.executable, REPOSITORY / script], cwd=tmp_path, stderr=subprocess.PIPE)
+    command = [sys.executable, REPOSITORY / script]
+    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE)
     maps = Path(f"/proc/{process.pid}/maps")
     wait_for(lambda: "libtorch" in maps.read_text())
     process.send_signal(signal.SIGINT)

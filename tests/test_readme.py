@@ -1,11 +1,14 @@
 """The README names what there is: every flag, every file, and nothing that is not there."""
 
 import re
+import shlex
 from pathlib import Path
 
 import pytest
+from conftest import load_script
 
-from arguments import make_parser
+import evaluation
+from arguments import get_args, make_parser
 from config import RECIPES, TASKS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -48,6 +51,36 @@ def test_every_file_in_the_table_exists():
 
 def test_every_recipe_stands_in_the_readme():
     assert [name for name in RECIPES if f"| `{name}` |" not in README] == []
+
+
+def commands(document):
+    """The indented command lines of a document, its shell variables and placeholders filled in."""
+    text = (ROOT / document).read_text(encoding="utf-8")
+    variables = dict(re.findall(r'^    ([A-Z])="(.*)"$', text, flags=re.MULTILINE))
+    for line in re.findall(r"^    (?:\$ )?((?:pip|python|\$).*)$", text, flags=re.MULTILINE):
+        while "$" in line:
+            line = re.sub(r"\$([A-Z])\b", lambda match: variables[match[1]], line)
+        yield from re.sub(r"\bFLAGS\b", "", line).split(" && ")
+
+
+PARSERS = {
+    "multitask_classifier.py": get_args,
+    "evaluation.py": evaluation.get_args,
+    "data/prepare.py": load_script(ROOT / "data/prepare.py").get_args,
+}
+
+
+@pytest.mark.parametrize("document", ["README.md", "RESULTS.md"])
+def test_every_command_that_is_printed_would_run(document, tmp_path, monkeypatch):
+    """As far as its flags go, against what is checked before anything loads."""
+    monkeypatch.chdir(tmp_path)
+    seen = dict.fromkeys(PARSERS, 0)
+    for command in commands(document):
+        words = shlex.split(command, comments=True)
+        if words[0] == "python" and words[1] in PARSERS:
+            PARSERS[words[1]](words[2:])
+            seen[words[1]] += 1
+    assert seen["multitask_classifier.py"] >= 5 and seen["evaluation.py"] >= 3, seen
 
 
 def test_nothing_is_left_to_fill_in():
