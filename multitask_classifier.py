@@ -156,11 +156,12 @@ def fix_order_of_sums(replica, batches, args, precision):
 
 
 def train(args, run, model, batches, dev, optimizer, precision, state, save_best, signals):
-    """Train from `state` to the end, in place. `save_best(folder)` writes the model.
+    """Train from `state`, a dict as `FRESH_STATE`, to the end; both it and the model change.
 
-    Evaluates after each epoch and keeps the best model and the last states in `run`. Raises
-    `NotFinite` before a step with a loss or gradient that is not finite, `Stopped` after the step
-    in which a signal came.
+    `batches` is a `MultitaskBatches`, `dev` maps a task to its `TaskDataset`, `save_best(folder)`
+    writes the model, `signals` is a `StopSignals`. Evaluates after each epoch and keeps the best
+    model and the last states in `run`, a `RunFolder`. Raises `NotFinite` before a step with a loss
+    or gradient that is not finite, `Stopped` after the step in which a signal came.
     """
     device = next(model.parameters()).device
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
@@ -241,7 +242,9 @@ def evaluate_and_keep(
 ):
     """Calibrate, evaluate on dev, log it, keep the model if it is the best so far, save the state.
 
-    A signal in the middle saves the state before the evaluation, which continuing makes up for.
+    `train_sets` maps a task to the `TaskDataset` to calibrate on; the others are as in `train`,
+    whose `save()` writes the state. A signal in the middle saves the state before the evaluation,
+    which continuing makes up for.
     """
     began = time.perf_counter()
     try:
