@@ -89,7 +89,7 @@ def number(kind, low, high, *, above=False):
 def make_parser():
     """All flags, by group."""
     parser = FlagParser(
-        usage="%(prog)s [FLAG …]",
+        usage="%(prog)s [FLAG ...]",
         description="Fine-tune a hand-written BERT on several sentence tasks at once.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="python %(prog)s --fine-tune-mode LoRA --LoRA_r 32\n"
@@ -137,7 +137,7 @@ def make_parser():
     add("--swap_pairs", action="store_true",
         help="R-Drop's second pass has the two sentences of a pair in the other order")
     add("--loss_weights", nargs="+", default=[], metavar="LOSS=W",
-        help="factors of the summed losses, such as para=2 simcse_sst=0.1; default 1 each")
+        help="factors of the summed losses, such as para=2, with SimCSE simcse_sst=0.1; default 1")
     add("--calibration_examples", type=natural, default=2000, metavar="N",
         help="training examples of each task on which every evaluation fits a constant that is "
         "added to a head's outputs, since dropout shifts them; default 2000, 0 for none")
@@ -226,7 +226,7 @@ def get_args(argv=None):
     given = vars(parser.parse_args(argv, namespace=blank))
     args.given = {name for name, value in given.items() if value is not unset}
     args.tasks = [name for name in TASKS if name in args.tasks]
-    args.LoRA_targets = [name for name in LORA_TARGETS if name in args.LoRA_targets]
+    args.LoRA_targets = in_order(args.LoRA_targets)
     leave_away_what_does_not_apply(args)
     args.expanded_command = expanded_command(parser, args, argv)
     name = run_name(args.fine_tune_mode, args.model_file_suffix or args.recipe)
@@ -243,6 +243,11 @@ def get_args(argv=None):
             f"or replace it with `{command} --overwrite`"
         )
     return args, run
+
+
+def in_order(targets):
+    """Kinds of linear layer in the order of `LORA_TARGETS`, each once."""
+    return [name for name in LORA_TARGETS if name in targets]
 
 
 def leave_away_what_does_not_apply(args):
@@ -279,7 +284,7 @@ def expanded_command(parser, args, argv):
         name = action.dest
         value = getattr(args, name, None)
         lost = name.startswith("LoRA_") and args.fine_tune_mode != "LoRA"
-        lost = lost or value in (None, False, [])
+        lost = lost or value is None or value is False or value == []
         if name in RECIPES[args.recipe].flags and name not in args.given and not lost:
             values = value if isinstance(value, list) else [] if value is True else [value]
             words += [action.option_strings[0], *(f"{v:g}" if isinstance(v, float) else str(v)
@@ -289,22 +294,27 @@ def expanded_command(parser, args, argv):
 
 def flags_of(description):
     """Every flag of a run by name; one that there was not at its time has its default."""
-    return vars(make_parser().parse_args([])) | description["args"]
+    flags = vars(make_parser().parse_args([])) | description["args"]
+    return flags | {"LoRA_targets": in_order(flags["LoRA_targets"])}
 
 
 def take_over(args, description):
-    """Fill in the flags of the run to continue; one that was given must be the run's."""
+    """Fill in the flags of the run to continue; one that was given must be the run's.
+
+    As given count from here on only those that may differ: the others were checked when it began.
+    """
     differences = []
     for name, value in flags_of(description).items():
         own = getattr(args, name, None)
         if name in OF_ONE_COMMAND or (name in FREE_WHEN_CONTINUING and name in args.given):
             continue
-        computed = name == "precision" and own == description["precision"]  # what auto came to
-        if name in args.given and own != value and not computed:
-            differences.append(f"--{name} is {own}, was {value}")
+        was = {value, description["precision"]} if name == "precision" else (value,)  # of auto
+        if name in args.given and own not in was:
+            differences.append(f"--{name} is {own}, was {' or '.join(sorted(map(str, was)))}")
         setattr(args, name, value)
     if differences:
         raise UserError(f"--resume: not the run that was begun: {'; '.join(differences)}")
+    args.given &= FREE_WHEN_CONTINUING | OF_ONE_COMMAND
 
 
 def check_args(args):
@@ -315,11 +325,8 @@ def check_args(args):
         raise UserError(f"--{lora_flags[0]}: only with --fine-tune-mode LoRA, not {mode}")
     if mode != "full-model" and args.freeze_word_embeddings:
         raise UserError(f"--freeze_word_embeddings: only in full-model; {mode} freezes them anyway")
-    if mode == "last-linear-layer" and args.layer_decay < 1:
-        raise UserError(f"--layer_decay: no encoder layer learns in --fine-tune-mode {mode}")
     args.joint, args.both = pair_encodings(args.pair_encoding, args.tasks)
     args.batch_sizes = batch_sizes(args)
-    simcse = args.unsupervised_simcse or args.supervised_simcse
     if args.simcse_tasks and not args.unsupervised_simcse:
         raise UserError("--simcse_tasks: only with --unsupervised_simcse")
     if args.supervised_simcse and "para" not in args.tasks:
@@ -339,27 +346,34 @@ def check_args(args):
     if args.swap_pairs and not any(TASKS[name].is_pair for name in args.r_drop):
         raise UserError("--swap_pairs: only with --r_drop para, whose second pass it swaps")
     if mode == "last-linear-layer":
-        frozen = "the encoder is frozen and in eval mode in --fine-tune-mode last-linear-layer"
-        if simcse:
-            raise UserError(f"SimCSE: {frozen}; its losses could train nothing")
-        if args.r_drop:
-            raise UserError(f"--r_drop: {frozen}; its two passes would be one")
-        if args.gradient_surgery:
-            raise UserError(f"--gradient_surgery: {frozen}; tasks share no trained weights")
-        together = args.joint + args.both
-        if args.tasks == ["sts"] and args.sts_head == "cosine" and not together:
-            raise UserError(f"--sts_head cosine: {frozen}; nothing to train; use --sts_head linear")
+        check_frozen(args)
     check_output_paths(args)
     if args.gradient_surgery and args.accumulate > 1:
         raise UserError("--gradient_surgery: not with --accumulate; raise --batch_size")
     args.weights = loss_weights(args.loss_weights)
     check_loss_weights(args)
-    if mode == "last-linear-layer" and {"lr", "head_lr"} <= given:
-        raise UserError(f"--lr and --head_lr: both are the heads' rate in --fine-tune-mode {mode}")
     encoder_lr, head_lr = LEARNING_RATES[mode]
     frozen_encoder = mode == "last-linear-layer"
     args.encoder_rate = 0.0 if frozen_encoder else args.lr or encoder_lr
     args.head_rate = args.head_lr or (args.lr if frozen_encoder else None) or head_lr
+
+
+def check_frozen(args):
+    """Raise `UserError` for what a frozen encoder leaves without an effect."""
+    frozen = "the encoder is frozen and in eval mode in --fine-tune-mode last-linear-layer"
+    if args.unsupervised_simcse or args.supervised_simcse:
+        raise UserError(f"SimCSE: {frozen}; its losses could train nothing")
+    if args.r_drop:
+        raise UserError(f"--r_drop: {frozen}; its two passes would be one")
+    if args.gradient_surgery:
+        raise UserError(f"--gradient_surgery: {frozen}; tasks share no trained weights")
+    if args.layer_decay < 1:
+        raise UserError(f"--layer_decay: {frozen}; none of its layers learns")
+    if {"lr", "head_lr"} <= args.given:
+        raise UserError(f"--lr and --head_lr: {frozen}; both are the heads' rate")
+    together = args.joint + args.both
+    if args.tasks == ["sts"] and args.sts_head == "cosine" and not together:
+        raise UserError(f"--sts_head cosine: {frozen}; nothing to train; use --sts_head linear")
 
 
 def check_loss_weights(args):
@@ -384,15 +398,15 @@ def check_output_paths(args):
         folder = next(parent for parent in path.absolute().parents if parent.exists())
         if not folder.is_dir() or (path.exists() and not path.is_file()):
             raise UserError(f"{path}: for predictions; expected a file, new or to be replaced")
-        if (other := taken.setdefault(path.resolve(), what)) != what:
+        if (other := taken.setdefault(os.path.realpath(path), what)) != what:
             raise UserError(f"{path}: one file for several predictions ({other}, {what})")
 
 
 def check_data_is_kept(args, data):
     """Raise `UserError` where predictions would replace a data file, of `data_paths`' answer."""
-    files = {path.resolve() for of_task in data.values() for path in of_task.values()}
+    files = {os.path.realpath(path) for of_task in data.values() for path in of_task.values()}
     for what, path in output_paths(args).items():
-        if path.resolve() in files:
+        if os.path.realpath(path) in files:
             raise UserError(f"{path}: for predictions ({what}), which would replace the data in it")
 
 

@@ -99,7 +99,7 @@ def resolve_encoder(name=None):
     if not _is_repository(repo):
         raise UserError(
             f"--pretrained {name}: neither a folder nor the name of an encoder; expected a folder "
-            f"with {', '.join(FILES)} and {VOCABULARIES[0]}, or OWNER/NAME as on the hub"
+            f"with {', '.join(FILES)} and {' or '.join(VOCABULARIES)}, or OWNER/NAME of the hub"
         )
     folder = _cached_folder(repo)
     if folder is None and not _hub_reachable():

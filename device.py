@@ -1,4 +1,4 @@
-"""On which hardware, and in which precision, does a run compute?"""
+"""On which hardware, in which precision, from which random numbers does a run compute?"""
 
 import contextlib
 import ctypes

@@ -415,12 +415,13 @@ def predict_sentences(model, tokenizer, name, texts, precision):
 
 def predict_text(run, sentence, sentence2, device, precision):
     """Print what a run's best model says of a sentence, or of a pair of them."""
-    model, tokenizer, _ = load_run(run, device)
+    tasks = run.description()["args"]["tasks"]
     sentences = (sentence,) if sentence2 is None else (sentence, sentence2)
-    fitting = [n for n in model.config.tasks if len(TASKS[n].sentences) == len(sentences)]
+    fitting = [name for name in tasks if len(TASKS[name].sentences) == len(sentences)]
     if not fitting:
-        number = "two sentences: add --sentence2" if sentence2 is None else "one: leave --sentence2"
-        raise UserError(f"{run.path} has {', '.join(model.config.tasks)}, on {number}")
+        hint = "two sentences: add" if sentence2 is None else "one sentence: leave away"
+        raise UserError(f"{run.path}: trained on {', '.join(tasks)}, of {hint} --sentence2")
+    model, tokenizer, _ = load_run(run, device)
     for name in fitting:
         task = TASKS[name]
         result = predict_sentences(model, tokenizer, name, [sentences], precision)
@@ -430,7 +431,7 @@ def predict_text(run, sentence, sentence2, device, precision):
 
 def get_args(argv=None):
     """The command line."""
-    parser = FlagParser(description=__doc__.splitlines()[0])
+    parser = FlagParser(usage="%(prog)s [FLAG ...]", description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--checkpoint", nargs="+", metavar="RUN", help="folder of a run (default: the newest under "
         "runs/); of several: their ensemble, from the scores that each run kept")
@@ -438,7 +439,8 @@ def get_args(argv=None):
     add("--report_dir", default="report", help="where the report goes, default report")
     add("--sentence", help="predict on this text instead of on files")
     add("--sentence2", help="second sentence: paraphrase and similarity of the two")
-    add("--predictions_dir", default="predictions", help="where the prediction files go")
+    add("--predictions_dir", default="predictions", help="where the prediction files go, default "
+        "predictions")
     add("--data_dir", metavar="DIR", help="where the run's data files lie now, default where they "
         "lay when it was trained")
     add("--use_gpu", action="store_true", help="insist on a GPU")
@@ -448,9 +450,9 @@ def get_args(argv=None):
     args = parser.parse_args(argv)
     if args.sentence2 is not None and args.sentence is None:
         parser.error("--sentence2 goes with --sentence")
-    for text in (args.sentence, args.sentence2):
+    for flag, text in (("--sentence", args.sentence), ("--sentence2", args.sentence2)):
         if text is not None and any("\ud800" <= character <= "\udfff" for character in text):
-            parser.error(f"--sentence {text!a}: not UTF-8")
+            parser.error(f"{flag} {text!a}: not UTF-8")
     if args.sentence is not None and (args.report or len(args.checkpoint or []) > 1):
         parser.error("--sentence takes one run")
     if args.report and args.checkpoint:

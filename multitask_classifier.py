@@ -395,7 +395,8 @@ def main(argv=None):
     longest = max(d["train"].longest() for d in datasets.values())
     batch = max(args.batch_sizes.values())
     with memory_errors(device, f"batches of {batch} × up to {longest} tokens"):
-        if model.frozen and values["evaluated"] < args.total_steps:
+        ended = values["evaluated"] == args.total_steps or 0 < args.patience <= values["misses"]
+        if model.frozen and not ended:
             encode_in_advance(model, batches, args, precision, signals.check)
         train(
             args, run, model, batches, {name: d["dev"] for name, d in datasets.items()}, optimizer,

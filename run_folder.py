@@ -13,6 +13,7 @@ their files. A best model stays as long as one of the states counts on it.
 """
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -30,6 +31,8 @@ from script import say
 
 TEMPORARY = ".tmp-"
 STATES_KEPT = 2
+NO_LOCKS = {errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL}  # of this file system
+HELD = (BlockingIOError, PermissionError)  # a lock is another process's; the latter on SMB
 SUFFIX_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
@@ -84,14 +87,30 @@ def write_file(path, text):
 
 @contextlib.contextmanager
 def turns_in(folders):
-    """Wait for other processes that write files into one of the folders, where locks are known."""
+    """Wait for other processes that write files into one of the folders, where locks are known.
+
+    A folder of two paths is locked once, and all processes lock in one order: none waits for ever.
+    """
     with contextlib.ExitStack() as stack:
-        for folder in sorted({Path(folder).resolve() for folder in folders}):
-            descriptor = os.open(folder, os.O_RDONLY)
+        opened = {}
+        for folder in folders:
+            with output_errors(folder):
+                descriptor = os.open(folder, os.O_RDONLY)
             stack.callback(os.close, descriptor)
-            with contextlib.suppress(OSError):
-                fcntl.flock(descriptor, fcntl.LOCK_EX)
+            status = os.fstat(descriptor)
+            opened[status.st_dev, status.st_ino] = descriptor, folder
+        for _, (descriptor, folder) in sorted(opened.items()):
+            _wait_for_lock(descriptor, folder)
         yield
+
+
+def _wait_for_lock(descriptor, folder):
+    with contextlib.suppress(OSError):  # no locks here: nothing to wait for
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except HELD:
+            say(f"waiting for another process that writes into {folder}")
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
 
 
 def write_files(texts):
@@ -196,13 +215,15 @@ class RunFolder:
             self._lock = open(self.path / ".lock", "a+", encoding="utf-8")  # noqa: SIM115
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        except HELD:
             self._lock.seek(0)
             owner = self._lock.read().strip() or "unknown"
             raise UserError(
                 f"{self.path}: another run is at work in it (process {owner})"
             ) from None
         except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise OutputError(f"{self.path}: not locked: {error.strerror}") from error
             say(f"warning: {self.path}: no file locks here ({error.strerror}): nothing keeps a "
                 "second run out of the folder")  # fmt: skip
         with output_errors(self.path):

@@ -20,6 +20,8 @@ SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 # A text is cut here before it is tokenised, so that a 10 MB line takes no longer than a page:
 # 512 tokens of ordinary text are some 3,000 characters.
 MAX_CHARACTERS = 100_000
+# Of these classes `tokenizer.json` says how a text is normalised, of others the settings alone.
+COMPLETE_CLASSES = ("PreTrainedTokenizerFast", "TokenizersBackend")
 
 
 class BertTokenizer:
@@ -49,8 +51,8 @@ class BertTokenizer:
     def from_pretrained(cls, folder):
         """Read `vocab.txt` (else `tokenizer.json`) and `tokenizer_config.json` of a local folder.
 
-        How a text is normalised says the latter, else the former. Raises `UserError` where there is
-        no vocabulary to read.
+        A text is normalised as `transformers` does it. Raises `UserError` where there is no
+        vocabulary to read.
         """
         folder = Path(folder)
         try:
@@ -66,20 +68,18 @@ class BertTokenizer:
             else:
                 text = (folder / "vocab.txt").read_text(encoding="utf-8")
                 vocab = text.removesuffix("\n").split("\n")
-            normalizer = complete.get("normalizer") or {}
-            lowercase, strip_accents, split_chinese = (
-                settings.get(name, normalizer.get(there, default))
-                for name, there, default in (
-                    ("do_lower_case", "lowercase", True),
-                    ("strip_accents", "strip_accents", None),
-                    ("tokenize_chinese_chars", "handle_chinese_chars", True),
-                )
-            )
+            if settings.get("tokenizer_class") in COMPLETE_CLASSES:
+                rules = complete.get("normalizer") or {}
+                names = ("lowercase", "strip_accents", "handle_chinese_chars")
+            else:
+                rules = settings
+                names = ("do_lower_case", "strip_accents", "tokenize_chinese_chars")
+            lowercase, strip_accents, split_chinese = map(rules.get, names)
             length = settings.get("model_max_length", 512)
             length = length if length < 10**6 else 512  # 10^30 stands for no limit
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{folder}: no readable vocabulary: {error}") from error
-        return cls(vocab, lowercase, length, strip_accents, split_chinese)
+        return cls(vocab, lowercase is not False, length, strip_accents, split_chinese is not False)
 
     def __len__(self):
         return len(self.vocab)

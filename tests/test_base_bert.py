@@ -430,23 +430,18 @@ def test_either_vocabulary_on_the_hub_will_do(tmp_path, tiny_folder):
 
 @contextmanager
 def no_hub(greeting):
-    """A server that is none of the hub: it says `greeting` to whoever comes, or nothing."""
+    """A server that is none of the hub: it says `greeting` to whoever comes. Yields its address."""
     with socket.create_server(("127.0.0.1", 0)) as server:
 
         def greet():
             with suppress(OSError):
                 while True:
                     connection, _ = server.accept()
-                    connections.append(connection)
-                    connection.sendall(greeting)
-                    if greeting:
-                        connection.close()
+                    with connection:
+                        connection.sendall(greeting)
 
-        connections = []
         threading.Thread(target=greet, daemon=True).start()
         yield f"http://127.0.0.1:{server.getsockname()[1]}"
-        for connection in connections:
-            connection.close()
 
 
 def test_a_server_that_is_not_the_hub_is_none(tmp_path, bundled_folder):

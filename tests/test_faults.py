@@ -1065,6 +1065,30 @@ def test_36_two_processes_that_write_the_same_files_take_turns(tmp_path):
     assert path.read_text() == "new" and (tmp_path / "more").read_text() == "x"
 
 
+def test_36_a_folder_of_two_paths_is_waited_for_once(tmp_path):
+    """Such as a bind mount: the process would wait for itself."""
+    (tmp_path / "a").mkdir()
+    other = threading.Thread(
+        target=write_files, args=({tmp_path / "a/x": "1", tmp_path / "a/../a/y": "2"},), daemon=True
+    )
+    other.start()
+    other.join(20)
+    assert not other.is_alive()
+    assert (tmp_path / "a/y").read_text() == "2"
+
+
+@pytest.mark.parametrize("code", [errno.EWOULDBLOCK, errno.EACCES])
+def test_38_a_lock_that_another_process_holds_is_no_file_system_without_locks(
+    tmp_path, monkeypatch, code
+):
+    def refuse(*_):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with pytest.raises(UserError, match="another run is at work in it"):
+        RunFolder(tmp_path / "runs/x").open()
+
+
 def test_36_a_file_system_without_links_is_found_before_training(tmp_path, monkeypatch):
     """Such as exFAT, or Colab's mounted drive: after an epoch `best` could not be linked."""
 

@@ -101,9 +101,12 @@ RULES = [
     ({"do_lower_case": True}, {}, ["un"]),
     ({"do_lower_case": True, "strip_accents": False}, {}, ["[UNK]"]),
     ({"do_lower_case": False}, {}, ["[UNK]"]),
-    ({}, {"lowercase": False, "strip_accents": None}, ["[UNK]"]),
-    ({}, {"lowercase": True, "strip_accents": True}, ["un"]),
-    ({"do_lower_case": True}, {"lowercase": False}, ["un"]),  # the settings' word is the last
+    ({"do_lower_case": None}, {}, ["un"]),
+    ({}, {"lowercase": False}, ["un"]),  # as `transformers`: no settings are a `BertTokenizer`'s
+    ({"tokenizer_class": "BertTokenizer"}, {"lowercase": False}, ["un"]),
+    ({"tokenizer_class": "PreTrainedTokenizerFast"}, {"lowercase": False}, ["[UNK]"]),
+    ({"tokenizer_class": "TokenizersBackend"}, {"strip_accents": False}, ["[UNK]"]),
+    ({"tokenizer_class": "TokenizersBackend"}, {}, ["un"]),
 ]
 
 

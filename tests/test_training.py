@@ -307,7 +307,7 @@ def test_a_run_goes_on_in_its_own_precision(train, monkeypatch):
     monkeypatch.setattr(device, "_has_bf16", lambda _: True)
     train(f"{flags} --resume", "full-model")
     train(f"{flags} --resume --precision fp32", "full-model")
-    with pytest.raises(UserError, match="--precision is bf16, was auto"):
+    with pytest.raises(UserError, match="--precision is bf16, was auto or fp32"):
         train(f"{flags} --resume --precision bf16", "full-model")
 
 
@@ -686,10 +686,10 @@ def test_a_run_is_evaluated_on_its_files_where_they_lie_now(train, workplace, ca
 
 def test_a_text_that_no_task_takes_is_an_error(train):
     train("--epochs 0 --tasks para sts", "full-model")
-    with pytest.raises(UserError, match="has para, sts, on two sentences: add --sentence2"):
+    with pytest.raises(UserError, match="on para, sts, of two sentences: add --sentence2"):
         evaluation.main(["--sentence", "x"])
     train("--epochs 0 --tasks sst --overwrite", "full-model")
-    with pytest.raises(UserError, match="has sst, on one: leave --sentence2"):
+    with pytest.raises(UserError, match="on sst, of one sentence: leave away --sentence2"):
         evaluation.main(["--sentence", "x", "--sentence2", "y"])
 
 
