@@ -13,14 +13,15 @@ import shlex
 import sys
 from pathlib import Path
 
-from config import LEARNING_RATES, LORA_TARGETS, MODES, RECIPES, TASKS, UserError
+from config import LEARNING_RATES, LORA_TARGETS, MODES, RECIPES, TASKS, LoRAConfig, UserError
 from device import PRECISIONS
 from distributed import launch_command
 from run_folder import RunFolder, run_name
 
 HERE = Path(__file__).resolve().parent
 SPLITS = ("train", "dev", "test")
-OF_ONE_COMMAND = {"resume", "overwrite", "debug", "runs_dir"}  # flags that a run does not keep
+# Flags of one command: never compared when a run is continued.
+OF_ONE_COMMAND = {"resume", "overwrite", "debug", "runs_dir"}
 # Flags that may differ when a run is continued: nothing computed depends on them.
 FREE_WHEN_CONTINUING = {
     "save_every", "log_every", "use_gpu", "predictions_dir", "require_test",
@@ -37,7 +38,7 @@ OTHER_NAMES = {
 
 
 def nearest_flag(flag, flags):
-    """That of `flags` which was probably meant by `flag`, or None."""
+    """The one of `flags` that was probably meant by `flag`, or None."""
     plain = {name.strip("-").lower().replace("-", "_"): name for name in flags}
     wanted = flag.strip("-").lower().replace("-", "_")
     near = difflib.get_close_matches(OTHER_NAMES.get(wanted, wanted), plain, n=1)
@@ -69,8 +70,8 @@ def number(kind, low, high, *, above=False):
     """An argparse type: an int or float from `low` (or above it) to `high`, finite."""
 
     expected = "a whole number" if kind is int else "a number"
-    expected += f" {'above' if above else 'from'} {low:g}"
-    expected += f" to {high:g}" if high else "" if above else " on"
+    expected += " above" if above else " from" if high else " of at least"
+    expected += f" {low:,} to {high:,}" if high else f" {low:,}"
 
     def parse(text):
         try:
@@ -100,106 +101,117 @@ def make_parser():
     rate, share = number(float, 0, None, above=True), number(float, 0, 1)
 
     add = parser.add_argument_group("what is trained").add_argument
-    add("--recipe", choices=RECIPES, metavar="NAME", help="the flags of a row of the paper's table "
-        f"1, or our best: {', '.join(RECIPES)}; a flag given beside it wins")
-    add("--fine-tune-mode", choices=MODES, default="full-model", help="default full-model")
+    add("--recipe", choices=RECIPES, metavar="NAME", help="preset flags, a row of the paper's "
+        f"Table 1 or ours, 'best': {', '.join(RECIPES)}; a flag given beside it overrides it")
+    add("--fine-tune-mode", choices=MODES, default="full-model",
+        help="what is trained: the heads alone, everything, or LoRA adapters and the heads "
+        "(default: %(default)s)")
     add("--tasks", nargs="+", choices=TASKS, metavar="TASK",
-        help=f"of {', '.join(TASKS)}; default all but cfimdb",
+        help=f"of {', '.join(TASKS)} (default: all but cfimdb)",
         default=[name for name, task in TASKS.items() if task.default])
     add("--pretrained", metavar="ENCODER", help="folder, hub name, or 'bundled' "
-        "(default bert-base-uncased; where the hub is out of reach, the bundled MiniLM)")
+        "(default: bert-base-uncased; where the hub is out of reach, the bundled MiniLM)")
 
     add = parser.add_argument_group("LoRA (only with --fine-tune-mode LoRA)").add_argument
-    add("--LoRA_r", type=positive, default=32, metavar="R", help="rank, default 32")
-    add("--LoRA_alpha", type=rate, default=16.0, metavar="A",
-        help="the low-rank path is scaled by A/R, default 16")
-    add("--LoRA_dropout", type=number(float, 0, 0.99), default=0.0, metavar="P",
-        help="dropout on its input, default 0")
+    add("--LoRA_r", type=positive, default=LoRAConfig.r, metavar="R",
+        help="rank (default: %(default)s)")
+    add("--LoRA_alpha", type=rate, default=LoRAConfig.alpha, metavar="A",
+        help="the low-rank path is scaled by A/R (default: %(default)g)")
+    add("--LoRA_dropout", type=number(float, 0, 0.99), default=LoRAConfig.dropout,
+        metavar="P", help="dropout on the input of the low-rank path (default: %(default)g)")
     add("--LoRA_targets", nargs="+", choices=LORA_TARGETS, metavar="LAYER",
-        default=list(LORA_TARGETS), help=f"linear layers, default all: {', '.join(LORA_TARGETS)}")
+        default=list(LORA_TARGETS), help=f"linear layers (default: all): {', '.join(LORA_TARGETS)}")
 
     add = parser.add_argument_group("heads and losses").add_argument
     for name, task in TASKS.items():
         add(f"--{name}_head", choices=task.heads, default=task.heads[0],
-            help=f"{task.title} head, default {task.heads[0]}")
+            help=f"{task.title} head (default: %(default)s)")
     add("--pooling", choices=("mean", "cls"), default="mean",
         help="a sentence's vector: mean over its tokens (default) or the first token")
     add("--pair_encoding", nargs="+", default=["separate"], metavar="[TASK=]HOW",
-        help="'separate' (default), 'joint' (a pair as one sequence) or 'both', for all pair tasks "
-        "or as para=both sts=separate")
+        help="'separate' (bi-encoder, default), 'joint' (cross-encoder: a pair is one sequence) or "
+        "'both', for all pair tasks or as para=both sts=separate")
     add("--unsupervised_simcse", action="store_true", help="contrastive loss on sentences")
     add("--supervised_simcse", action="store_true", help="contrastive loss on paraphrase pairs")
     add("--simcse_tasks", nargs="+", choices=TASKS, metavar="TASK",
-        help="tasks with the unsupervised loss, default all active ones")
+        help="tasks with the unsupervised loss (default: all of --tasks)")
     add("--r_drop", nargs="*", choices=[n for n, t in TASKS.items() if t.kind != "score"],
-        default=[], metavar="TASK", help="two passes through the model are held to the same "
-        "prediction (R-Drop), on these tasks; default none")
+        default=[], metavar="TASK", help="R-Drop on these tasks: penalise different predictions "
+        "under two dropout masks (default: none)")
     add("--swap_pairs", action="store_true",
         help="R-Drop's second pass has the two sentences of a pair in the other order")
     add("--loss_weights", nargs="+", default=[], metavar="LOSS=W",
-        help="factors of the summed losses, such as para=2, with SimCSE simcse_sst=0.1; default 1")
+        help="weights of the summed losses, as para=2, with SimCSE simcse_sst=0.1 (default: 1)")
     add("--calibration_examples", type=natural, default=2000, metavar="N",
-        help="training examples of each task on which every evaluation fits a constant that is "
-        "added to a head's outputs, since dropout shifts them; default 2000, 0 for none")
+        help="before each evaluation, fit a bias for each head on N training examples of its task, "
+        "since dropout shifts its outputs; 0 for none (default: %(default)s)")
     add("--gradient_surgery", nargs="?", choices=("sum", "mean"), const="sum", default=None,
         help="project conflicting task gradients (PCGrad), then sum (default) or average them")
 
     add = parser.add_argument_group("optimisation").add_argument
-    add("--epochs", "--epoch", type=natural, default=10, help="default 10; 0 only evaluates")
-    add("--steps_per_epoch", type=positive, metavar="N", help="optimiser steps per epoch, default "
-        "the batches of the task that has most of them, at most 2000")
+    add("--epochs", "--epoch", type=natural, default=10,
+        help="of --steps_per_epoch each; 0 only evaluates (default: %(default)s)")
+    add("--steps_per_epoch", type=positive, metavar="N", help="optimiser steps per epoch (default: "
+        "the batches of the task that has most of them, over --accumulate, at most 2000)")
     add("--batch_size", type=positive, default=8,
-        help="examples of each task a step, over all processes; default 8")
+        help="examples of each task a step, over all processes (default: %(default)s)")
     add("--task_batch_sizes", nargs="+", default=[], metavar="TASK=N",
         help="other sizes for single tasks, such as para=64")
     add("--accumulate", type=positive, default=1, metavar="N",
-        help="batches per optimiser step, default 1; in-batch negatives stay those of one batch, "
-        "since each batch's loss is complete by itself")
-    add("--lr", type=rate, help="peak learning rate of the encoder (heads in last-linear-layer), "
-        f"default by mode: {', '.join(f'{m} {r[0] or r[1]:g}' for m, r in LEARNING_RATES.items())}")
-    add("--head_lr", type=rate, help="peak learning rate of the heads, which start from random "
-        "numbers and bear a larger one; default "
+        help="batches per optimiser step; in-batch negatives stay those of one batch "
+        "(default: %(default)s)")
+    add("--lr", type=rate, help="peak learning rate of the encoder (heads in last-linear-layer; "
+        f"default: {', '.join(f'{m} {r[0] or r[1]:g}' for m, r in LEARNING_RATES.items())})")
+    add("--head_lr", type=rate, help="peak learning rate of the newly initialised heads (default: "
         f"{LEARNING_RATES['full-model'][1]:g} beside a trained encoder, "
-        f"{LEARNING_RATES['last-linear-layer'][1]:g} beside a frozen one")
+        f"{LEARNING_RATES['last-linear-layer'][1]:g} beside a frozen one)")
     add("--layer_decay", type=number(float, 0.01, 1), default=1.0, metavar="D",
         help="each encoder layer learns at D times the rate of the layer above it, the embeddings "
-        "at D times that of the lowest; default 1")
+        "at D times that of the lowest (default: %(default)g)")
     add("--freeze_word_embeddings", action=argparse.BooleanOptionalAction, default=False,
         help="full-model: train all but the word vectors, half of a small encoder's weights; "
-        "--no-freeze_word_embeddings trains them beside a recipe that does not")
+        "--no-freeze_word_embeddings overrides a recipe that freezes them")
     add("--warmup", type=share, default=0.1, metavar="SHARE",
-        help="share of all steps with rising learning rate, then linear decay; default 0.1")
+        help="share of the steps with rising learning rate, then linear decay "
+        "(default: %(default)g)")
     add("--weight_decay", type=number(float, 0, None), default=1e-3,
-        help="AdamW's, not on biases and LayerNorm, default 1e-3")
+        help="AdamW's, not on biases and LayerNorm (default: %(default)g)")
     add("--clip", type=number(float, 0, None), default=1.0, metavar="NORM",
-        help="largest norm of the gradient, default 1; 0 for no limit")
+        help="clip the gradient's norm to this; 0 for no limit (default: %(default)g)")
     add("--hidden_dropout_prob", type=number(float, 0, 0.99), metavar="P",
-        help="dropout of the encoder and the heads, default the encoder's own")
+        help="dropout of the encoder and the heads (default: the encoder's own)")
     add("--max_length", type=number(int, 3, None), metavar="TOKENS",
-        help="longest sequence, default the encoder's limit")
+        help="longest sequence (default: the encoder's limit)")
     add("--patience", type=natural, default=0, metavar="N",
-        help="stop after N evaluations without a better overall score, default 0: never")
-    add("--seed", type=number(int, 0, 2**31), default=11711, help="default 11711")
+        help="stop after N evaluations without a better overall score; 0 for never "
+        "(default: %(default)s)")
+    add("--seed", type=number(int, 0, 2**31), default=11711,
+        help="seed of initial weights, data order and dropout (default: %(default)s)")
 
     add = parser.add_argument_group("the run").add_argument
     add("--model_file_suffix", metavar="NAME", help="the run is runs/<mode>-NAME")
-    add("--runs_dir", default="runs", help="default runs")
-    add("--predictions_dir", default="predictions", help="default predictions")
+    add("--runs_dir", default="runs", metavar="DIR",
+        help="folder of all runs (default: %(default)s)")
+    add("--predictions_dir", default="predictions", metavar="DIR",
+        help="folder of the prediction files (default: %(default)s)")
     add("--resume", action="store_true", help="continue the run from its last complete state")
     add("--overwrite", action="store_true", help="remove an earlier run of the same name")
-    add("--save_every", type=natural, default=0, metavar="STEPS",
-        help="save a state every N steps too, default 0: after each epoch only")
-    add("--log_every", type=positive, default=50, metavar="STEPS", help="default 50")
+    add("--save_every", type=natural, default=0, metavar="N",
+        help="also save a state every N steps; 0: after each epoch only (default: %(default)s)")
+    add("--log_every", type=positive, default=50, metavar="N",
+        help="log every N steps (default: %(default)s)")
     add("--debug", action="store_true", help="show the traceback of an error")
 
     add = parser.add_argument_group("hardware").add_argument
-    add("--use_gpu", action="store_true", help="insist on a GPU; without the flag the best device")
+    add("--use_gpu", action="store_true",
+        help="fail without a GPU; by default the best device that is there is used")
     add("--precision", choices=PRECISIONS, default="auto",
-        help="default auto: bf16 where the hardware has it")
+        help="%(default)s (default): bf16 where the hardware has it")
     add("--deterministic", action="store_true", help="the same bits on every run on CUDA; slower")
 
     add = parser.add_argument_group("data").add_argument
-    add("--data_dir", metavar="DIR", help="default data, else the sample in data/sample")
+    add("--data_dir", metavar="DIR",
+        help="folder of the data files (default: data, or the sample in data/sample)")
     add("--require_test", action="store_true", help="fail where a test file is missing")
     for name in TASKS:
         for split in SPLITS:
@@ -210,7 +222,7 @@ def make_parser():
 
 
 def get_args(argv=None):
-    """The command line, checked: `(args, RunFolder)`.
+    """The command line, checked: `(args, RunFolder)`, with the words of it as `args.argv`.
 
     A run that is continued takes what is not given from its `run.json`. Raises `UserError` for a
     mistake.
@@ -221,20 +233,21 @@ def get_args(argv=None):
     if recipe:
         parser.set_defaults(**RECIPES[recipe].flags)
     args = parser.parse_args(argv)
+    args.argv = argv
     unset = object()  # a flag that keeps this value was not given
     blank = argparse.Namespace(**dict.fromkeys(vars(args), unset))
     given = vars(parser.parse_args(argv, namespace=blank))
     args.given = {name for name, value in given.items() if value is not unset}
     args.tasks = [name for name in TASKS if name in args.tasks]
-    args.LoRA_targets = in_order(args.LoRA_targets)
-    leave_away_what_does_not_apply(args)
-    args.expanded_command = expanded_command(parser, args, argv)
+    args.LoRA_targets = [name for name in LORA_TARGETS if name in args.LoRA_targets]
+    drop_inapplicable_flags(args)
+    args.expanded_command = expanded_command(parser, args)
     name = run_name(args.fine_tune_mode, args.model_file_suffix or args.recipe)
     run = RunFolder(Path(args.runs_dir) / name)
     if args.resume and args.overwrite:
         raise UserError("--resume and --overwrite exclude each other")
     if args.resume and run.holds_run():
-        take_over(args, run.description())
+        take_flags_of_run(args, run.description())
     check_args(args)
     if run.holds_run() and not (args.resume or args.overwrite):
         command = shlex.join([*launch_command(), "multitask_classifier.py", *argv])
@@ -245,13 +258,8 @@ def get_args(argv=None):
     return args, run
 
 
-def in_order(targets):
-    """Kinds of linear layer in the order of `LORA_TARGETS`, each once."""
-    return [name for name in LORA_TARGETS if name in targets]
-
-
-def leave_away_what_does_not_apply(args):
-    """Of flags that a recipe has set, what is for tasks or a mode that the user has not chosen."""
+def drop_inapplicable_flags(args):
+    """Undo what a recipe has set for tasks or for a mode that the user has not chosen."""
     if args.recipe and args.fine_tune_mode != RECIPES[args.recipe].flags["fine_tune_mode"]:
         for name, value in (("lr", None), ("freeze_word_embeddings", False)):
             if name not in args.given:
@@ -267,15 +275,15 @@ def leave_away_what_does_not_apply(args):
         args.pair_encoding = of_tasks or ["separate"]
 
 
-def lasting(argv):
-    """A command line without the flags by which a run is begun or continued: it can take them."""
+def without_resume_flags(argv):
+    """The command line without --resume and --overwrite, so that either can be appended."""
     return [word for word in argv if word not in ("--resume", "--overwrite")]
 
 
-def expanded_command(parser, args, argv):
+def expanded_command(parser, args):
     """The command line with the recipe's flags written out, None without a recipe.
 
-    The flags of the recipe that were given otherwise, and LoRA's in another mode, are left away.
+    Flags of the recipe that were given otherwise, and LoRA's in another mode, are omitted.
     """
     if args.recipe is None:
         return None
@@ -289,19 +297,19 @@ def expanded_command(parser, args, argv):
             values = value if isinstance(value, list) else [] if value is True else [value]
             words += [action.option_strings[0], *(f"{v:g}" if isinstance(v, float) else str(v)
                                                   for v in values)]  # fmt: skip
-    return shlex.join(["python", "multitask_classifier.py", *words, *lasting(argv)])
+    words += without_resume_flags(args.argv)
+    return shlex.join(["python", "multitask_classifier.py", *words])
 
 
 def flags_of(description):
-    """Every flag of a run by name; one that there was not at its time has its default."""
-    flags = vars(make_parser().parse_args([])) | description["args"]
-    return flags | {"LoRA_targets": in_order(flags["LoRA_targets"])}
+    """Every flag of a run by name; one that `description` does not have has its default."""
+    return vars(make_parser().parse_args([])) | description["args"]
 
 
-def take_over(args, description):
+def take_flags_of_run(args, description):
     """Fill in the flags of the run to continue; one that was given must be the run's.
 
-    As given count from here on only those that may differ: the others were checked when it began.
+    Afterwards `args.given` holds only flags that may differ: the others were checked at its start.
     """
     differences = []
     for name, value in flags_of(description).items():
@@ -310,7 +318,8 @@ def take_over(args, description):
             continue
         was = {value, description["precision"]} if name == "precision" else (value,)  # of auto
         if name in args.given and own not in was:
-            differences.append(f"--{name} is {own}, was {' or '.join(sorted(map(str, was)))}")
+            earlier = "not given" if value is None else " or ".join(sorted(map(str, was)))
+            differences.append(f"--{name} is {own}, was {earlier}")
         setattr(args, name, value)
     if differences:
         raise UserError(f"--resume: not the run that was begun: {'; '.join(differences)}")
@@ -318,7 +327,11 @@ def take_over(args, description):
 
 
 def check_args(args):
-    """Raise `UserError` for flags that contradict each other; fill in defaults that depend."""
+    """Raise `UserError` for flags that contradict each other.
+
+    Sets what follows from them: `joint`, `both`, `batch_sizes`, `contrasted` (the tasks with
+    unsupervised SimCSE), `weights`, `encoder_rate` and `head_rate`.
+    """
     mode, given = args.fine_tune_mode, args.given
     lora_flags = sorted(name for name in given if name.startswith("LoRA_"))
     if mode != "LoRA" and lora_flags:
@@ -331,18 +344,16 @@ def check_args(args):
         raise UserError("--simcse_tasks: only with --unsupervised_simcse")
     if args.supervised_simcse and "para" not in args.tasks:
         raise UserError("--supervised_simcse: needs the task para")
-    absent = [name for name in args.simcse_tasks or [] if name not in args.tasks]
-    if absent:
-        raise UserError(f"--simcse_tasks {absent[0]}: not among --tasks {' '.join(args.tasks)}")
-    contrasted = list(args.simcse_tasks or args.tasks) if args.unsupervised_simcse else []
-    for name in contrasted + ["para"] * args.supervised_simcse:
+    for flag in ("simcse_tasks", "r_drop"):
+        for name in getattr(args, flag) or []:
+            if name not in args.tasks:
+                raise UserError(f"--{flag} {name}: not among --tasks {' '.join(args.tasks)}")
+    args.contrasted = list(args.simcse_tasks or args.tasks) if args.unsupervised_simcse else []
+    for name in args.contrasted + ["para"] * args.supervised_simcse:
         if args.batch_sizes[name] < 2:
             raise UserError(
                 f"--batch_size 1 of {name}: SimCSE needs other examples in the batch, at least 2"
             )
-    absent = [name for name in args.r_drop if name not in args.tasks]
-    if absent:
-        raise UserError(f"--r_drop {absent[0]}: not among --tasks {' '.join(args.tasks)}")
     if args.swap_pairs and not any(TASKS[name].is_pair for name in args.r_drop):
         raise UserError("--swap_pairs: only with --r_drop para, whose second pass it swaps")
     if mode == "last-linear-layer":
@@ -350,8 +361,7 @@ def check_args(args):
     check_output_paths(args)
     if args.gradient_surgery and args.accumulate > 1:
         raise UserError("--gradient_surgery: not with --accumulate; raise --batch_size")
-    args.weights = loss_weights(args.loss_weights)
-    check_loss_weights(args)
+    args.weights = loss_weights(args)
     encoder_lr, head_lr = LEARNING_RATES[mode]
     frozen_encoder = mode == "last-linear-layer"
     args.encoder_rate = 0.0 if frozen_encoder else args.lr or encoder_lr
@@ -359,7 +369,7 @@ def check_args(args):
 
 
 def check_frozen(args):
-    """Raise `UserError` for what a frozen encoder leaves without an effect."""
+    """Raise `UserError` for flags that have no effect on a frozen encoder."""
     frozen = "the encoder is frozen and in eval mode in --fine-tune-mode last-linear-layer"
     if args.unsupervised_simcse or args.supervised_simcse:
         raise UserError(f"SimCSE: {frozen}; its losses could train nothing")
@@ -374,21 +384,6 @@ def check_frozen(args):
     together = args.joint + args.both
     if args.tasks == ["sts"] and args.sts_head == "cosine" and not together:
         raise UserError(f"--sts_head cosine: {frozen}; nothing to train; use --sts_head linear")
-
-
-def check_loss_weights(args):
-    """Raise `UserError` for a factor of a loss that the run does not have."""
-    if "loss_weights" not in args.given:
-        return
-    losses = [*args.tasks, *(f"r_drop_{name}" for name in args.r_drop)]
-    if args.unsupervised_simcse:
-        losses += [f"simcse_{name}" for name in args.simcse_tasks or args.tasks]
-    losses += ["simcse_para_supervised"] * args.supervised_simcse
-    for value in args.loss_weights:
-        if value.partition("=")[0] not in losses:
-            raise UserError(
-                f"--loss_weights {value}: no such loss in this run; it has {', '.join(losses)}"
-            )
 
 
 def check_output_paths(args):
@@ -450,19 +445,22 @@ def pair_encodings(values, tasks):
     return tuple(tuple(n for n in pairs if how[n] == choice) for choice in ("joint", "both"))
 
 
-def loss_weights(values):
-    """Loss name -> factor, from `--loss_weights`."""
-    names = [*TASKS, *(f"simcse_{name}" for name in TASKS), "simcse_para_supervised"]
-    names += [f"r_drop_{name}" for name, task in TASKS.items() if task.kind != "score"]
-    weights = dict.fromkeys(names, 1.0)
-    for value in values:
-        name, _, factor = value.partition("=")
-        if name not in names:
-            raise UserError(f"--loss_weights {value}; expected one of {', '.join(names)}")
+def loss_weights(args):
+    """Every loss of the run -> its weight, 1 unless `--loss_weights` says otherwise."""
+    losses = [*args.tasks, *(f"r_drop_{name}" for name in args.r_drop)]
+    losses += [f"simcse_{name}" for name in args.contrasted]
+    losses += ["simcse_para_supervised"] * args.supervised_simcse
+    weights = dict.fromkeys(losses, 1.0)
+    for value in args.loss_weights:
+        name, _, weight = value.partition("=")
+        if name not in weights:
+            raise UserError(
+                f"--loss_weights {value}: no such loss in this run; it has {', '.join(losses)}"
+            )
         try:
-            weights[name] = number(float, 0, None)(factor)
+            weights[name] = number(float, 0, None)(weight)
         except argparse.ArgumentTypeError as error:
-            raise UserError(f"--loss_weights {value}; expected LOSS=FACTOR") from error
+            raise UserError(f"--loss_weights {value}; expected LOSS=WEIGHT") from error
     return weights
 
 

@@ -68,13 +68,8 @@ class Encoder:
     substituted: bool = False
 
     def describe(self):
-        """The values a run keeps of its encoder, for `run.json`."""
-        return {
-            "name": self.name,
-            "revision": self.revision,
-            "sha256": self.sha256,
-            "substituted": self.substituted,
-        }
+        """What a run keeps of its encoder, for `run.json`: all but this machine's folder."""
+        return {name: value for name, value in vars(self).items() if name != "folder"}
 
 
 def file_sha256(path):
@@ -151,8 +146,10 @@ def _checked_sha256(folder, name):
 
 
 def _check_download(path, sha256=None):
-    """Raise `UserError` where a file of the hub's cache is not what it is named after there: its
-    SHA-256, or for a small file git's SHA-1."""
+    """Raise `UserError` where a file of the hub's cache is damaged.
+
+    It is named there after its SHA-256, or, a small file, after git's SHA-1.
+    """
     blob = path.resolve()
     if blob.parent.name != "blobs" or len(blob.name) not in (40, 64) or not blob.is_file():
         return
@@ -220,7 +217,7 @@ def _download(repo):
             message = f"encoder {repo}: {file} not downloaded: {reason}; {WAY_OUT}"
             raise UserError(message) from error
 
-    for file in OPTIONAL_FILES:  # first: once the others are in the cache nothing is asked for
+    for file in OPTIONAL_FILES:  # first: a cache that has the others counts as complete
         fetch(file)
     if not any(map(fetch, VOCABULARIES)):
         raise UserError(f"encoder {repo}: the hub has no {' and no '.join(VOCABULARIES)} of it")
@@ -323,8 +320,10 @@ class BertPreTrainedModel(nn.Module):
         return model.eval()
 
     def save_pretrained(self, folder, tokenizer=None):
-        """Write `config.json` and `model.safetensors` (and the tokenizer's files) under BERT's
-        published names, so that `transformers.BertModel.from_pretrained(folder)` loads them."""
+        """Write `config.json`, `model.safetensors` and the tokenizer's files, if given.
+
+        Under BERT's published names: `transformers.BertModel.from_pretrained(folder)` loads them.
+        """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         config = {**self.config.to_dict(), "dtype": "float32"}

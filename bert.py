@@ -3,8 +3,8 @@
 Shape legend: B rows, T tokens of a row, N tokens of all rows together, D hidden size, H heads.
 
 A row is one sentence with its padding, as usual, or several short ones side by side (`pack`): with
-one sentence a row, half of the computation would be padding. Attention sees to it that a token
-meets those of its own sentence alone; everything else works on single tokens, on all N at once.
+one sentence a row, half of the computation would be padding. In attention a token
+sees only its own sentence; everything else works on single tokens, on all N at once.
 """
 
 import math
@@ -29,7 +29,7 @@ class Rows(NamedTuple):
     input_ids: torch.Tensor  # (B, T) int64
     position_ids: torch.Tensor  # (B, T) int64, within the sentence
     token_type_ids: torch.Tensor  # (B, T) int64
-    attention_mask: torch.Tensor  # (B, 1, 1 or T, T) bool, True where a token meets another
+    attention_mask: torch.Tensor  # (B, 1, 1 or T, T) bool, True where a token may attend
 
 
 class Packed(NamedTuple):
@@ -134,7 +134,7 @@ class BertSelfAttention(nn.Module):
         return context.transpose(1, 2).reshape(B * T, -1)
 
     def attend_with_dropout(self, q, k, v, mask):
-        """The same written out, (B, H, T, D/H) each: but on CUDA no fused kernel has dropout."""
+        """The same written out, (B, H, T, D/H) each: only CUDA's fused kernels have dropout."""
         scores = (q / math.sqrt(q.size(-1))) @ k.transpose(-2, -1)
         # Added once over all heads: `scores.masked_fill` would take seven times as long.
         lowest = torch.finfo(scores.dtype).min

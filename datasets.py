@@ -123,7 +123,7 @@ def _decode(path):
 
 
 def _records(path, text):
-    """Yield (line, fields) for each record, the header first; blank lines are none.
+    """Yield (line, fields) for each record, the header first; blank lines are skipped.
 
     Raises `UserError` where a quote that was left open swallows the rows after it.
     """
@@ -168,8 +168,11 @@ def _quote_left_open(raw, record, width):
 
 
 def _holds_rows(place, lines, width):
-    """Whether a field in column `place` ends with the beginning of a row of `width` fields and
-    begins with the end of one, or holds a whole one, going by the tabs in its `lines`."""
+    """Whether a field in column `place` holds a row of `width` fields, or parts of two.
+
+    Parts: it begins with the end of one row and ends with the beginning of another. Judged by the
+    tabs in its `lines`.
+    """
     tabs = [line.count("\t") for line in lines]
     before, after = place, width - 1 - place
     begins, ends = tabs[-1] >= before, tabs[0] >= after
@@ -241,9 +244,8 @@ def _without_repeats(path, examples, lines, split):
     doubled = [name for name, count in Counter(e.id for e in unique).items() if count > 1]
     if doubled:
         name, places = doubled[0], lines[doubled[0]]
-        raise UserError(
-            f"{path}:{places[1]}: id {name} again, first on line {places[0]}; expected ids once"
-        )
+        on_lines = " and ".join(map(str, places))
+        raise UserError(f"{path}:{places[1]}: id {name} on lines {on_lines}; expected ids once")
     return unique, [f"{where} (identical rows, written once)"]
 
 

@@ -21,7 +21,7 @@ def select_device(use_gpu=False):
     if torch.backends.mps.is_available():
         return torch.device("mps")
     if use_gpu:
-        raise UserError("--use_gpu: no GPU here; the only device is cpu; leave the flag away")
+        raise UserError("--use_gpu: no GPU here; the only device is cpu; omit the flag")
     return torch.device("cpu")
 
 
@@ -59,6 +59,7 @@ def select_precision(asked, device):
 
 
 def _has_bf16(device):
+    """Whether the device multiplies bf16 matrices in hardware."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
     if device.type == "cpu":  # through oneDNN, on CPUs with AVX512-BF16 or AMX

@@ -43,7 +43,7 @@ def start(device):
             raise UserError(f"torchrun --nproc_per_node {processes}: this machine has {gpus} GPUs")
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
-    else:  # one GPU of another kind is not for several
+    else:  # several processes cannot share an Apple GPU
         device = torch.device("cpu")
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return device
@@ -101,7 +101,7 @@ def sum_over_processes(tensor):
 
 
 def _device():
-    """Where tensors of the processes' own must lie: NCCL knows GPUs alone."""
+    """Where tensors of the processes' own must lie: NCCL handles GPU tensors only."""
     return "cuda" if dist.get_backend() == "nccl" else "cpu"
 
 

@@ -29,8 +29,10 @@ from config import TASKS, UserError, overall_tasks
 from datasets import Example, TaskDataset, TaskFile, read_task_file
 from device import PRECISIONS, autocast, select_device, select_precision
 from multitask_bert import task_loss
+from report import Run, write_report
 from run_folder import RunFolder, newest_run, write_files
 from saved_models import load_run
+from script import run_script
 
 BATCH_TOKENS = {"cpu": 4096, "cuda": 65536, "mps": 16384}  # tokens of one evaluation batch
 
@@ -241,8 +243,10 @@ def write_predictions(folder, results):
 
 
 def score_files(folder, results, split):
-    """The text of `<task>-<split>-scores.tsv` by path: id, label, prediction, then probabilities
-    or score."""
+    """The text of `<task>-<split>-scores.tsv` by path.
+
+    Columns: id, label, prediction, then the probabilities or the score.
+    """
     texts = {}
     for name, result in results.items():
         labels = [""] * len(result.ids) if result.labels is None else result.labels
@@ -354,20 +358,11 @@ def name_ensemble(runs):
     return f"{name} ({', '.join(f'{task} of {counts[task]}' for task in TASKS if task in counts)})"
 
 
-def report_runs(paths, folder):
-    """Write tables and figures of finished runs into `folder`; returns the path of the document."""
-    from report import write_report
-
-    return write_report([finished_run(RunFolder(path)) for path in paths], folder)
-
-
 def finished_run(run):
     """A finished run, a `RunFolder`, as the `report.Run` that tables and figures are made of.
 
     Raises `UserError` where the run has no scores of the dev set.
     """
-    from report import Run  # which nothing but a report needs
-
     dev = read_run_scores(run, "dev")
     return Run(str(run.path), run.description(), run.metrics(), dev, overall_score(dev))
 
@@ -419,7 +414,7 @@ def predict_text(run, sentence, sentence2, device, precision):
     sentences = (sentence,) if sentence2 is None else (sentence, sentence2)
     fitting = [name for name in tasks if len(TASKS[name].sentences) == len(sentences)]
     if not fitting:
-        hint = "two sentences: add" if sentence2 is None else "one sentence: leave away"
+        hint = "two sentences: add" if sentence2 is None else "one sentence: omit"
         raise UserError(f"{run.path}: trained on {', '.join(tasks)}, of {hint} --sentence2")
     model, tokenizer, _ = load_run(run, device)
     for name in fitting:
@@ -431,21 +426,23 @@ def predict_text(run, sentence, sentence2, device, precision):
 
 def get_args(argv=None):
     """The command line."""
-    parser = FlagParser(usage="%(prog)s [FLAG ...]", description=__doc__.splitlines()[0])
+    parser = FlagParser(
+        usage="%(prog)s [FLAG ...]",
+        description="Evaluate a run or an ensemble of runs, predict on a text, or write a report.",
+    )
     add = parser.add_argument
     add("--checkpoint", nargs="+", metavar="RUN", help="folder of a run (default: the newest under "
-        "runs/); of several: their ensemble, from the scores that each run kept")
+        "runs/); several folders: their ensemble, from the scores that each run saved")
     add("--report", nargs="+", metavar="RUN", help="write tables and figures of these runs")
-    add("--report_dir", default="report", help="where the report goes, default report")
+    add("--report_dir", default="report", help="folder of the report (default: %(default)s)")
     add("--sentence", help="predict on this text instead of on files")
     add("--sentence2", help="second sentence: paraphrase and similarity of the two")
-    add("--predictions_dir", default="predictions", help="where the prediction files go, default "
-        "predictions")
-    add("--data_dir", metavar="DIR", help="where the run's data files lie now, default where they "
-        "lay when it was trained")
-    add("--use_gpu", action="store_true", help="insist on a GPU")
-    add("--precision", choices=PRECISIONS, default=None,
-        help="default: the run's own")  # fmt: skip
+    add("--predictions_dir", default="predictions", metavar="DIR",
+        help="folder of the prediction files (default: %(default)s)")
+    add("--data_dir", metavar="DIR", help="where the run's data files lie now (default: where "
+        "they lay when it was trained)")
+    add("--use_gpu", action="store_true", help="fail without a GPU")
+    add("--precision", choices=PRECISIONS, help="(default: the run's own)")
     add("--debug", action="store_true", help="show the traceback of an error")
     args = parser.parse_args(argv)
     if args.sentence2 is not None and args.sentence is None:
@@ -466,7 +463,8 @@ def main(argv=None):
     """Evaluate a run or an ensemble of runs, predict on a text, or write a report."""
     args = get_args(argv)
     if args.report:
-        print(f"wrote {report_runs(args.report, args.report_dir)}")
+        runs = [finished_run(RunFolder(path)) for path in args.report]
+        print(f"wrote {write_report(runs, args.report_dir)}")
         return
     if args.checkpoint and len(args.checkpoint) > 1:
         evaluate_ensemble(args.checkpoint, args.predictions_dir)
@@ -492,6 +490,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    from script import run_script
-
     sys.exit(run_script(main))

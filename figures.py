@@ -20,6 +20,7 @@ MARKERS = "os^Dv"
 STYLE = {"font.size": 11, "axes.grid": True, "grid.alpha": 0.3, "axes.spines.top": False,
          "axes.spines.right": False, "savefig.dpi": 150}  # fmt: skip
 LEGEND = {"loc": "outside lower center", "ncols": 3, "frameon": False, "fontsize": 10}
+PAPERS_ORDER = tuple(dict.fromkeys(("para", "sts", "sst", *TASKS)))
 LOSSES = {"classes": "cross entropy (nats)", "binary": "logistic loss (nats)",
           "score": "squared error (label points²)"}  # fmt: skip
 
@@ -91,7 +92,7 @@ def draw_losses(figure, runs, tasks, unit):
 
 def loss_pictures(runs):
     """Figures 1 to 4: the summed loss of the tasks that all runs have, then each task's."""
-    tasks = [name for name in ("para", "sts", "sst", "cfimdb") if any(name in r.dev for r in runs)]
+    tasks = [name for name in PAPERS_ORDER if any(name in r.dev for r in runs)]
     of_all = [name for name in tasks if all(name in run.dev for run in runs)]
     what = f"Sum of the task losses ({', '.join(of_all)}; without SimCSE and R-Drop)"
     shown = [("overall", what, of_all, "sum of the task losses")] if of_all else []

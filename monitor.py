@@ -1,4 +1,4 @@
-"""What is seen of a step: its mean losses and speed, or which loss left the finite numbers."""
+"""What is seen of a step: its mean losses and speed, or which loss became NaN or infinite."""
 
 import math
 import re

@@ -43,13 +43,13 @@ class FeaturesHead(nn.Module):
     Reimers & Gurevych 2019 leave u · v out.
     """
 
-    def __init__(self, hidden, dropout):
+    def __init__(self, hidden, outputs, dropout):
         super().__init__()
         self.dropout = FastDropout(dropout)
-        self.projection = nn.Linear(4 * hidden, 1)
+        self.projection = nn.Linear(4 * hidden, outputs)
 
     def forward(self, u, v):
-        """(batch, hidden) twice -> (batch, 1)."""
+        """(batch, hidden) twice -> (batch, outputs)."""
         features = torch.cat([u, v, (u - v).abs(), u * v], dim=-1)
         return self.projection(self.dropout(features))
 
@@ -78,7 +78,7 @@ class CosineHead(nn.Module):
     def __init__(self, task):
         super().__init__()
         learned = task.kind == "binary"
-        # To begin with, a cosine of .7 is a probability of ½: sentences of this encoder lie close.
+        # It starts with probability ½ at cosine .7: an encoder's sentence vectors are all alike.
         scale, bias = (10.0, -7.0) if learned else (task.high, 0.0)
         self.scale = nn.Parameter(torch.tensor([scale])) if learned else scale
         self.bias = nn.Parameter(torch.tensor([bias])) if learned else bias
@@ -112,11 +112,14 @@ def make_head(task, kind, roles, hidden, dropout):
         together = SentenceHead(hidden, task.num_classes, dropout)
         apart = make_head(task, kind, roles[1:], hidden, dropout)
         return SumHead([together, apart], [(0,), (1, 2)])
-    if kind == "features+cosine":
-        return SumHead([FeaturesHead(hidden, dropout), CosineHead(task)], [(0, 1)] * 2)
     if kind == "dot":
         return DotHead(hidden, dropout)
-    return CosineHead(task) if kind == "cosine" else FeaturesHead(hidden, dropout)
+    if kind == "cosine":
+        return CosineHead(task)
+    features = FeaturesHead(hidden, task.num_classes, dropout)
+    if kind == "features+cosine":
+        return SumHead([features, CosineHead(task)], [(0, 1)] * 2)
+    return features
 
 
 def task_loss(task, outputs, labels):
@@ -269,7 +272,7 @@ class MultitaskBERT(nn.Module):
     def simcse_inputs(self, name, batch):
         """The sequences that the contrastive losses need: every sentence, by itself, twice over.
 
-        Where the task encodes its sentences by themselves too, that is the first of the two.
+        A pass that the task's head needs anyway serves as the first of the two.
         """
         groups = {}
         if name in self.config.simcse_tasks:

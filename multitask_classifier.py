@@ -93,7 +93,7 @@ def backward(model, step_batches, args, step, precision, scaler):
     """The gradient of the summed loss of a step, left in the parameters' `.grad`.
 
     `model` may be DDP's replica; `step_batches` are the step's batches, one unless accumulated.
-    Returns each loss as a detached scalar, and what else is logged: nothing.
+    Returns each loss as a detached scalar, and an empty dict (surgery has more to log).
     """
     device = next(model.parameters()).device
     losses = defaultdict(float)
@@ -111,9 +111,10 @@ def backward(model, step_batches, args, step, precision, scaler):
 
 
 def backward_with_surgery(model, step_batches, args, step, precision, scaler):
-    """As `backward`, task by task, with the encoder's conflicting gradients projected.
+    """As `backward`, one task at a time, with the encoder's conflicting gradients projected.
 
-    A task's contrastive losses join its own. Returns the losses and what is logged of the conflict.
+    A task's SimCSE and R-Drop losses belong to it. Returns the losses, and the share of conflicts
+    and the cosines of the gradients to log.
     """
     device = next(model.parameters()).device
     shared = [p for p in model.bert.parameters() if p.requires_grad]
@@ -143,7 +144,7 @@ def backward_with_surgery(model, step_batches, args, step, precision, scaler):
 
 
 def fix_order_of_sums(replica, batches, args, precision):
-    """A pass that counts for nothing, over the same batch in a new and in a continued run.
+    """Run one pass and discard it, over the same batch in a new and in a continued run.
 
     From its second pass on DDP adds gradients up in the order in which they came in the first. A
     continued run has to add them in that order at once, to be the unbroken run to the last bit.
@@ -244,7 +245,7 @@ def evaluate_and_keep(
 
     `train_sets` maps a task to the `TaskDataset` to calibrate on; the others are as in `train`,
     whose `save()` writes the state. A signal in the middle saves the state before the evaluation,
-    which continuing makes up for.
+    which --resume then repeats.
     """
     began = time.perf_counter()
     try:
@@ -291,7 +292,7 @@ def prepare_run(args, run, description):
     if earlier.get("threads") != description["threads"]:
         say(f"warning: {description['threads']} threads, were {earlier.get('threads')}: the result "
             "will not be that of an unbroken run to the last bit")  # fmt: skip
-    state = run.load_state(say)
+    state = run.load_state()
     if state is None:
         say(f"{run.path}: no state was ever completed; starting at step 0")
         return None
@@ -379,14 +380,14 @@ def main(argv=None):
     args.total_steps = args.epochs * args.steps_per_epoch
     # ---- device, optimiser, continue
     model.to(device)
-    if precision == "bf16" and args.fine_tune_mode == "LoRA":  # elsewhere they are saved, in fp32
+    if precision == "bf16" and args.fine_tune_mode == "LoRA":  # in other modes they are saved: fp32
         model.bert.keep_frozen_in(torch.bfloat16)
     optimizer = make_optimizer(model, args)
     values = dict(FRESH_STATE)
     if state:
         load_training_state(model, optimizer, state.tensors)
         values |= state.values
-    else:  # only now, when nothing that was asked for can be wrong any more
+    else:  # only now, after every check: it removes an earlier run
         run.start(description | {"parameters": count_parameters(model)})
     # ---- loop
     lora = lora_config_of(vars(args))

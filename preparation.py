@@ -5,14 +5,13 @@ import re
 import shlex
 import shutil
 import subprocess
-import sys
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
 
 import distributed
-from arguments import HERE, SPLITS, data_paths, in_sample, lasting
+from arguments import HERE, SPLITS, data_paths, in_sample, without_resume_flags
 from base_bert import file_sha256, load_strictly
 from bert import BertModel
 from config import TASKS, BertConfig, MultitaskConfig, UserError
@@ -77,12 +76,11 @@ def recorded_paths(args, description):
 
 def describe_run(args, encoder, files, device, precision):
     """Everything that a run depends on, for `run.json`."""
-    derived = ("given", "weights", "expanded_command")
+    derived = ("argv", "given", "contrasted", "weights", "expanded_command")
     values = {name: value for name, value in vars(args).items() if name not in derived}
+    words = [*distributed.launch_command(), "multitask_classifier.py"]
     return {
-        "command": shlex.join(
-            [*distributed.launch_command(), "multitask_classifier.py", *lasting(sys.argv[1:])]
-        ),
+        "command": shlex.join([*words, *without_resume_flags(args.argv)]),
         "expanded_command": args.expanded_command,
         "args": values,
         "encoder": encoder.describe(),
@@ -97,7 +95,7 @@ def describe_run(args, encoder, files, device, precision):
 
 
 def git_commit():
-    """The commit that this program is, None outside a repository."""
+    """The git commit of this code, None outside a repository."""
     if not shutil.which("git"):
         return None
     command = ["git", "rev-parse", "HEAD"]
@@ -139,7 +137,7 @@ def check_same_everywhere(description, state):
 
 
 def check_fit(args, encoder, tokenizer):
-    """Raise `UserError` where more is asked for than the encoder has; no weights load."""
+    """Check the flags against the encoder's sizes, before its weights load: `UserError`."""
     config = BertConfig.from_file(encoder.folder / "config.json")
     limit = tokenizer.model_max_length  # `load_encoder` holds it to the encoder's positions
     if args.max_length and args.max_length > limit:
@@ -164,12 +162,12 @@ def build_model(args, encoder, tokenizer):
     config = MultitaskConfig(
         tasks=tuple(args.tasks),
         heads={name: getattr(args, f"{name}_head") for name in args.tasks},
-        joint=tuple(args.joint),
-        both=tuple(args.both),
+        joint=args.joint,
+        both=args.both,
         pooling=args.pooling,
         dropout=bert.embeddings.dropout.p,
         max_length=args.max_length or tokenizer.model_max_length,
-        simcse_tasks=tuple(args.simcse_tasks or args.tasks) if args.unsupervised_simcse else (),
+        simcse_tasks=tuple(args.contrasted),
         supervised_simcse=args.supervised_simcse,
         r_drop=tuple(args.r_drop),
         swap_pairs=args.swap_pairs,
@@ -218,7 +216,7 @@ def training_state(model, optimizer):
 
 
 def load_training_state(model, optimizer, tensors):
-    """Put back what `training_state` gave; strict about every name and shape."""
+    """Put back what `training_state` gave; strict about the weights' names and shapes."""
     trained = {n: p.data for n, p in model.named_parameters() if p.requires_grad}
     load_strictly(trained, tensors["trained"], "state")
     parameters = dict(model.named_parameters())
@@ -278,3 +276,6 @@ def announce(args, run, model, encoder, datasets, device, precision):
         f"{args.epochs} epochs of {args.steps_per_epoch} steps, batch {describe_sizes(args)}, "
         f"learning rate {args.encoder_rate:g} (heads {args.head_rate:g})"
     )
+    twice = args.unsupervised_simcse or (args.r_drop and not args.swap_pairs)
+    if twice and not model.config.dropout:
+        say("warning: without dropout the two passes of SimCSE and R-Drop are the same")

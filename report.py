@@ -29,7 +29,7 @@ LONGEST_TEXT = 160  # characters of a sentence in a table
 NAMES = {"seed", "model_file_suffix", "recipe", "pretrained", "data_dir", "expanded_command"}
 NAMES |= {f"{task}_{split}" for task in TASKS for split in SPLITS}
 NAMES |= FREE_WHEN_CONTINUING | OF_ONE_COMMAND
-# Flags with which a row of the paper is still that row, trained for longer or otherwise.
+# Flags of the training budget: a run that differs in these alone is still that row of the paper.
 BUDGET = {"epochs", "steps_per_epoch", "patience", "batch_size", "task_batch_sizes", "accumulate",
           "lr", "head_lr", "precision", "deterministic", "calibration_examples"}  # fmt: skip
 
@@ -87,7 +87,7 @@ def group_runs(runs):
     """The rows of the tables: label -> runs that differ only in seed and name."""
     groups = {}
     for run in runs:
-        flags = flags_of(run.description)  # in one order, with those that a later version added
+        flags = flags_of(run.description)
         flags = {name: value for name, value in flags.items() if name not in NAMES}
         files = [file["sha256"] for of_task in run.description["data"].values()
                  for file in of_task.values()]  # fmt: skip
@@ -149,8 +149,9 @@ def paraphrase_notes(runs):
     """What has to stand beside every paraphrase score."""
     runs, notes = [run for run in runs if "para" in run.dev], []
     seen = [run.description["data"]["para"]["train"]["examples"] for run in runs]
-    if seen and max(seen) < 200_000:
-        notes.append(f"Paraphrase: training saw {max(seen):,} pairs, the paper's some 283,000.")
+    if few := [number for number in seen if number < 200_000]:
+        counts = " and ".join(f"{number:,}" for number in sorted(set(few)))
+        notes.append(f"Paraphrase: training saw {counts} pairs, the paper's some 283,000.")
     if any("MiniLM" in run.description["encoder"]["name"] for run in runs):
         notes.append(
             "all-MiniLM-L6-v2 was itself trained contrastively on Quora duplicates (its model "
@@ -216,7 +217,7 @@ def scores_table(rows):
         if recipe:
             notes.append(f"*{escape(label)}*: {recipe.reading}.")
     if len({tuple(overall_tasks(run.dev)) for run in runs}) > 1:
-        notes.append("Overall scores of rows with different tasks do not compare.")
+        notes.append("Overall scores of rows with different tasks are not comparable.")
     caption = (
         "Dev scores by strategy. Overall: mean of the accuracies and (1 + correlation) / 2. "
         "Several runs: mean ± standard deviation over seeds; a single run: 95 % bootstrap interval "
@@ -259,8 +260,7 @@ def cost_table(rows):
 
 def examples_a_step(args):
     """Examples of each task in an optimiser step, as text: one number where all are the same."""
-    sizes = args.get("batch_sizes") or dict.fromkeys(args["tasks"], args["batch_size"])
-    sizes = {name: size * args["accumulate"] for name, size in sizes.items()}
+    sizes = {name: size * args["accumulate"] for name, size in args["batch_sizes"].items()}
     if len(set(sizes.values())) == 1:
         return str(next(iter(sizes.values())))
     return ", ".join(f"{size} {name}" for name, size in sizes.items())

@@ -8,7 +8,7 @@
         predictions/            prediction files, and the scores behind them
 
 Every file appears under its name complete or not at all: it is written beside, flushed to disk and
-renamed; a folder goes as it came, renamed first. Folders with weights carry the SHA-256 of each of
+renamed; a folder is renamed before it is removed. Folders with weights carry the SHA-256 of each of
 their files. A best model stays as long as one of the states counts on it.
 """
 
@@ -66,6 +66,7 @@ def output_errors(path):
 
 
 def _existing(path):
+    """The path, or the nearest folder above it that exists."""
     while not path.exists() and path != path.parent:
         path = path.parent
     return path
@@ -105,6 +106,7 @@ def turns_in(folders):
 
 
 def _wait_for_lock(descriptor, folder):
+    """Lock an open folder; says so where that has to wait for another process."""
     with contextlib.suppress(OSError):  # no locks here: nothing to wait for
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -130,6 +132,7 @@ def write_files(texts):
 
 
 def _write_and_rename(texts, paths):
+    """Write `texts` to their temporary `paths`, then give all of them their names."""
     try:
         for path, temporary in paths.items():
             with output_errors(path):
@@ -197,7 +200,7 @@ def run_name(mode, suffix):
 
 
 class RunFolder:
-    """One run's folder, locked while the run is alive (the lock of a dead process is none)."""
+    """One run's folder, locked while the run is alive (the lock of a dead process is ignored)."""
 
     def __init__(self, path):
         self.path = Path(path)
@@ -207,7 +210,7 @@ class RunFolder:
     def open(self):
         """Lock the folder, made where it is missing, and clear away what a kill left half done.
 
-        Raises `UserError` where another process is at work in it, `OutputError` where `best` could
+        Raises `UserError` where another process uses it, `OutputError` where `best` could
         not become a link.
         """
         with output_errors(self.path):
@@ -219,7 +222,7 @@ class RunFolder:
             self._lock.seek(0)
             owner = self._lock.read().strip() or "unknown"
             raise UserError(
-                f"{self.path}: another run is at work in it (process {owner})"
+                f"{self.path}: in use by another run (process {owner})"
             ) from None
         except OSError as error:
             if error.errno not in NO_LOCKS:
@@ -263,7 +266,7 @@ class RunFolder:
 
     @staticmethod
     def _remove(places):
-        """Remove files and folders. A folder loses its name first: half of it is none."""
+        """Remove files and folders; folders are renamed first, so none is ever there in half."""
         for place in list(places):
             if place.is_symlink() or not place.is_dir():
                 place.unlink(missing_ok=True)
@@ -314,7 +317,7 @@ class RunFolder:
             file.write(json.dumps(values) + "\n")
 
     def metrics(self):
-        """All logged lines as dicts; a last line that a kill cut short is none."""
+        """All logged lines as dicts; a last line that a kill cut short is ignored."""
         if not self.metrics_file.exists():
             return []
         text = self.metrics_file.read_text(encoding="utf-8", errors="replace")
@@ -322,6 +325,7 @@ class RunFolder:
         return [self._metric(number, line) for number, line in enumerate(lines, start=1)]
 
     def _metric(self, number, line):
+        """A logged line as a dict. Raises `UserError` where it is damaged."""
         try:
             return json.loads(line)
         except ValueError as error:
@@ -360,6 +364,7 @@ class RunFolder:
         self._link_best(target)
 
     def _link_best(self, target):
+        """Exchange the link `best` for one to the folder `target`, in one step."""
         with output_errors(self.best):
             link = self.path / f"{TEMPORARY}best"
             link.unlink(missing_ok=True)
@@ -418,11 +423,12 @@ class RunFolder:
     def _unused(folder, name):
         """The path `folder/name.<number>` that is not taken, after all that are."""
         taken = _numbered(folder, name)
-        return folder / f"{name}.{int(taken[-1].suffix[1:]) + 1 if taken else 0}"
+        return folder / f"{name}.{_number(taken[-1]) + 1 if taken else 0}"
 
     def _states(self):
         """Folders of complete states, newest first."""
-        return sorted((self.path / "state").glob("step-*"), reverse=True)
+        folders = (self.path / "state").glob("step-*")
+        return sorted(folders, key=lambda path: (path.stem, _number(path)), reverse=True)
 
     @staticmethod
     def _values(folder):
@@ -444,11 +450,11 @@ class RunFolder:
             return None, f"{folder / 'state.json'}: not a state's values"
         return State(values, tensors), self._find_best(values["best_step"])
 
-    def load_state(self, say=print):
+    def load_state(self, say=say):
         """The newest whole state, None where none was ever completed.
 
-        A damaged one is passed over with a word to `say`, and so is one whose best model is
-        damaged. Raises `UserError` where none is whole.
+        A damaged one is passed over with a warning by `say`, and so is one whose best model is damaged.
+        Raises `UserError` where none is whole.
         """
         folders = self._states()
         for place, folder in enumerate(folders):
@@ -468,7 +474,12 @@ class RunFolder:
 
 def _numbered(folder, name):
     """The paths `folder/name.<number>` that there are, in order."""
-    return sorted(folder.glob(f"{name}.*"))
+    return sorted(folder.glob(f"{name}.*"), key=_number)
+
+
+def _number(path):
+    """The number after the point of a folder's name, as `best-00000200.1`."""
+    return int(path.suffix[1:])
 
 
 class ReadOnlyRunFolder(RunFolder):

@@ -5,6 +5,7 @@ LoRA the adapter as `peft` reads it, and the heads beside it.
 """
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 from base_bert import load_encoder, load_strictly, read_tensors, write_tensors
@@ -23,36 +24,34 @@ def save_model(model, tokenizer, encoder, lora_config, folder):
     """
     folder = Path(folder)
     if lora_config:
-        base = encoder.name
-        save_adapter(model.bert, folder, lora_config, base, encoder.revision)
+        save_adapter(model.bert, folder, lora_config, encoder.name, encoder.revision)
         tokenizer.save_pretrained(folder)
     else:
         model.bert.save_pretrained(folder, tokenizer)
-        _write_sentence_transformers_files(folder, model.config)
+        _write_sentence_transformers_files(folder, model)
     heads = {n: t for n, t in model.state_dict().items() if not n.startswith("bert.")}
     write_tensors(folder / "heads.safetensors", heads)
-    settings = {name: getattr(model.config, name) for name in MultitaskConfig.__dataclass_fields__}
-    (folder / "heads.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    text = json.dumps(asdict(model.config), indent=2) + "\n"
+    (folder / "heads.json").write_text(text, encoding="utf-8")
 
 
-def _write_sentence_transformers_files(folder, config):
+def _write_sentence_transformers_files(folder, model):
     """Which modules `SentenceTransformer(folder)` puts together: this encoder and this pooling."""
     kind = "sentence_transformers.models"
     modules = [
         {"idx": 0, "name": "0", "path": "", "type": f"{kind}.Transformer"},
         {"idx": 1, "name": "1", "path": "1_Pooling", "type": f"{kind}.Pooling"},
     ]
-    size = json.loads((folder / "config.json").read_text(encoding="utf-8"))["hidden_size"]
     pooling = {
-        "word_embedding_dimension": size,
-        "pooling_mode_cls_token": config.pooling == "cls",
-        "pooling_mode_mean_tokens": config.pooling == "mean",
+        "word_embedding_dimension": model.bert.config.hidden_size,
+        "pooling_mode_cls_token": model.config.pooling == "cls",
+        "pooling_mode_mean_tokens": model.config.pooling == "mean",
     }
     (folder / "1_Pooling").mkdir()
     for name, content in (
         ("modules.json", modules),
         ("1_Pooling/config.json", pooling),
-        ("sentence_bert_config.json", {"max_seq_length": config.max_length}),
+        ("sentence_bert_config.json", {"max_seq_length": model.config.max_length}),
     ):
         (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 

@@ -20,7 +20,7 @@ RELAY_SECONDS = 5  # within these a signal that comes again is torchrun's copy o
 
 
 class NotFinite(Exception):
-    """Training left the finite numbers; the weights are those before the step."""
+    """A loss or gradient became NaN or infinite; the weights are those before the step."""
 
     exit_code = 3
     on_all_processes = True
@@ -39,7 +39,7 @@ class Stopped(Exception):
 
     def __init__(self, number):
         name = signal.Signals(number).name
-        super().__init__(f"stopped by {name}; the state is saved: continue with --resume")
+        super().__init__(f"stopped by {name}; continue with --resume")
         self.exit_code = 128 + number
 
 
@@ -60,8 +60,10 @@ def bar_size():
 
 @contextlib.contextmanager
 def memory_errors(device, batch):
-    """Turn an exhausted memory into an `OutOfMemory` that says what to lower; `batch` describes
-    its size."""
+    """Turn an exhausted memory into an `OutOfMemory` that says what to lower.
+
+    `batch` describes the size of a batch.
+    """
     try:
         yield
     except (MemoryError, RuntimeError) as error:  # torch's CPU allocator: a plain RuntimeError
@@ -122,6 +124,7 @@ class UnbreakableStream:
             os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
 
     def __getattr__(self, name):
+        """Everything else is the stream's own."""
         return getattr(self._stream, name)
 
 
@@ -133,10 +136,9 @@ def protect_streams():
 
 
 def run_script(main, argv=None):
-    """Run a script's `main(argv)`, turn its failures into one line and an exit code.
+    """Run a script's `main(argv)`, turn its failures into one line and an exit code, as above.
 
-    0 done; 1 input, output or memory; 2 the user's mistake; 3 numbers that are not finite; 128 + n
-    ended by signal n. `--debug` shows the traceback.
+    `--debug` shows the traceback.
     """
     protect_streams()
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -161,5 +163,6 @@ def run_script(main, argv=None):
 
 
 def _one_line(error):
+    """An error's text without line breaks; its class where it is none of the program's own."""
     text = " ".join(str(error).split())
     return text if hasattr(error, "exit_code") else f"{type(error).__name__}: {text}"

@@ -20,15 +20,16 @@ SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 # A text is cut here before it is tokenised, so that a 10 MB line takes no longer than a page:
 # 512 tokens of ordinary text are some 3,000 characters.
 MAX_CHARACTERS = 100_000
-# Of these classes `tokenizer.json` says how a text is normalised, of others the settings alone.
+# For these classes `tokenizer.json` says how a text is normalised, for others
+# `tokenizer_config.json`.
 COMPLETE_CLASSES = ("PreTrainedTokenizerFast", "TokenizersBackend")
 
 
 class BertTokenizer:
     """WordPiece tokenizer of one encoder (Devlin et al. 2019; Wu et al. 2016).
 
-    `vocab` lists the word pieces in the order of their ids. `strip_accents` None: where it is
-    lower-cased. `split_chinese`: each Chinese character is a word of its own.
+    `vocab` lists the word pieces in the order of their ids. `strip_accents` None: as `lowercase`.
+    `split_chinese`: each Chinese character is a word of its own.
     """
 
     def __init__(

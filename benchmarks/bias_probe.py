@@ -174,9 +174,9 @@ def measure_pairs(heads, name):
 # ------------------------------------------------------------------------------------- the tables
 
 
-def decimals(value, digits=2):
-    """A number of so many digits after the point, never "-0.00"."""
-    return f"{round(float(value), digits) + 0.0:.{digits}f}"
+def decimals(value):
+    """A number with two digits after the point, never "-0.00"."""
+    return f"{round(float(value), 2) + 0.0:.2f}"
 
 
 def neutral_table(heads):
@@ -253,12 +253,14 @@ def make_tables(heads):
 def make_report(run, heads, command):
     """The report as Markdown."""
     tables = make_tables(heads)
+    step = run.best_step()  # none where a copy of the run followed the link
+    of_step = "" if step is None else f" of step {step}"
     source = provenance([Run(str(run.path), heads.description, [], {}, 0.0)])
     missing = [name for name in ("sst", "para", "sts") if not heads.has(name)]
     left_out = f" The run has no head for {', '.join(missing)}: left out." if missing else ""
     return "\n".join([
         "# Group words\n",
-        f"Made by `{command}`: best model, step {run.best_step()}, computed in {heads.precision}. "
+        f"Made by `{command}`: best model{of_step}, computed in {heads.precision}. "
         f"{source}{left_out}\n",
         READING, LIMITS, *(format_table(*numbered) for numbered in enumerate(tables, start=1)),
     ])  # fmt: skip
@@ -273,7 +275,7 @@ def get_args(argv=None):
     add = parser.add_argument
     add("run", metavar="RUN", help="folder of a finished run, such as runs/LoRA")
     add("--out", metavar="FILE", help="write the report here too")
-    add("--use_gpu", action="store_true", help="insist on a GPU")
+    add("--use_gpu", action="store_true", help="fail without a GPU")
     add("--precision", choices=PRECISIONS, default="fp32", help="default fp32, whatever the run's "
         "own: small differences should not be those of rounding")  # fmt: skip
     add("--debug", action="store_true", help="show the traceback of an error")

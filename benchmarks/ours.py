@@ -34,7 +34,10 @@ def dataset(workload, split, task, limit=0):
         for row, label in enumerate(labels)
     ]
     path = Path(workload) / f"{split}-{task}.npz"
-    look_up = lambda places, max_length: [columns[n][row] for n, row in places]  # noqa: E731
+
+    def look_up(places, max_length):
+        return [columns[number][row] for number, row in places]
+
     return TaskDataset(TaskFile(path, examples, [], len(examples)), TASK_ROWS[task], look_up, None)
 
 

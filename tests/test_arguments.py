@@ -152,10 +152,10 @@ def test_a_batch_of_one_of_a_single_task_leaves_simcse_without_negatives():
 def test_loss_weights():
     weights = parse("--unsupervised_simcse --loss_weights para=2 simcse_sst=0.1").weights
     assert (weights["para"], weights["simcse_sst"], weights["sst"]) == (2.0, 0.1, 1.0)
-    assert set(weights) >= {"sst", "simcse_para", "simcse_para_supervised"}
+    assert set(weights) == {"sst", "para", "sts", "simcse_sst", "simcse_para", "simcse_sts"}
 
 
-@pytest.mark.parametrize("value", ["para", "para=much", "para=-1", "para=nan", "other=1"])
+@pytest.mark.parametrize("value", ["para", "para=much", "para=-1", "para=nan"])
 def test_wrong_loss_weights(value):
     with pytest.raises(UserError, match=f"--loss_weights {value}; expected"):
         parse(f"--loss_weights {value}")
@@ -337,7 +337,7 @@ def test_a_run_from_before_a_flag_goes_on_without_it():
     description = json.loads((run.path / "run.json").read_text())
     for name in ("r_drop", "task_batch_sizes", "batch_sizes", "both"):
         del description["args"][name]
-    description["args"]["pair_encoding"] = ["para=joint", "sts=separate"]
+    description["args"] |= {"pair_encoding": ["para=joint", "sts=separate"], "loss_weights": []}
     (run.path / "run.json").write_text(json.dumps(description))
     args = parse("--recipe best --resume")
     assert (args.r_drop, args.joint, args.both) == ([], ("para",), ())
@@ -345,20 +345,6 @@ def test_a_run_from_before_a_flag_goes_on_without_it():
     for flags in ("--task_batch_sizes para=64", "--r_drop sst"):
         with pytest.raises(UserError, match="not the run that was begun"):
             parse(f"--recipe best --resume {flags}")
-
-
-def test_a_run_from_before_a_check_goes_on_by_the_same_command():
-    """Targets were recorded as they were given, and factors of losses that a run has not taken."""
-    run = a_run(f"{LORA} --LoRA_targets query value")
-    description = json.loads((run.path / "run.json").read_text())
-    description["args"] |= {"LoRA_targets": ["value", "query", "value"],
-                            "loss_weights": ["simcse_sst=0.1", "para=2"]}  # fmt: skip
-    (run.path / "run.json").write_text(json.dumps(description))
-    command = f"{LORA} --LoRA_targets value query value --loss_weights simcse_sst=0.1 para=2"
-    args = parse(f"{command} --resume")
-    assert args.LoRA_targets == ["query", "value"] and args.weights["para"] == 2
-    with pytest.raises(UserError, match="no such loss"):
-        parse(f"{command} --overwrite")
 
 
 def test_a_run_is_neither_continued_nor_replaced_unasked():

@@ -151,7 +151,7 @@ def test_the_tables_hold_every_statement_group_and_category(report):
 
 def test_the_report_says_of_what_it_is_how_to_read_it_and_what_it_cannot_show(report, run):
     assert f"python benchmarks/bias_probe.py {run}" in report
-    assert "step 3, computed in fp32" in report and "**generated sample**" in report
+    assert "best model of step 3, computed in fp32" in report and "**generated sample**" in report
     assert "How to read it." in report
     assert "no claim of\ncompleteness" in report and "English" in report
 

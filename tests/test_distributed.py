@@ -435,7 +435,7 @@ def test_sigterm_to_torchrun_saves_the_state(bench):
     torchrun.send_signal(signal.SIGTERM)
     _, err = torchrun.communicate(timeout=60)
     assert torchrun.returncode != 0
-    assert err.count("stopped by SIGTERM; the state is saved") == 1, err
+    assert err.count("stopped by SIGTERM; continue with --resume") == 1, err
     last = sorted(run.glob("state/step-*"))[-1]
     step = int(last.stem.split("-")[1])
     code, out, err = bench.run(2, SCRIPT, *args, "--resume")

@@ -84,7 +84,7 @@ def succeeded(done):
         (["--tasks", "sst", "ner"], ["'ner'"]),
         (["--pooling"], ["--pooling"]),
         (["--pair_encoding", "sst=joint"], ["sst=joint", "para"]),
-        (["--loss_weights", "stss=2"], ["stss=2", "simcse_sts"]),
+        (["--loss_weights", "stss=2"], ["stss=2", "it has sst, para, sts"]),
         (["--resume", "--overwrite"], ["--resume", "--overwrite"]),
     ],
 )
@@ -126,7 +126,7 @@ def test_03_no_epochs(program, tiny, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        ("--LoRA_r 0", ["--LoRA_r", "from 1"]),
+        ("--LoRA_r 0", ["--LoRA_r", "of at least 1"]),
         ("--LoRA_r 33", ["--LoRA_r 33", "1 to 32"]),
         ("--LoRA_alpha 0", ["--LoRA_alpha", "above 0"]),
         ("--LoRA_alpha -1", ["--LoRA_alpha", "above 0"]),
@@ -269,7 +269,7 @@ def test_14_whole_numbers_in_another_spelling(tmp_path):
 def test_15_repeated_ids(tmp_path):
     other = SST + rows(3) + "3\tid1\tanother sentence\t3\n"
     same = SST + rows(3) + "3\tid1\tsentence 1\t3\n"
-    rejected(tmp_path, other, ":5:", "id id1", "line 3", split="dev")
+    rejected(tmp_path, other, ":5:", "id id1 on lines 3 and 5", split="dev")
     found = read(tmp_path, same, split="dev")
     assert [e.id for e in found.examples] == ["id0", "id1", "id2"]  # written once
     assert "id id1 again" in found.warnings[0]
@@ -713,6 +713,16 @@ def load(path, said=None):
     return state and (state.values["step"], float(state.tensors["trained"]["weight"][0]))
 
 
+def test_the_twelfth_state_of_one_step_is_the_newest(tmp_path):
+    """Folders of one step are numbered, and .10 comes after .9."""
+    run = fill_run(tmp_path / "run", [5])
+    for evaluated in range(12):
+        run.save_best(5, lambda folder: write_model(folder, {"weight": torch.zeros(1)}))
+        run.save_state({"step": 5, "evaluated": evaluated, "best_step": 5}, {"trained": {}})
+    assert run.load_state().values["evaluated"] == 11
+    assert run.best.readlink().name == "best-00000005.12"
+
+
 @pytest.mark.parametrize("file", ["manifest.json", "state.json", "trained.safetensors",
                                   "optimizer.safetensors", "best/manifest.json",
                                   "best/config.json", "best/model.safetensors"])  # fmt: skip
@@ -1085,7 +1095,7 @@ def test_38_a_lock_that_another_process_holds_is_no_file_system_without_locks(
         raise OSError(code, os.strerror(code))
 
     monkeypatch.setattr(fcntl, "flock", refuse)
-    with pytest.raises(UserError, match="another run is at work in it"):
+    with pytest.raises(UserError, match="in use by another run"):
         RunFolder(tmp_path / "runs/x").open()
 
 
@@ -1171,7 +1181,7 @@ def test_38_two_runs_in_one_folder(program, tiny, halfway, expected, tmp_path):
     stdout = tmp_path / "other/stdout"
     wait_for(lambda: stdout.exists() and "locked" in stdout.read_text())
     done = program.run(tmp_path, tiny.argv("--resume"), [WATCH])
-    refused(done, "runs/full-model", "another run", holder)
+    refused(done, "runs/full-model", "in use by another run", holder)
     os.kill(holder, signal.SIGKILL)
     program.wait(holder, tmp_path / "other")
     succeeded(program.run(tmp_path, tiny.argv("--resume")))
@@ -1244,8 +1254,8 @@ def test_42_a_finished_run(program, tiny, unbroken, expected, tmp_path):
         (["--batch_size", 5], ["--batch_size is 5, was 4"]),
         (["--seed", 1], ["--seed is 1, was 11711"]),
         (["--precision", "bf16"], ["--precision is bf16, was fp32"]),
-        (["--max_length", 20], ["--max_length is 20, was None"]),
-        (["--epochs", 3, "--lr", 1], ["--epochs is 3, was 2", "--lr is 1.0, was None"]),
+        (["--max_length", 20], ["--max_length is 20, was not given"]),
+        (["--epochs", 3, "--lr", 1], ["--epochs is 3, was 2", "--lr is 1.0, was not given"]),
         (["--pretrained", "bundled"], ["--pretrained is bundled"]),
         (["--data_dir", "elsewhere"], ["elsewhere/ids-sst-train.csv"]),  # its content counts
     ],

@@ -233,7 +233,7 @@ def test_a_stopped_sweep_saves_its_run_and_goes_on_there(workplace, tmp_path, nu
             time.sleep(0.05)
         process.send_signal(number)
         assert process.wait(timeout=60) == 128 + number
-    assert "the state is saved" in (tmp_path / "log").read_text("utf-8")
+    assert "continue with --resume" in (tmp_path / "log").read_text("utf-8")
     stopped = metrics_of(metrics.parent)[-1]["step"]
     assert 0 < stopped < 300
     done = subprocess.run(command, cwd=workplace, env=ENVIRONMENT, capture_output=True, text=True,

@@ -255,7 +255,7 @@ def test_the_cosine_head_of_paraphrase_learns_its_threshold():
 
 def test_features_by_hand():
     """u, v, |u - v| and the elementwise product, in this order."""
-    head = FeaturesHead(2, 0.0)
+    head = FeaturesHead(2, 1, 0.0)
     with torch.no_grad():
         head.projection.weight.copy_(torch.tensor([[1.0, 10, 2, 20, 3, 30, 4, 40]]))
         head.projection.bias.zero_()

@@ -26,7 +26,7 @@ DOCUMENTED = {
     "simcse-full": "--fine-tune-mode full-model --sst_head ffn --para_head features "
     "--sts_head cosine --unsupervised_simcse",
 }
-OWN = ("given", "recipe", "expanded_command")  # what only a recipe's command line sets
+OWN = ("argv", "given", "recipe", "expanded_command")  # what only a recipe's command line sets
 
 
 @pytest.fixture(autouse=True)

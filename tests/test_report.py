@@ -239,8 +239,18 @@ def test_each_tasks_errors_are_those_of_a_run_with_most_tasks(runs):
     assert report.best_run([*alone.values(), run], "sts") is run
     assert report.best_run([alone["sst"], alone["sts"]], "sts") is alone["sts"]
     notes = report.scores_table(report.group_runs([run, alone["sts"]])).notes
-    assert any("do not compare" in note for note in notes)
+    assert any("are not comparable" in note for note in notes)
     assert not any("compare" in n for n in report.scores_table(report.group_runs([run])).notes)
+
+
+def test_every_run_of_few_pairs_is_named_beside_one_of_many(runs):
+    """A paraphrase score of 16,000 pairs beside one of 283,003 needs its note all the same."""
+    few, many = load(runs / "LoRA-simcse-lora"), load(runs / "full-model-surgery")
+    few.description["data"]["para"]["train"]["examples"] = 16_000
+    many.description["data"]["para"]["train"]["examples"] = 283_003
+    notes = report.paraphrase_notes([few, many])
+    assert "Paraphrase: training saw 16,000 pairs, the paper's some 283,000." in notes
+    assert not any("Paraphrase: training" in n for n in report.paraphrase_notes([many]))
 
 
 def test_costs_are_those_of_the_log(written, runs):

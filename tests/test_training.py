@@ -338,9 +338,19 @@ def test_a_run_of_the_sample_says_so_when_it_is_continued_too(train, workplace, 
 
 def test_the_recorded_command_can_be_continued(train, monkeypatch):
     """A broken-off run is told to go on with it and --resume, which --overwrite excludes."""
-    monkeypatch.setattr(sys, "argv", ["x", "--epochs", "0", "--overwrite"])
+    monkeypatch.setattr(sys, "argv", ["x", "--as", "a notebook's"])
     run = RunFolder(train("--epochs 0 --overwrite", "full-model"))
-    assert run.description()["command"] == "python multitask_classifier.py --epochs 0"
+    command = run.description()["command"]
+    assert command.startswith("python multitask_classifier.py ")
+    assert command.endswith(" --epochs 0")
+
+
+def test_two_passes_without_dropout_are_warned_of(train, capsys):
+    flags = "--epochs 0 --unsupervised_simcse --overwrite"
+    train(f"{flags} --hidden_dropout_prob 0", "full-model")
+    assert "warning: without dropout the two passes of SimCSE" in capsys.readouterr().out
+    train(flags, "full-model")
+    assert "without dropout" not in capsys.readouterr().out
 
 
 def test_predictions_may_go_to_the_runs_own_folder_by_another_spelling(train, workplace):
@@ -689,7 +699,7 @@ def test_a_text_that_no_task_takes_is_an_error(train):
     with pytest.raises(UserError, match="on para, sts, of two sentences: add --sentence2"):
         evaluation.main(["--sentence", "x"])
     train("--epochs 0 --tasks sst --overwrite", "full-model")
-    with pytest.raises(UserError, match="on sst, of one sentence: leave away --sentence2"):
+    with pytest.raises(UserError, match="on sst, of one sentence: omit --sentence2"):
         evaluation.main(["--sentence", "x", "--sentence2", "y"])
 
 
