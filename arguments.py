@@ -19,6 +19,7 @@ from distributed import launch_command
 from run_folder import RunFolder, run_name
 
 HERE = Path(__file__).resolve().parent
+SCRIPT = "multitask_classifier.py"
 SPLITS = ("train", "dev", "test")
 # Flags of one command: never compared when a run is continued.
 OF_ONE_COMMAND = {"resume", "overwrite", "debug", "runs_dir"}
@@ -250,7 +251,7 @@ def get_args(argv=None):
         take_flags_of_run(args, run.description())
     check_args(args)
     if run.holds_run() and not (args.resume or args.overwrite):
-        command = shlex.join([*launch_command(), "multitask_classifier.py", *argv])
+        command = shlex.join([*launch_command(SCRIPT), *argv])
         raise UserError(
             f"{run.path} holds a run; continue it with `{command} --resume` "
             f"or replace it with `{command} --overwrite`"
@@ -298,7 +299,7 @@ def expanded_command(parser, args):
             words += [action.option_strings[0], *(f"{v:g}" if isinstance(v, float) else str(v)
                                                   for v in values)]  # fmt: skip
     words += without_resume_flags(args.argv)
-    return shlex.join(["python", "multitask_classifier.py", *words])
+    return shlex.join([*launch_command(SCRIPT), *words])
 
 
 def flags_of(description):
@@ -391,7 +392,8 @@ def check_output_paths(args):
     taken = {}
     for what, path in output_paths(args).items():
         folder = next(parent for parent in path.absolute().parents if parent.exists())
-        if not folder.is_dir() or (path.exists() and not path.is_file()):
+        fits = folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)
+        if not fits or (path.exists() and not path.is_file()):
             raise UserError(f"{path}: for predictions; expected a file, new or to be replaced")
         if (other := taken.setdefault(os.path.realpath(path), what)) != what:
             raise UserError(f"{path}: one file for several predictions ({other}, {what})")
@@ -485,7 +487,7 @@ def data_paths(args):
         if split == "test" and not (Path(path).exists() or Path(path).is_symlink()):
             raise UserError(f"--{name}_test {path}: no such file")
     warning = None
-    files = [folder / TASKS[name].file_name(split) for name in args.tasks for split in SPLITS]
+    files = [folder / task.file_name(split) for task in TASKS.values() for split in SPLITS]
     missing = not any(map(os.path.lexists, files))  # a link to nothing is not missing: it is broken
     missing = missing and (folder.exists() or not folder.is_symlink())
     if not args.data_dir and not named and missing:

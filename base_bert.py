@@ -14,7 +14,7 @@ import os
 import threading
 import urllib.error
 import urllib.request
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -46,6 +46,14 @@ SHA256 = {
 FILES = ("config.json", "model.safetensors")
 VOCABULARIES = ("vocab.txt", "tokenizer.json")  # either will do
 OPTIONAL_FILES = ("tokenizer_config.json",)
+STANDS_IN = (
+    "bert-base-uncased is not in the cache and the hub cannot be reached: using the bundled "
+    "all-MiniLM-L6-v2 instead, a smaller encoder"
+)
+STOOD_IN = (
+    "the encoder is the bundled all-MiniLM-L6-v2, a smaller one, which stood in for "
+    "bert-base-uncased when the run began"
+)
 PROBE_SECONDS = 5  # how long the hub may take to show that it is there
 WAY_OUT = (
     "check the network, or name a local folder (--pretrained FOLDER) "
@@ -64,8 +72,9 @@ class Encoder:
     name: str
     folder: Path
     revision: str | None
-    sha256: str
+    sha256: str  # of the weights
     substituted: bool = False
+    settings_sha256: str | None = None  # of the configuration and the vocabulary, as they are read
 
     def describe(self):
         """What a run keeps of its encoder, for `run.json`: all but this machine's folder."""
@@ -348,4 +357,19 @@ def load_encoder(name=None):
             f"vocab_size {config.vocab_size} of config.json"
         )
     tokenizer.model_max_length = min(tokenizer.model_max_length, config.max_position_embeddings)
-    return encoder, tokenizer
+    settings = json.dumps([config.to_dict(), tokenizer.settings(), tokenizer.vocab])
+    digest = hashlib.sha256(settings.encode()).hexdigest()
+    return replace(encoder, settings_sha256=digest), tokenizer
+
+
+def load_encoder_of_run(path, description):
+    """As `load_encoder`: the encoder of the run at `path`, whatever can be reached today.
+
+    `description` are the values of its `run.json`. Raises `UserError` where it cannot be had.
+    """
+    recorded = description["encoder"]
+    try:
+        encoder, tokenizer = load_encoder(recorded["name"])
+    except UserError as error:
+        raise UserError(f"{path} needs the encoder that it was trained on: {error}") from error
+    return replace(encoder, substituted=recorded["substituted"]), tokenizer

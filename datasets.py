@@ -105,7 +105,8 @@ def _decode(path):
         raise UserError(f"{path}: an empty file; fetch the data with: python data/prepare.py")
     if content.startswith(b"version https://git-lfs"):
         raise UserError(f"{path}: a git-LFS pointer, not the data; run: git lfs pull")
-    if content.lstrip()[:15].lower().startswith((b"<!doctype", b"<html")):
+    start = content.removeprefix(codecs.BOM_UTF8).lstrip()[:15].lower()
+    if start.startswith((b"<!doctype", b"<!--", b"<html", b"<head", b"<?xml")):
         raise UserError(f"{path}: an HTML page, not data; fetch it with: python data/prepare.py")
     body = content.removeprefix(codecs.BOM_UTF8)
     try:
@@ -130,7 +131,7 @@ def _records(path, text):
     taken = []  # the lines of the record that is being read
 
     def lines():
-        for line in io.StringIO(text, newline=""):
+        for line in io.StringIO(text, newline=None):  # "\r\n" inside a field is "\n" too
             taken.append(line)
             yield line
 

@@ -13,6 +13,7 @@ import os
 import signal
 import sys
 import time
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -174,12 +175,20 @@ def gather_texts(text):
 # ------------------------------------------------------------------------------- what people read
 
 
-def launch_command():
-    """The words before the script's name by which this process was started."""
+def launch_command(script):
+    """The words that start `script` from here as this process was started, the script's included.
+
+    `script` is its name without a folder, and is enough where the script lies in this folder or
+    was not what started.
+    """
+    started = Path(sys.argv[0])
+    if started.name == script and started.resolve().parent != Path.cwd().resolve():
+        script = sys.argv[0]
     if not launched():
-        return ["python"]
+        return ["python", script]
     each, machines = int(os.environ["LOCAL_WORLD_SIZE"]), int(os.environ.get("GROUP_WORLD_SIZE", 1))
-    return ["torchrun", *([f"--nnodes={machines}"] * (machines > 1)), f"--nproc_per_node={each}"]
+    nodes = [f"--nnodes={machines}"] if machines > 1 else []
+    return ["torchrun", *nodes, f"--nproc_per_node={each}", script]
 
 
 def quiet_unless_first():

@@ -23,8 +23,8 @@ import torch
 import torch.nn.functional as F
 
 import distributed
-from arguments import FlagParser
-from base_bert import file_sha256
+from arguments import FlagParser, in_sample
+from base_bert import STOOD_IN, file_sha256
 from config import TASKS, UserError, overall_tasks
 from datasets import Example, TaskDataset, TaskFile, read_task_file
 from device import PRECISIONS, autocast, select_device, select_precision
@@ -32,7 +32,7 @@ from multitask_bert import task_loss
 from report import Run, write_report
 from run_folder import RunFolder, newest_run, write_files
 from saved_models import load_run
-from script import run_script
+from script import NotFinite, memory_errors, run_script
 
 BATCH_TOKENS = {"cpu": 4096, "cuda": 65536, "mps": 16384}  # tokens of one evaluation batch
 
@@ -61,20 +61,26 @@ def head_outputs(model, dataset, precision, check_stop=lambda: None, rows=None):
     """What the head says of a `TaskDataset`, (examples, num_classes) fp32 on the CPU.
 
     In eval mode and in batches of `BATCH_TOKENS`. With `rows` only those are predicted; the others
-    are 0.
+    are 0. Raises `NotFinite` where an output is no finite number.
     """
     device = next(model.parameters()).device
     model.eval()
     outputs = torch.zeros(len(dataset), dataset.task.num_classes, device=device)
-    batches = dataset.batches_of(BATCH_TOKENS[device.type], rows)
-    with autocast(device, precision):  # once: it keeps the trained weights that it converts
+    most = BATCH_TOKENS[device.type]
+    batches = dataset.batches_of(most, rows)
+    memory = memory_errors(device, f"evaluation batches of up to {most:,} tokens")
+    with memory, autocast(device, precision):  # once: it keeps the weights that it converts
         for number, (batch_rows, batch) in enumerate(batches):
             if number % distributed.world_size() == 0:
                 check_stop()
             if number % distributed.world_size() != distributed.rank():
                 continue  # the share of another process
             outputs[torch.as_tensor(batch_rows)] = model.predict(dataset.task.name, batch)
-    return distributed.sum_over_processes(outputs).cpu()
+    outputs = distributed.sum_over_processes(outputs).cpu()
+    if bad := int((~outputs.isfinite()).any(1).sum()):
+        name = dataset.task.name
+        raise NotFinite(f"{name}: the model's outputs for {bad} examples are not finite numbers")
+    return outputs
 
 
 def predict_dataset(model, dataset, precision, check_stop=lambda: None):
@@ -199,7 +205,7 @@ def format_table(results):
     lines = [f"{'task':<8}{'examples':>9}{'loss':>8}  metrics"]
     for name, result in results.items():
         metrics = "  ".join(f"{key} {value:.3f}" for key, value in result.metrics.items())
-        loss = "" if result.loss is None else f"{result.loss:.3f}"
+        loss = "" if result.loss is None else f" {result.loss:.3f}"
         lines.append(f"{name:<8}{len(result.ids):>9}{loss:>8}  {metrics}")
     return "\n".join([*lines, f"overall  {overall_score(results):.3f}"])
 
@@ -330,6 +336,8 @@ def average_task(task, members):
 def evaluate_ensemble(paths, predictions_dir):
     """Print the dev scores of several runs and of their ensemble, write its prediction files."""
     runs = {str(path): RunFolder(path) for path in paths}
+    for run in runs.values():
+        print_caveats(run)
     if len({run.path.resolve() for run in runs.values()}) < len(paths):
         raise UserError("--checkpoint: a run is named twice; expected different runs")
     of_splits = {}
@@ -363,8 +371,11 @@ def finished_run(run):
 
     Raises `UserError` where the run has no scores of the dev set.
     """
-    dev = read_run_scores(run, "dev")
-    return Run(str(run.path), run.description(), run.metrics(), dev, overall_score(dev))
+    dev, lines = read_run_scores(run, "dev"), run.metrics()
+    evaluated = [set(line.get("dev", ())) for line in lines if line.get("kind") == "eval"]
+    if not any(set(dev) <= tasks for tasks in evaluated):
+        raise UserError(f"{run.metrics_file}: no evaluation in it; the run is not whole")
+    return Run(str(run.path), run.description(), lines, dev, overall_score(dev))
 
 
 # ------------------------------------------------------------------------------------- the script
@@ -376,14 +387,17 @@ def evaluate_run(run, device, precision, data_dir=None):
     On the run's own files, which lie in `data_dir` now where that is given. Raises `UserError`
     where one has changed.
     """
-    model, tokenizer, description = load_run(run, device)
+    with memory_errors(device, "the model"):
+        model, tokenizer, description = load_run(run, device)
     results = {"dev": {}, "test": {}}
     for split, of_split in results.items():
         for name in model.config.tasks:
             recorded = description["data"][name].get(split)
-            if recorded is None:
-                continue
-            path = Path(recorded["path"])
+            if recorded:
+                path = Path(recorded["path"])
+            else:  # a test file may have come since, beside the others
+                place = Path(description["data"][name]["dev"]["path"])
+                path = place.with_name(TASKS[name].file_name(split))
             if data_dir:
                 path = Path(data_dir) / path.name
             if not path.exists() and split == "test":
@@ -393,11 +407,21 @@ def evaluate_run(run, device, precision, data_dir=None):
                 raise UserError(f"{path}: no such file; name the folder of the run's data files "
                                 "with --data_dir")  # fmt: skip
             task_file = read_task_file(path, TASKS[name], split)
-            if file_sha256(path) != recorded["sha256"]:
+            if recorded and file_sha256(path) != recorded["sha256"]:
                 raise UserError(f"{path}: changed since {run.path} was trained on it")
             dataset = TaskDataset(task_file, TASKS[name], tokenizer, model.config.max_length)
             of_split[name] = predict_dataset(model, dataset, precision)
     return results
+
+
+def print_caveats(run):
+    """Say where a run has a stand-in for the encoder, or the generated sample for the data."""
+    description = run.description()
+    if description["encoder"]["substituted"]:
+        print(f"warning: {run.path}: {STOOD_IN}")
+    files = (file for of_task in description["data"].values() for file in of_task.values())
+    if any(in_sample(file["path"]) for file in files):
+        print(f"warning: {run.path}: its data is the small generated sample")
 
 
 def predict_sentences(model, tokenizer, name, texts, precision):
@@ -455,7 +479,7 @@ def get_args(argv=None):
     if args.report and args.checkpoint:
         parser.error("--report and --checkpoint exclude each other")
     if args.data_dir and (args.report or args.sentence or len(args.checkpoint or []) > 1):
-        parser.error("--data_dir goes with the evaluation of one run; nothing else reads data")
+        parser.error("--data_dir goes with the evaluation of one run")
     return args
 
 
@@ -479,6 +503,7 @@ def main(argv=None):
     step = run.best_step()  # none where a copy of the run followed the link
     of_step = "" if step is None else f" of step {step}"
     print(f"run {run.path}, best model{of_step}, {device}, {precision}")
+    print_caveats(run)
     if args.sentence is not None:
         predict_text(run, args.sentence, args.sentence2, device, precision)
         return

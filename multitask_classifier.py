@@ -16,7 +16,6 @@ import sys
 import time
 from collections import defaultdict
 from contextlib import nullcontext
-from dataclasses import replace
 
 if __name__ == "__main__":  # Ctrl-C during the seconds of the imports below: no traceback
     signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -27,7 +26,7 @@ from tqdm import tqdm
 
 import distributed
 from arguments import check_data_is_kept, data_paths, get_args
-from base_bert import load_encoder
+from base_bert import STANDS_IN, STOOD_IN, load_encoder, load_encoder_of_run
 from config import TASKS
 from datasets import MultitaskBatches, TaskDataset
 from device import (
@@ -65,7 +64,15 @@ from preparation import (
 )
 from run_folder import ReadOnlyRunFolder, write_files
 from saved_models import load_weights, lora_config_of, save_model
-from script import Stopped, StopSignals, bar_size, memory_errors, run_script, say
+from script import (
+    NotFinite,
+    Stopped,
+    StopSignals,
+    bar_size,
+    memory_errors,
+    run_script,
+    say,
+)
 
 
 def set_learning_rate(optimizer, step, total, warmup):
@@ -254,6 +261,8 @@ def evaluate_and_keep(
     except Stopped:
         save()
         raise
+    except NotFinite as error:
+        raise NotFinite(f"step {state['step']}: {error}; try a lower --lr") from error
     step, score = state["step"], overall_score(results)
     for name in undefined_correlations(results):
         say(f"warning: {name}: all dev predictions are the same; its correlation counts as 0")
@@ -347,16 +356,12 @@ def main(argv=None):
     if warning:
         say(f"warning: {warning}")
     files = read_data(paths, args.require_test)
-    if earlier:  # the run's own encoder, whatever can be reached today
-        encoder, tokenizer = load_encoder(earlier["encoder"]["name"])
-        encoder = replace(encoder, substituted=earlier["encoder"]["substituted"])
+    if earlier:
+        encoder, tokenizer = load_encoder_of_run(run.path, earlier)
     else:
         encoder, tokenizer = load_encoder(args.pretrained)
     if encoder.substituted:
-        say(
-            "warning: bert-base-uncased is not in the cache and the hub cannot be reached: using "
-            "the bundled all-MiniLM-L6-v2 instead, a smaller encoder"
-        )
+        say("warning: " + (STOOD_IN if earlier else STANDS_IN))
     if distributed.rank() > 0:
         run = ReadOnlyRunFolder(run.path)
     check_fit(args, encoder, tokenizer)
@@ -379,7 +384,8 @@ def main(argv=None):
     args.steps_per_epoch = args.steps_per_epoch or min(2000, largest)
     args.total_steps = args.epochs * args.steps_per_epoch
     # ---- device, optimiser, continue
-    model.to(device)
+    with memory_errors(device, "the model"):
+        model.to(device)
     if precision == "bf16" and args.fine_tune_mode == "LoRA":  # in other modes they are saved: fp32
         model.bert.keep_frozen_in(torch.bfloat16)
     optimizer = make_optimizer(model, args)
@@ -395,7 +401,8 @@ def main(argv=None):
     announce(args, run, model, encoder, datasets, device, precision)
     longest = max(d["train"].longest() for d in datasets.values())
     batch = max(args.batch_sizes.values())
-    with memory_errors(device, f"batches of {batch} × up to {longest} tokens"):
+    lower = "lower --batch_size (with --accumulate the step stays as large) or --max_length"
+    with memory_errors(device, f"batches of {batch} × up to {longest} tokens", lower):
         ended = values["evaluated"] == args.total_steps or 0 < args.patience <= values["misses"]
         if model.frozen and not ended:
             encode_in_advance(model, batches, args, precision, signals.check)

@@ -1,5 +1,6 @@
 """What does a run begin with? Data, model, optimiser, and the record of all that it depends on."""
 
+import os
 import platform
 import re
 import shlex
@@ -11,7 +12,7 @@ from pathlib import Path
 import torch
 
 import distributed
-from arguments import HERE, SPLITS, data_paths, in_sample, without_resume_flags
+from arguments import HERE, SCRIPT, SPLITS, data_paths, in_sample, without_resume_flags
 from base_bert import file_sha256, load_strictly
 from bert import BertModel
 from config import TASKS, BertConfig, MultitaskConfig, UserError
@@ -69,6 +70,10 @@ def recorded_paths(args, description):
         name: {split: Path(file["path"]) for split, file in of_task.items()}
         for name, of_task in description["data"].items()
     }
+    for path in (path for of_task in paths.values() for path in of_task.values()):
+        if not os.path.lexists(path):
+            raise UserError(f"{path}: no such file; name the folder of the run's data files with "
+                            "--data_dir")  # fmt: skip
     if any(in_sample(path) for of_task in paths.values() for path in of_task.values()):
         return paths, "continuing on the small generated sample, as the run began"
     return paths, None
@@ -78,9 +83,9 @@ def describe_run(args, encoder, files, device, precision):
     """Everything that a run depends on, for `run.json`."""
     derived = ("argv", "given", "contrasted", "weights", "expanded_command")
     values = {name: value for name, value in vars(args).items() if name not in derived}
-    words = [*distributed.launch_command(), "multitask_classifier.py"]
+    words = [*distributed.launch_command(SCRIPT), *without_resume_flags(args.argv)]
     return {
-        "command": shlex.join([*words, *without_resume_flags(args.argv)]),
+        "command": shlex.join(words),
         "expanded_command": args.expanded_command,
         "args": values,
         "encoder": encoder.describe(),
@@ -105,8 +110,10 @@ def git_commit():
 
 def identity(description):
     """What must be the same where a run is continued or shared: name -> value."""
+    encoder = description["encoder"]
     values = {
-        "encoder": description["encoder"]["sha256"],
+        "encoder": encoder["sha256"],
+        "encoder's configuration or vocabulary": encoder.get("settings_sha256"),
         "precision": description["precision"],
     }
     for name, of_task in description["data"].items():
@@ -121,6 +128,7 @@ def check_same_run(old, new):
         f"{name} is {str(new.get(name))[:12]}, was {str(old.get(name))[:12]}"
         for name in old | new
         if old.get(name) != new.get(name)
+        and not (name.endswith("test file") and name not in old)  # it has come since
     ]
     if differences:
         raise UserError(f"--resume: not the run that was begun: {'; '.join(differences)}")

@@ -327,8 +327,8 @@ class RunFolder:
     def _metric(self, number, line):
         """A logged line as a dict. Raises `UserError` where it is damaged."""
         try:
-            return json.loads(line)
-        except ValueError as error:
+            return dict(json.loads(line))
+        except (ValueError, TypeError) as error:
             raise UserError(
                 f"{self.metrics_file}:{number}: damaged: {error}; remove this line to go on"
             ) from error
@@ -453,7 +453,7 @@ class RunFolder:
     def load_state(self, say=say):
         """The newest whole state, None where none was ever completed.
 
-        A damaged one is passed over with a warning by `say`, and so is one whose best model is damaged.
+        A damaged one is passed over, as `say` is told, and so is one whose best model is damaged.
         Raises `UserError` where none is whole.
         """
         folders = self._states()

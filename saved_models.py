@@ -8,7 +8,7 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
-from base_bert import load_encoder, load_strictly, read_tensors, write_tensors
+from base_bert import load_encoder, load_encoder_of_run, load_strictly, read_tensors, write_tensors
 from bert import BertModel
 from config import LoRAConfig, MultitaskConfig, UserError
 from lora import apply_lora, load_adapter, save_adapter
@@ -93,9 +93,13 @@ def load_run(run, device):
     if problem := damage(best):
         raise UserError(problem)
     lora = lora_config_of(args)
+    if (best / "adapter_config.json").exists() != bool(lora):
+        kind = "the whole encoder, expected an adapter" if lora else "an adapter, expected a model"
+        raise UserError(f"{best}: {kind} of mode {args['fine_tune_mode']}")
     if lora:
-        encoder, tokenizer = load_encoder(description["encoder"]["name"])
-        if encoder.sha256 != description["encoder"]["sha256"]:
+        encoder, tokenizer = load_encoder_of_run(run.path, description)
+        recorded = description["encoder"]
+        if any(getattr(encoder, k) != recorded.get(k) for k in ("sha256", "settings_sha256")):
             raise UserError(f"{encoder.folder}: not the encoder that {run.path} was trained on")
         bert = apply_lora(BertModel.from_pretrained(encoder), lora)
     else:
@@ -108,6 +112,10 @@ def load_run(run, device):
         config = MultitaskConfig(**settings)
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: not the settings of a model: {error}") from error
+    if list(config.tasks) != args["tasks"]:
+        raise UserError(
+            f"{path}: tasks {' '.join(config.tasks)}; expected {' '.join(args['tasks'])}"
+        )
     frozen = args["fine_tune_mode"] == "last-linear-layer"
     model = MultitaskBERT(bert, config, tokenizer.pad_id, frozen)
     load_weights(model, lora, best)

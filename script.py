@@ -5,6 +5,7 @@ Exit codes: 0 done; 1 input, output or memory; 2 the user's mistake; 3 numbers t
 """
 
 import contextlib
+import io
 import os
 import signal
 import sys
@@ -59,20 +60,16 @@ def bar_size():
 
 
 @contextlib.contextmanager
-def memory_errors(device, batch):
-    """Turn an exhausted memory into an `OutOfMemory` that says what to lower.
-
-    `batch` describes the size of a batch.
-    """
+def memory_errors(device, load, remedy="end what else uses its memory, or take another device"):
+    """Turn an exhausted memory into an `OutOfMemory` that says for what, and what to do."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:  # torch's CPU allocator: a plain RuntimeError
-        signs = ("out of memory", "allocate memory", "not enough memory")
+        signs = ("out of memory", "allocate memory", "not enough memory", "unable to mmap")
         if not isinstance(error, MemoryError) and not any(s in str(error).lower() for s in signs):
             raise
         raise OutOfMemory(
-            f"out of memory on {device} with {batch}; peak {peak_memory_mib(device):,} MiB; lower "
-            f"--batch_size (with --accumulate the step stays as large) or --max_length"
+            f"out of memory on {device} with {load}; peak {peak_memory_mib(device):,} MiB; {remedy}"
         ) from error
 
 
@@ -132,6 +129,9 @@ def protect_streams():
     """Make the loss of standard output or error harmless."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name) or open(os.devnull, "w")  # noqa: SIM115 (closed from the start)
+        if isinstance(stream, io.TextIOWrapper):
+            with contextlib.suppress(OSError):  # it is closed
+                stream.reconfigure(errors="backslashreplace")  # of a name that it cannot encode
         setattr(sys, name, UnbreakableStream(stream))
 
 

@@ -96,6 +96,15 @@ class BertTokenizer:
             for encoding in encodings
         ]
 
+    def settings(self):
+        """How a text is normalised and cut, under `transformers`' names."""
+        return {
+            "do_lower_case": self.lowercase,
+            "model_max_length": self.model_max_length,
+            "strip_accents": self.strip_accents,
+            "tokenize_chinese_chars": self.split_chinese,
+        }
+
     def save_pretrained(self, folder):
         """Write the files by which `transformers` and other tools load this same tokenizer."""
         folder = Path(folder)
@@ -103,10 +112,7 @@ class BertTokenizer:
         special = {f"{name}_token": token for name, token in markers.items()}
         settings = {
             "tokenizer_class": "BertTokenizer",
-            "do_lower_case": self.lowercase,
-            "model_max_length": self.model_max_length,
-            "strip_accents": self.strip_accents,
-            "tokenize_chinese_chars": self.split_chinese,
+            **self.settings(),
             "split_special_tokens": True,  # a literal [SEP] in a text is text there too
             **special,
         }

@@ -26,6 +26,7 @@ import ssl
 import sys
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
@@ -341,11 +342,12 @@ def to_tsv(rows) -> bytes:
 
 def write_small_quora(out: Path, blobs: dict[str, str], overwrite: bool) -> None:
     """Write the small split from its source, one verified file at a time."""
-    contents = deal_small_quora(out / SMALL_SOURCE)
+    ready = {name: is_in_place(out / name, blob, overwrite) for name, blob in blobs.items()}
+    contents = {} if all(ready.values()) else deal_small_quora(out / SMALL_SOURCE)
     for name, blob in blobs.items():
         target, part = out / name, out / f"{name}.part"
         state = "ok"
-        if not is_in_place(target, blob, overwrite):
+        if not ready[name]:
             part.write_bytes(contents[name])
             if blob_id(part) != blob:
                 part.unlink()
@@ -383,19 +385,24 @@ def whole_number(text: str) -> int:
 
 
 def seconds(text: str) -> float:
-    """A finite time above 0."""
+    """A time above 0, at most a day."""
     try:
         number = float(text)
     except ValueError:
         number = math.nan
-    if not (math.isfinite(number) and number > 0):
-        raise argparse.ArgumentTypeError(f"expected seconds above 0, found {text}")
+    if not 0 < number <= 86_400:
+        raise argparse.ArgumentTypeError(f"expected seconds above 0, at most 86400, found {text}")
     return number
 
 
 def web_address(text: str) -> str:
     """An http(s) address without its closing slash."""
-    if not text.startswith(("http://", "https://")):
+    try:
+        parts = urllib.parse.urlsplit(text)
+        good = parts.scheme in ("http", "https") and parts.hostname and len(text.split()) == 1
+    except ValueError:
+        good = False
+    if not good:
         raise argparse.ArgumentTypeError(f"expected http://... or https://..., found {text}")
     return text.rstrip("/")
 
@@ -426,7 +433,15 @@ def get_args(argv: list[str] | None) -> argparse.Namespace:
 def print_file(path: Path, state: str) -> None:
     """One line: name, size, rows, what was done."""
     size = f"{path.stat().st_size:,} bytes"
-    print(f"{path.name:<29}{size:>18}{count_rows(path):>9,} rows  {state}", flush=True)
+    say(f"{path.name:<29}{size:>18}{count_rows(path):>9,} rows  {state}")
+
+
+def say(text: str) -> None:
+    """A line for people; nobody needs to read it (`| head`)."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def prepare(args: argparse.Namespace, courses: dict[int, Course], small: dict[str, str]) -> None:
@@ -436,7 +451,10 @@ def prepare(args: argparse.Namespace, courses: dict[int, Course], small: dict[st
     args.out.mkdir(parents=True, exist_ok=True)
     # Every file first, so that one in the way is told before a long download, not after it.
     ready = {name: is_in_place(args.out / name, b, args.overwrite) for name, b in wanted.items()}
+    dealt = args.quora == "small" and all(ready[name] for name in small)
     for file in files:
+        if dealt and file.name == SMALL_SOURCE:
+            continue  # all that comes from it is there
         target, state = args.out / file.name, "ok"
         if not ready[file.name]:
             url = f"{args.base_url}/{file.remote}"
@@ -445,8 +463,8 @@ def prepare(args: argparse.Namespace, courses: dict[int, Course], small: dict[st
     if args.quora == "small":
         write_small_quora(args.out, small, args.overwrite)
     where = "" if args.out.resolve() == HERE else f" --data_dir={shlex.quote(str(args.out))}"
-    print(f"All files are in {args.out}. Next:")
-    print(f"  python multitask_classifier.py --pretrained bundled --recipe best{where}")
+    say(f"All files are in {args.out}. Next:")
+    say(f"  python multitask_classifier.py --pretrained bundled --recipe best{where}")
 
 
 def main(

@@ -152,6 +152,18 @@ def out_of_memory(kind, step=2):
     at_step(step, act)
 
 
+def no_memory_to_evaluate():
+    """What a GPU raises where the batches of an evaluation do not fit."""
+    import torch
+
+    from multitask_bert import MultitaskBERT
+
+    def predict(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    MultitaskBERT.predict = predict
+
+
 def send(number, times=1):
     """Signals to this process."""
     for _ in range(times):
@@ -312,7 +324,7 @@ HOOKS = {
     for hook in (
         kill_at, fail_write, bad_number, out_of_memory, signal_in, no_reseeding, no_renaming,
         no_hashes, constant_predictions, no_gpu, no_bf16, watch_weights, limit, closed_streams,
-        no_streams, threads, sys_path, hold_folder, save_states,
+        no_streams, threads, sys_path, hold_folder, save_states, no_memory_to_evaluate,
     )
 }  # fmt: skip
 

@@ -182,7 +182,7 @@ def test_a_folder_is_described_by_its_path_and_hash(tiny_folder):
     weights = (tiny_folder / "model.safetensors").read_bytes()
     assert encoder.describe() == {
         "name": str(tiny_folder), "revision": None, "sha256": sha256(weights).hexdigest(),
-        "substituted": False,
+        "substituted": False, "settings_sha256": None,
     }  # fmt: skip
 
 

@@ -36,7 +36,7 @@ def make_run(folder, seed, tasks=TASK_NAMES, splits=("dev", "test"), noise=1.5):
     """A finished run's folder with what an ensemble reads of it; no model."""
     folder.mkdir()
     description = {"args": {"tasks": list(tasks)}, "command": "python multitask_classifier.py"}
-    description |= {"precision": "fp32", "encoder": {}, "data": {}}
+    description |= {"precision": "fp32", "encoder": {"substituted": False}, "data": {}}
     (folder / "run.json").write_text(json.dumps(description), encoding="utf-8")
     for split in splits:
         results = {name: make_result(name, seed, noise, split) for name in tasks}

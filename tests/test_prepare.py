@@ -423,8 +423,12 @@ def test_ctrl_c_is_130_with_one_line_and_keeps_the_part(server, tmp_path):
         (["--retries", "-1"], "expected 0, 1, 2, ..., found -1"),
         (["--retries", "x"], "expected 0, 1, 2, ..., found x"),
         (["--timeout", "nan"], "above 0"),
-        (["--timeout", "soon"], "above 0, found soon"),
+        (["--timeout", "soon"], "above 0, at most 86400, found soon"),
+        (["--timeout", "1e300"], "above 0, at most 86400, found 1e300"),
         (["--base_url", "file:///etc"], "http"),
+        (["--base_url", "http://"], "http"),
+        (["--base_url", "http://a b"], "http"),
+        (["--base_url", "http://[::1"], "http"),
     ],
 )
 def test_a_wrong_flag_is_exit_2_in_one_line(flags, hint):

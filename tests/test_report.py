@@ -269,6 +269,16 @@ def test_costs_are_those_of_the_log(written, runs):
     assert row["trained parameters"] == f"{described['parameters']['trained']:,}"
 
 
+def test_a_run_without_its_log_is_refused(runs, tmp_path):
+    run = shutil.copytree(runs / "full-model-surgery", tmp_path / "run", symlinks=True)
+    for text in (None, "", "3\n", '{"kind": "eval", "step": 1, "dev": {"sst": {}}}\n'):
+        (run / "metrics.jsonl").unlink(missing_ok=True)
+        if text is not None:
+            (run / "metrics.jsonl").write_text(text)
+        with pytest.raises(UserError, match=r"metrics\.jsonl"):
+            evaluation.main(["--report", str(run), "--report_dir", str(tmp_path / "report")])
+
+
 def test_a_run_without_times_and_counts_shows_dashes(runs):
     """A run of an older version still gets a report, without made-up zeros."""
     run = load(runs / "full-model-surgery")

@@ -6,11 +6,14 @@ import json
 import os
 import pty
 import random
+import re
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import termios
+from functools import partial
 
 import numpy as np
 import pytest
@@ -552,8 +555,13 @@ def test_a_continued_run_keeps_the_encoder_that_stood_in(workplace, cut_sample, 
     asked = []
     monkeypatch.setattr(base_bert, "_hub_reachable", lambda: asked.append("hub") or True)
     monkeypatch.setattr(base_bert, "_download", lambda repo: pytest.fail(f"downloads {repo}"))
-    multitask_classifier.main([*flags.split(), "--resume"])
-    evaluation.main([])
+    for repeat in (partial(multitask_classifier.main, [*flags.split(), "--resume"]),
+                   partial(evaluation.main, [])):  # fmt: skip
+        capsys.readouterr()
+        repeat()
+        said = capsys.readouterr().out
+        assert "which stood in for bert-base-uncased" in said
+        assert "cannot be reached" not in said
     assert not asked
 
 
@@ -625,6 +633,26 @@ def test_use_gpu_without_a_gpu_is_one_clear_line(train, workplace):
     assert "cpu" in done.stderr
     assert len(done.stderr.splitlines()) == 1
     assert not (workplace / "runs").exists()
+
+
+def test_commands_to_paste_name_the_script_where_it_lies(train, workplace):
+    """The script was started from another folder, in which there is none of that name."""
+    flags = [*SMALL.split(), "--epochs", "0"]
+    assert run_script("multitask_classifier.py", *flags).returncode == 0
+    done = run_script("multitask_classifier.py", *flags)
+    assert done.returncode == 2
+    command = re.search("`(python .* --resume)`", done.stderr)[1]
+    words = [sys.executable, *shlex.split(command)[1:]]
+    assert subprocess.run(words, capture_output=True, timeout=300).returncode == 0
+
+
+def test_names_that_the_terminal_cannot_show_do_not_end_a_run(train, workplace):
+    script = REPOSITORY / "multitask_classifier.py"
+    flags = [*SMALL.split(), "--epochs", "0", "--runs_dir", "läufe"]
+    done = subprocess.run([sys.executable, script, *flags], capture_output=True, timeout=300,
+                          env=os.environ | {"PYTHONIOENCODING": "ascii"})  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert rb"run l\xe4ufe/full-model" in done.stdout
 
 
 def test_evaluation_as_a_process_prints_the_table(train, workplace):
