@@ -196,6 +196,15 @@ def test_fetches_every_file_and_says_what_comes_next(server, tmp_path, capsys):
     assert "python multitask_classifier.py --pretrained bundled --recipe best" in said
 
 
+def test_nobody_needs_to_read_what_it_says(server, tmp_path):
+    """As `python data/prepare.py | head -1`: the downloads go on."""
+    child = start_child(server, tmp_path)
+    child.stdout.close()
+    assert child.wait(timeout=60) == 0, child.stderr.read()
+    child.stderr.close()
+    assert names_in(tmp_path) == sorted(CONTENTS)
+
+
 def test_asks_for_the_pinned_commit(monkeypatch, server, tmp_path):
     asked = []
     real = prepare.open_url
@@ -515,7 +524,9 @@ def test_small_quora_is_byte_for_byte_the_shared_files(small_server, tmp_path, c
     )
     assert re.search(r"quora-train.csv .* 16,002 rows  dealt", capsys.readouterr().out)
     server.log.clear()
-    assert run(server, tmp_path, "--quora", "small", courses=courses) == 0
+    for _ in range(2):
+        assert run(server, tmp_path, "--quora", "small", courses=courses) == 0
+        (tmp_path / prepare.SMALL_SOURCE).unlink(missing_ok=True)  # what came from it is there
     assert server.log == []
 
 
