@@ -144,7 +144,7 @@ def make_parser():
     add("--loss_weights", nargs="+", default=[], metavar="LOSS=W",
         help="weights of the summed losses, as para=2, with SimCSE simcse_sst=0.1 (default: 1)")
     add("--calibration_examples", type=natural, default=2000, metavar="N",
-        help="before each evaluation, fit a bias for each head on N training examples of its task, "
+        help="before each evaluation, fit each head's offset on N training examples of its task, "
         "since dropout shifts its outputs; 0 for none (default: %(default)s)")
     add("--gradient_surgery", nargs="?", choices=("sum", "mean"), const="sum", default=None,
         help="project conflicting task gradients (PCGrad), then sum (default) or average them")
