@@ -16,7 +16,7 @@ from pathlib import Path
 from config import LEARNING_RATES, LORA_TARGETS, MODES, RECIPES, TASKS, LoRAConfig, UserError
 from device import PRECISIONS
 from distributed import launch_command
-from run_folder import RunFolder, run_name
+from run_folder import OutputError, RunFolder, run_name
 
 HERE = Path(__file__).resolve().parent
 SCRIPT = "multitask_classifier.py"
@@ -388,13 +388,17 @@ def check_frozen(args):
 
 
 def check_output_paths(args):
-    """Raise `UserError` for prediction files that could not be written after hours of training."""
+    """Raise `UserError` for prediction files that could not be written after hours of training.
+
+    `OutputError` where only the permission is missing.
+    """
     taken = {}
     for what, path in output_paths(args).items():
         folder = next(parent for parent in path.absolute().parents if parent.exists())
-        fits = folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)
-        if not fits or (path.exists() and not path.is_file()):
+        if not folder.is_dir() or (path.exists() and not path.is_file()):
             raise UserError(f"{path}: for predictions; expected a file, new or to be replaced")
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise OutputError(f"{path}: for predictions; {folder} is not writable")
         if (other := taken.setdefault(os.path.realpath(path), what)) != what:
             raise UserError(f"{path}: one file for several predictions ({other}, {what})")
 

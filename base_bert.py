@@ -371,5 +371,7 @@ def load_encoder_of_run(path, description):
     try:
         encoder, tokenizer = load_encoder(recorded["name"])
     except UserError as error:
-        raise UserError(f"{path} needs the encoder that it was trained on: {error}") from error
+        raise UserError(
+            f"{path}: the encoder it was trained on cannot be loaded, and no other will do: {error}"
+        ) from error
     return replace(encoder, substituted=recorded["substituted"]), tokenizer

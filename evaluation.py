@@ -79,7 +79,7 @@ def head_outputs(model, dataset, precision, check_stop=lambda: None, rows=None):
     outputs = distributed.sum_over_processes(outputs).cpu()
     if bad := int((~outputs.isfinite()).any(1).sum()):
         name = dataset.task.name
-        raise NotFinite(f"{name}: the model's outputs for {bad} examples are not finite numbers")
+        raise NotFinite(f"{name}: the model's outputs for {bad} examples are not finite")
     return outputs
 
 
@@ -336,8 +336,6 @@ def average_task(task, members):
 def evaluate_ensemble(paths, predictions_dir):
     """Print the dev scores of several runs and of their ensemble, write its prediction files."""
     runs = {str(path): RunFolder(path) for path in paths}
-    for run in runs.values():
-        print_caveats(run)
     if len({run.path.resolve() for run in runs.values()}) < len(paths):
         raise UserError("--checkpoint: a run is named twice; expected different runs")
     of_splits = {}
@@ -352,6 +350,8 @@ def evaluate_ensemble(paths, predictions_dir):
                     "expected them, since other runs have them"
                 )
         if split == "dev":
+            for run in runs.values():
+                print_caveats(run)
             for name, of_run in (results | {name_ensemble(results): averaged}).items():
                 print(f"{name}\n{format_table(of_run)}\n")
     write_predictions(predictions_dir, of_splits)
@@ -387,8 +387,7 @@ def evaluate_run(run, device, precision, data_dir=None):
     On the run's own files, which lie in `data_dir` now where that is given. Raises `UserError`
     where one has changed.
     """
-    with memory_errors(device, "the model"):
-        model, tokenizer, description = load_run(run, device)
+    model, tokenizer, description = load_run(run, device)
     results = {"dev": {}, "test": {}}
     for split, of_split in results.items():
         for name in model.config.tasks:
@@ -504,10 +503,11 @@ def main(argv=None):
     of_step = "" if step is None else f" of step {step}"
     print(f"run {run.path}, best model{of_step}, {device}, {precision}")
     print_caveats(run)
-    if args.sentence is not None:
-        predict_text(run, args.sentence, args.sentence2, device, precision)
-        return
-    results = evaluate_run(run, device, precision, args.data_dir)
+    with memory_errors(device, "the model"):
+        if args.sentence is not None:
+            predict_text(run, args.sentence, args.sentence2, device, precision)
+            return
+        results = evaluate_run(run, device, precision, args.data_dir)
     distributed.finish()
     print(format_table(results["dev"]))
     if distributed.is_first():

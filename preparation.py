@@ -70,11 +70,14 @@ def recorded_paths(args, description):
         name: {split: Path(file["path"]) for split, file in of_task.items()}
         for name, of_task in description["data"].items()
     }
-    for path in (path for of_task in paths.values() for path in of_task.values()):
+    own = [path for of_task in paths.values() for path in of_task.values()]
+    for path in own:
         if not os.path.lexists(path):
             raise UserError(f"{path}: no such file; name the folder of the run's data files with "
                             "--data_dir")  # fmt: skip
-    if any(in_sample(path) for of_task in paths.values() for path in of_task.values()):
+    for name, of_task in paths.items():  # a test file may have come since, beside the others
+        of_task.setdefault("test", of_task["dev"].with_name(TASKS[name].file_name("test")))
+    if any(map(in_sample, own)):
         return paths, "continuing on the small generated sample, as the run began"
     return paths, None
 
@@ -111,24 +114,24 @@ def git_commit():
 def identity(description):
     """What must be the same where a run is continued or shared: name -> value."""
     encoder = description["encoder"]
-    values = {
-        "encoder": encoder["sha256"],
-        "encoder's configuration or vocabulary": encoder.get("settings_sha256"),
-        "precision": description["precision"],
-    }
+    values = {"encoder": encoder["sha256"], "precision": description["precision"]}
+    if "settings_sha256" in encoder:
+        values["encoder's configuration or vocabulary"] = encoder["settings_sha256"]
     for name, of_task in description["data"].items():
         values |= {f"{name} {split} file": f["sha256"] for split, f in of_task.items()}
     return values
 
 
 def check_same_run(old, new):
-    """Raise `UserError` where a run would go on with something else than it began with."""
-    old, new = identity(old), identity(new)
+    """Raise `UserError` where a run would go on with something else than it began with.
+
+    A test file that has come since is no difference: training does not depend on it.
+    """
+    new = identity(new)
     differences = [
-        f"{name} is {str(new.get(name))[:12]}, was {str(old.get(name))[:12]}"
-        for name in old | new
-        if old.get(name) != new.get(name)
-        and not (name.endswith("test file") and name not in old)  # it has come since
+        f"{name} is {str(new.get(name))[:12]}, was {value[:12]}"
+        for name, value in identity(old).items()
+        if new.get(name) != value
     ]
     if differences:
         raise UserError(f"--resume: not the run that was begun: {'; '.join(differences)}")
@@ -284,6 +287,7 @@ def announce(args, run, model, encoder, datasets, device, precision):
         f"{args.epochs} epochs of {args.steps_per_epoch} steps, batch {describe_sizes(args)}, "
         f"learning rate {args.encoder_rate:g} (heads {args.head_rate:g})"
     )
-    twice = args.unsupervised_simcse or (args.r_drop and not args.swap_pairs)
-    if twice and not model.config.dropout:
+    dropout = any(getattr(module, "p", 0) > 0 for module in model.modules())
+    same = [name for name in args.r_drop if not (args.swap_pairs and TASKS[name].is_pair)]
+    if not dropout and (args.unsupervised_simcse or same):
         say("warning: without dropout the two passes of SimCSE and R-Drop are the same")

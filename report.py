@@ -260,7 +260,8 @@ def cost_table(rows):
 
 def examples_a_step(args):
     """Examples of each task in an optimiser step, as text: one number where all are the same."""
-    sizes = {name: size * args["accumulate"] for name, size in args["batch_sizes"].items()}
+    sizes = args.get("batch_sizes") or dict.fromkeys(args["tasks"], args["batch_size"])
+    sizes = {name: size * args["accumulate"] for name, size in sizes.items()}
     if len(set(sizes.values())) == 1:
         return str(next(iter(sizes.values())))
     return ", ".join(f"{size} {name}" for name, size in sizes.items())

@@ -221,9 +221,7 @@ class RunFolder:
         except HELD:
             self._lock.seek(0)
             owner = self._lock.read().strip() or "unknown"
-            raise UserError(
-                f"{self.path}: in use by another run (process {owner})"
-            ) from None
+            raise UserError(f"{self.path}: in use by another run (process {owner})") from None
         except OSError as error:
             if error.errno not in NO_LOCKS:
                 raise OutputError(f"{self.path}: not locked: {error.strerror}") from error
@@ -427,7 +425,7 @@ class RunFolder:
 
     def _states(self):
         """Folders of complete states, newest first."""
-        folders = (self.path / "state").glob("step-*")
+        folders = _numbered(self.path / "state", "step-*")
         return sorted(folders, key=lambda path: (path.stem, _number(path)), reverse=True)
 
     @staticmethod
@@ -473,8 +471,9 @@ class RunFolder:
 
 
 def _numbered(folder, name):
-    """The paths `folder/name.<number>` that there are, in order."""
-    return sorted(folder.glob(f"{name}.*"), key=_number)
+    """The paths `folder/name.<number>` that there are, in order of the number."""
+    paths = (path for path in folder.glob(f"{name}.*") if path.suffix[1:].isdecimal())
+    return sorted(paths, key=_number)
 
 
 def _number(path):

@@ -98,9 +98,13 @@ def load_run(run, device):
         raise UserError(f"{best}: {kind} of mode {args['fine_tune_mode']}")
     if lora:
         encoder, tokenizer = load_encoder_of_run(run.path, description)
-        recorded = description["encoder"]
-        if any(getattr(encoder, k) != recorded.get(k) for k in ("sha256", "settings_sha256")):
-            raise UserError(f"{encoder.folder}: not the encoder that {run.path} was trained on")
+        kinds = {"sha256": "weights", "settings_sha256": "configuration or vocabulary"}
+        for key, kind in kinds.items():
+            found = getattr(encoder, key)
+            if description["encoder"].get(key, found) != found:
+                raise UserError(
+                    f"{encoder.folder}: not the encoder of {run.path}: other {kind} than it had"
+                )
         bert = apply_lora(BertModel.from_pretrained(encoder), lora)
     else:
         encoder, tokenizer = load_encoder(best)

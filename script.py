@@ -21,7 +21,7 @@ RELAY_SECONDS = 5  # within these a signal that comes again is torchrun's copy o
 
 
 class NotFinite(Exception):
-    """A loss or gradient became NaN or infinite; the weights are those before the step."""
+    """A loss, a gradient or an output of the model is NaN or infinite."""
 
     exit_code = 3
     on_all_processes = True

@@ -340,10 +340,9 @@ def to_tsv(rows) -> bytes:
     return text.getvalue().encode("utf-8")
 
 
-def write_small_quora(out: Path, blobs: dict[str, str], overwrite: bool) -> None:
-    """Write the small split from its source, one verified file at a time."""
-    ready = {name: is_in_place(out / name, blob, overwrite) for name, blob in blobs.items()}
-    contents = {} if all(ready.values()) else deal_small_quora(out / SMALL_SOURCE)
+def write_small_quora(out: Path, blobs: dict[str, str], ready: dict[str, bool]) -> None:
+    """Write the small split from its source, one verified file at a time, but for what is ready."""
+    contents = {} if all(ready[n] for n in blobs) else deal_small_quora(out / SMALL_SOURCE)
     for name, blob in blobs.items():
         target, part = out / name, out / f"{name}.part"
         state = "ok"
@@ -400,6 +399,7 @@ def web_address(text: str) -> str:
     try:
         parts = urllib.parse.urlsplit(text)
         good = parts.scheme in ("http", "https") and parts.hostname and len(text.split()) == 1
+        good = good and parts.port != 0 and parts.hostname.encode("idna")  # or a ValueError
     except ValueError:
         good = False
     if not good:
@@ -461,7 +461,7 @@ def prepare(args: argparse.Namespace, courses: dict[int, Course], small: dict[st
             state = fetch(url, target, file.blob, args.retries, args.timeout)
         print_file(target, state)
     if args.quora == "small":
-        write_small_quora(args.out, small, args.overwrite)
+        write_small_quora(args.out, small, ready)
     where = "" if args.out.resolve() == HERE else f" --data_dir={shlex.quote(str(args.out))}"
     say(f"All files are in {args.out}. Next:")
     say(f"  python multitask_classifier.py --pretrained bundled --recipe best{where}")

@@ -35,8 +35,9 @@ def make_result(name, seed, noise, split="dev"):
 def make_run(folder, seed, tasks=TASK_NAMES, splits=("dev", "test"), noise=1.5):
     """A finished run's folder with what an ensemble reads of it; no model."""
     folder.mkdir()
+    data = {name: {"dev": {"path": f"data/sample/{name}.csv"}} for name in tasks}
     description = {"args": {"tasks": list(tasks)}, "command": "python multitask_classifier.py"}
-    description |= {"precision": "fp32", "encoder": {"substituted": False}, "data": {}}
+    description |= {"precision": "fp32", "encoder": {"substituted": False}, "data": data}
     (folder / "run.json").write_text(json.dumps(description), encoding="utf-8")
     for split in splits:
         results = {name: make_result(name, seed, noise, split) for name in tasks}
@@ -103,6 +104,7 @@ def test_dev_tables_of_each_run_and_of_the_ensemble_are_printed(runs, tmp_path, 
     ensemble(runs, tmp_path / "out")
     said = capsys.readouterr().out
     assert all(str(run) in said for run in runs) and "ensemble of 3 runs" in said
+    assert said.count("its data is the small generated sample") == 3
     *members, together = (float(x.split()[1]) for x in said.splitlines() if x.startswith("overall"))
     assert len(members) == 3 and together > max(members)
 

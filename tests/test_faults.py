@@ -478,7 +478,11 @@ def test_23_a_test_file_that_has_come_since(program, tiny, tmp_path):
     path = data / TASKS["sts"].file_name("test")
     late = path.read_bytes()
     path.unlink()
-    succeeded(program.run(tmp_path, tiny.argv("--epochs", 0, data=data)))
+    argv = tiny.argv("--epochs", 0, data=data)
+    succeeded(program.run(tmp_path, argv))
+    place = argv.index("--data_dir")
+    argv = [*argv[:place], *argv[place + 2 :], "--resume"]  # the run's own files
+    refused(program.run(tmp_path, [*argv, "--require_test"]), path, "--require_test")
     done = program.run(tmp_path, [], script="evaluation")
     succeeded(done)
     assert f"warning: {path}: no such file; no test predictions for sts" in done.stdout
@@ -487,9 +491,10 @@ def test_23_a_test_file_that_has_come_since(program, tiny, tmp_path):
     path.write_bytes(late)
     succeeded(program.run(tmp_path, [], script="evaluation"))
     evaluated = written.read_bytes()
-    written.unlink()
-    succeeded(program.run(tmp_path, tiny.argv("--epochs", 0, "--resume", data=data)))
-    assert written.read_bytes() == evaluated
+    for flags in ([], ["--data_dir", data]):
+        written.unlink()
+        succeeded(program.run(tmp_path, [*argv, *flags]))
+        assert written.read_bytes() == evaluated
 
 
 def test_24_constant_predictions(program, tiny, tmp_path):
@@ -767,6 +772,7 @@ def test_the_twelfth_state_of_one_step_is_the_newest(tmp_path):
     for evaluated in range(12):
         run.save_best(5, lambda folder: write_model(folder, {"weight": torch.zeros(1)}))
         run.save_state({"step": 5, "evaluated": evaluated, "best_step": 5}, {"trained": {}})
+    shutil.copytree(run._states()[0], run.path / "state/step-00000005.0-backup")  # a user's own
     assert run.load_state().values["evaluated"] == 11
     assert run.best.readlink().name == "best-00000005.12"
 
@@ -1363,7 +1369,22 @@ def test_43_another_configuration_or_vocabulary(program, tiny, lora_run, tmp_pat
         path.write_text("\n".join([first, *pieces[:4], *pieces[:3:-1]]) + "\n")
     done = program.run(tmp_path, [*argv, "--resume"], [WATCH])
     refused(done, "encoder's configuration or vocabulary is")
-    refused(program.run(tmp_path, [], script="evaluation"), "not the encoder")
+    done = program.run(tmp_path, [], script="evaluation")
+    refused(done, "not the encoder of runs/LoRA", "other configuration or vocabulary")
+
+
+@pytest.mark.parametrize("mode", ["full-model", "LoRA"])
+def test_43_a_run_from_before_the_encoders_settings_were_recorded(
+    program, tiny, unbroken, lora_run, tmp_path, mode
+):
+    copy(lora_run if mode == "LoRA" else unbroken, tmp_path)
+    path = tmp_path / "runs" / mode / "run.json"
+    values = json.loads(path.read_text())
+    del values["encoder"]["settings_sha256"]
+    path.write_text(json.dumps(values))
+    argv = tiny.lora_argv("--resume") if mode == "LoRA" else tiny.argv("--resume")
+    succeeded(program.run(tmp_path, argv))
+    succeeded(program.run(tmp_path, [], script="evaluation"))
 
 
 def test_43_an_encoder_that_is_gone(program, tiny, tmp_path):
@@ -1373,7 +1394,7 @@ def test_43_an_encoder_that_is_gone(program, tiny, tmp_path):
     encoder.rename(tmp_path / "elsewhere")
     for script, flags in (("evaluation", []), ("multitask_classifier", [*argv, "--resume"])):
         done = program.run(tmp_path, flags, script=script)
-        refused(done, "runs/LoRA needs the encoder that it was trained on", encoder)
+        refused(done, "runs/LoRA: the encoder it was trained on cannot be loaded", encoder)
 
 
 def test_43_data_that_is_gone(program, tiny, tmp_path):

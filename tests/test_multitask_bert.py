@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 import multitask_bert
 from bert import BertModel, FastDropout
-from config import TASKS, MultitaskConfig
+from config import PAIR, TASKS, MultitaskConfig, Task
 from datasets import TaskBatch
 from multitask_bert import (
     CosineHead,
@@ -261,6 +261,16 @@ def test_features_by_hand():
         head.projection.bias.zero_()
         found = head(torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0, 5.0]])).item()
     assert found == 1 + 20 + 6 + 100 + 6 + 90 + 12 + 400
+
+
+def test_a_pair_task_of_three_classes_is_a_row():
+    """Such as entailment: the pair heads have as many outputs as the task has classes."""
+    task = Task("nli", "entailment", "nli-{split}.csv", PAIR, "label", "classes", 3, "Predicted",
+                ("features",), high=2)  # fmt: skip
+    vectors = torch.randn(3, 4, 8)
+    for roles in (("pair",), ("first", "second"), ("pair", "first", "second")):
+        head = make_head(task, "features", roles, 8, 0.0)
+        assert head(*vectors[: len(roles)]).shape == (4, 3)
 
 
 def test_the_dot_head_is_symmetric():

@@ -438,6 +438,8 @@ def test_ctrl_c_is_130_with_one_line_and_keeps_the_part(server, tmp_path):
         (["--base_url", "http://"], "http"),
         (["--base_url", "http://a b"], "http"),
         (["--base_url", "http://[::1"], "http"),
+        (["--base_url", "http://a_b..c"], "http"),
+        (["--base_url", "http://localhost:x"], "http"),
     ],
 )
 def test_a_wrong_flag_is_exit_2_in_one_line(flags, hint):

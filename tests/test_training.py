@@ -30,7 +30,7 @@ import saved_models
 from bert import BertModel
 from config import TASKS, BertConfig, UserError
 from lora import LORA_TARGETS
-from run_folder import RunFolder
+from run_folder import OutputError, RunFolder
 from script import NotFinite
 from tokenizer import BertTokenizer
 
@@ -352,8 +352,20 @@ def test_two_passes_without_dropout_are_warned_of(train, capsys):
     flags = "--epochs 0 --unsupervised_simcse --overwrite"
     train(f"{flags} --hidden_dropout_prob 0", "full-model")
     assert "warning: without dropout the two passes of SimCSE" in capsys.readouterr().out
+    both = "--epochs 0 --overwrite --hidden_dropout_prob 0 --r_drop sst para --swap_pairs"
+    train(both, "full-model")
+    assert "warning: without dropout" in capsys.readouterr().out  # sst has no pairs to swap
+    train("--epochs 0 --overwrite --hidden_dropout_prob 0 --r_drop para --swap_pairs", "full-model")
+    train(f"{flags} --hidden_dropout_prob 0 --fine-tune-mode LoRA --LoRA_dropout 0.1", "LoRA")
     train(flags, "full-model")
     assert "without dropout" not in capsys.readouterr().out
+
+
+def test_a_folder_that_may_not_be_written_is_told_before_training(train, workplace, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    with pytest.raises(OutputError, match="not writable"):
+        train("--epochs 0", "full-model")
+    assert not (workplace / "runs").exists()
 
 
 def test_predictions_may_go_to_the_runs_own_folder_by_another_spelling(train, workplace):
@@ -642,8 +654,12 @@ def test_commands_to_paste_name_the_script_where_it_lies(train, workplace):
     done = run_script("multitask_classifier.py", *flags)
     assert done.returncode == 2
     command = re.search("`(python .* --resume)`", done.stderr)[1]
-    words = [sys.executable, *shlex.split(command)[1:]]
-    assert subprocess.run(words, capture_output=True, timeout=300).returncode == 0
+    done = run_script("multitask_classifier.py", *flags, "--recipe", "cosine")
+    expanded = re.search("--recipe cosine is: (.*)", done.stdout)[1]
+    for pasted in (command, f"{expanded} --resume"):
+        words = [sys.executable, *shlex.split(pasted)[1:]]
+        done = subprocess.run(words, capture_output=True, timeout=300)
+        assert done.returncode == 0, done
 
 
 def test_names_that_the_terminal_cannot_show_do_not_end_a_run(train, workplace):
