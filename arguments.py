@@ -21,6 +21,7 @@ from run_folder import OutputError, RunFolder, run_name
 HERE = Path(__file__).resolve().parent
 SCRIPT = "multitask_classifier.py"
 SPLITS = ("train", "dev", "test")
+MOVED = "no such file; name the folder of the run's data files with --data_dir"
 # Flags of one command: never compared when a run is continued.
 OF_ONE_COMMAND = {"resume", "overwrite", "debug", "runs_dir"}
 # Flags that may differ when a run is continued: nothing computed depends on them.
@@ -240,7 +241,7 @@ def get_args(argv=None):
     given = vars(parser.parse_args(argv, namespace=blank))
     args.given = {name for name, value in given.items() if value is not unset}
     args.tasks = [name for name in TASKS if name in args.tasks]
-    args.LoRA_targets = [name for name in LORA_TARGETS if name in args.LoRA_targets]
+    args.LoRA_targets = in_order(args.LoRA_targets)
     drop_inapplicable_flags(args)
     args.expanded_command = expanded_command(parser, args)
     name = run_name(args.fine_tune_mode, args.model_file_suffix or args.recipe)
@@ -257,6 +258,11 @@ def get_args(argv=None):
             f"or replace it with `{command} --overwrite`"
         )
     return args, run
+
+
+def in_order(targets):
+    """Kinds of linear layer in the order of `LORA_TARGETS`, each once."""
+    return [name for name in LORA_TARGETS if name in targets]
 
 
 def drop_inapplicable_flags(args):
@@ -304,7 +310,8 @@ def expanded_command(parser, args):
 
 def flags_of(description):
     """Every flag of a run by name; one that `description` does not have has its default."""
-    return vars(make_parser().parse_args([])) | description["args"]
+    flags = vars(make_parser().parse_args([])) | description["args"]
+    return flags | {"LoRA_targets": in_order(flags["LoRA_targets"])}
 
 
 def take_flags_of_run(args, description):
@@ -452,7 +459,10 @@ def pair_encodings(values, tasks):
 
 
 def loss_weights(args):
-    """Every loss of the run -> its weight, 1 unless `--loss_weights` says otherwise."""
+    """Every loss of the run -> its weight, 1 unless `--loss_weights` says otherwise.
+
+    Raises `UserError` where one is given for a loss that the run does not have.
+    """
     losses = [*args.tasks, *(f"r_drop_{name}" for name in args.r_drop)]
     losses += [f"simcse_{name}" for name in args.contrasted]
     losses += ["simcse_para_supervised"] * args.supervised_simcse
@@ -460,6 +470,8 @@ def loss_weights(args):
     for value in args.loss_weights:
         name, _, weight = value.partition("=")
         if name not in weights:
+            if "loss_weights" not in args.given:
+                continue  # recorded by a run that began before there was this check
             raise UserError(
                 f"--loss_weights {value}: no such loss in this run; it has {', '.join(losses)}"
             )
@@ -473,6 +485,27 @@ def loss_weights(args):
 def in_sample(path):
     """Whether a data file is one of the generated sample."""
     return Path(path).parent.parts[-2:] == ("data", "sample")
+
+
+def uses_sample(description):
+    """Whether any data file of a run, by the values of its `run.json`, is one of the sample."""
+    return any(
+        in_sample(file["path"])
+        for of_task in description["data"].values()
+        for file in of_task.values()
+    )
+
+
+def paths_of_run(description):
+    """Path of every file of a run, as in `data_paths`, by the values of its `run.json`.
+
+    A run without a test file has the place beside its other files where one may have come since.
+    """
+    paths = {}
+    for name, of_task in description["data"].items():
+        paths[name] = {split: Path(file["path"]) for split, file in of_task.items()}
+        paths[name].setdefault("test", paths[name]["dev"].with_name(TASKS[name].file_name("test")))
+    return paths
 
 
 def data_paths(args):

@@ -3,8 +3,8 @@
 Shape legend: B rows, T tokens of a row, N tokens of all rows together, D hidden size, H heads.
 
 A row is one sentence with its padding, as usual, or several short ones side by side (`pack`): with
-one sentence a row, half of the computation would be padding. In attention a token
-sees only its own sentence; everything else works on single tokens, on all N at once.
+one sentence a row, half of the computation would be padding. In attention a token sees only its own
+sentence; everything else works on single tokens, on all N at once.
 """
 
 import math

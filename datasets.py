@@ -105,10 +105,10 @@ def _decode(path):
         raise UserError(f"{path}: an empty file; fetch the data with: python data/prepare.py")
     if content.startswith(b"version https://git-lfs"):
         raise UserError(f"{path}: a git-LFS pointer, not the data; run: git lfs pull")
-    start = content.removeprefix(codecs.BOM_UTF8).lstrip()[:15].lower()
+    body = content.removeprefix(codecs.BOM_UTF8)
+    start = body.lstrip()[:15].lower()
     if start.startswith((b"<!doctype", b"<!--", b"<html", b"<head", b"<?xml")):
         raise UserError(f"{path}: an HTML page, not data; fetch it with: python data/prepare.py")
-    body = content.removeprefix(codecs.BOM_UTF8)
     try:
         text = body.decode("utf-8")
     except UnicodeDecodeError as error:

@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 
 import distributed
-from arguments import FlagParser, in_sample
+from arguments import MOVED, FlagParser, paths_of_run, uses_sample
 from base_bert import STOOD_IN, file_sha256
 from config import TASKS, UserError, overall_tasks
 from datasets import Example, TaskDataset, TaskFile, read_task_file
@@ -388,23 +388,17 @@ def evaluate_run(run, device, precision, data_dir=None):
     where one has changed.
     """
     model, tokenizer, description = load_run(run, device)
-    results = {"dev": {}, "test": {}}
+    results, paths = {"dev": {}, "test": {}}, paths_of_run(description)
     for split, of_split in results.items():
         for name in model.config.tasks:
-            recorded = description["data"][name].get(split)
-            if recorded:
-                path = Path(recorded["path"])
-            else:  # a test file may have come since, beside the others
-                place = Path(description["data"][name]["dev"]["path"])
-                path = place.with_name(TASKS[name].file_name(split))
+            recorded, path = description["data"][name].get(split), paths[name][split]
             if data_dir:
                 path = Path(data_dir) / path.name
             if not path.exists() and split == "test":
                 print(f"warning: {path}: no such file; no test predictions for {name}")
                 continue
             if not path.exists():
-                raise UserError(f"{path}: no such file; name the folder of the run's data files "
-                                "with --data_dir")  # fmt: skip
+                raise UserError(f"{path}: {MOVED}")
             task_file = read_task_file(path, TASKS[name], split)
             if recorded and file_sha256(path) != recorded["sha256"]:
                 raise UserError(f"{path}: changed since {run.path} was trained on it")
@@ -418,8 +412,7 @@ def print_caveats(run):
     description = run.description()
     if description["encoder"]["substituted"]:
         print(f"warning: {run.path}: {STOOD_IN}")
-    files = (file for of_task in description["data"].values() for file in of_task.values())
-    if any(in_sample(file["path"]) for file in files):
+    if uses_sample(description):
         print(f"warning: {run.path}: its data is the small generated sample")
 
 
@@ -499,9 +492,7 @@ def main(argv=None):
     precision, warning = select_precision(asked, device)
     if warning:
         print(f"warning: {warning}")
-    step = run.best_step()  # none where a copy of the run followed the link
-    of_step = "" if step is None else f" of step {step}"
-    print(f"run {run.path}, best model{of_step}, {device}, {precision}")
+    print(f"run {run.path}, {run.describe_best()}, {device}, {precision}")
     print_caveats(run)
     with memory_errors(device, "the model"):
         if args.sentence is not None:

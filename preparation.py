@@ -7,12 +7,20 @@ import shlex
 import shutil
 import subprocess
 from importlib.metadata import version
-from pathlib import Path
 
 import torch
 
 import distributed
-from arguments import HERE, SCRIPT, SPLITS, data_paths, in_sample, without_resume_flags
+from arguments import (
+    HERE,
+    MOVED,
+    SCRIPT,
+    SPLITS,
+    data_paths,
+    paths_of_run,
+    uses_sample,
+    without_resume_flags,
+)
 from base_bert import file_sha256, load_strictly
 from bert import BertModel
 from config import TASKS, BertConfig, MultitaskConfig, UserError
@@ -66,18 +74,12 @@ def recorded_paths(args, description):
     """As `arguments.data_paths`, for a run that is continued: its own files, unless named anew."""
     if args.given & {"data_dir", *(f"{name}_{split}" for name in args.tasks for split in SPLITS)}:
         return data_paths(args)
-    paths = {
-        name: {split: Path(file["path"]) for split, file in of_task.items()}
-        for name, of_task in description["data"].items()
-    }
-    own = [path for of_task in paths.values() for path in of_task.values()]
-    for path in own:
-        if not os.path.lexists(path):
-            raise UserError(f"{path}: no such file; name the folder of the run's data files with "
-                            "--data_dir")  # fmt: skip
-    for name, of_task in paths.items():  # a test file may have come since, beside the others
-        of_task.setdefault("test", of_task["dev"].with_name(TASKS[name].file_name("test")))
-    if any(map(in_sample, own)):
+    paths = paths_of_run(description)
+    for name, of_task in description["data"].items():
+        for path in (paths[name][split] for split in of_task):
+            if not os.path.lexists(path):
+                raise UserError(f"{path}: {MOVED}")
+    if uses_sample(description):
         return paths, "continuing on the small generated sample, as the run began"
     return paths, None
 

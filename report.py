@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from arguments import FREE_WHEN_CONTINUING, OF_ONE_COMMAND, SPLITS, flags_of, in_sample
+from arguments import FREE_WHEN_CONTINUING, OF_ONE_COMMAND, SPLITS, flags_of, uses_sample
 from base_bert import file_sha256
 from config import RECIPES, TASKS, UserError, overall_tasks
 from datasets import read_task_file
@@ -132,11 +132,9 @@ def describe_encoder(run):
 
 def describe_data(run):
     """Whether the data is the generated sample, and how much of it there was for training."""
-    data = run.description["data"]
-    files = [Path(file["path"]) for of_task in data.values() for file in of_task.values()]
-    sample = any(map(in_sample, files))
+    sample, data = uses_sample(run.description), run.description["data"].items()
     kind = "the **generated sample**" if sample else "the files named in `run.json`, no sample"
-    counts = (f"{name} {of_task['train']['examples']:,}" for name, of_task in data.items())
+    counts = (f"{name} {of_task['train']['examples']:,}" for name, of_task in data)
     return f"{kind}; training examples: {', '.join(counts)}"
 
 

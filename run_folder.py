@@ -210,8 +210,8 @@ class RunFolder:
     def open(self):
         """Lock the folder, made where it is missing, and clear away what a kill left half done.
 
-        Raises `UserError` where another process uses it, `OutputError` where `best` could
-        not become a link.
+        Raises `UserError` where another process uses it, `OutputError` where `best` could not
+        become a link.
         """
         with output_errors(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
@@ -354,6 +354,11 @@ class RunFolder:
             return None
         return int(self.best.readlink().name.split("-")[1].split(".")[0])
 
+    def describe_best(self):
+        """The best model and its step in words; a copy that followed the link knows no step."""
+        step = self.best_step()
+        return "best model" if step is None else f"best model of step {step}"
+
     def save_best(self, step, write):
         """Exchange the best model for the one that `write(folder)` writes."""
         target = self._unused(self.path, f"best-{step:08d}")
@@ -425,8 +430,7 @@ class RunFolder:
 
     def _states(self):
         """Folders of complete states, newest first."""
-        folders = _numbered(self.path / "state", "step-*")
-        return sorted(folders, key=lambda path: (path.stem, _number(path)), reverse=True)
+        return _numbered(self.path / "state", "step-*")[::-1]
 
     @staticmethod
     def _values(folder):
@@ -471,9 +475,9 @@ class RunFolder:
 
 
 def _numbered(folder, name):
-    """The paths `folder/name.<number>` that there are, in order of the number."""
+    """The paths `folder/name.<number>` that there are, by name and then by number."""
     paths = (path for path in folder.glob(f"{name}.*") if path.suffix[1:].isdecimal())
-    return sorted(paths, key=_number)
+    return sorted(paths, key=lambda path: (path.stem, _number(path)))
 
 
 def _number(path):

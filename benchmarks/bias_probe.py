@@ -253,14 +253,12 @@ def make_tables(heads):
 def make_report(run, heads, command):
     """The report as Markdown."""
     tables = make_tables(heads)
-    step = run.best_step()  # none where a copy of the run followed the link
-    of_step = "" if step is None else f" of step {step}"
     source = provenance([Run(str(run.path), heads.description, [], {}, 0.0)])
     missing = [name for name in ("sst", "para", "sts") if not heads.has(name)]
     left_out = f" The run has no head for {', '.join(missing)}: left out." if missing else ""
     return "\n".join([
         "# Group words\n",
-        f"Made by `{command}`: best model{of_step}, computed in {heads.precision}. "
+        f"Made by `{command}`: {run.describe_best()}, computed in {heads.precision}. "
         f"{source}{left_out}\n",
         READING, LIMITS, *(format_table(*numbered) for numbered in enumerate(tables, start=1)),
     ])  # fmt: skip

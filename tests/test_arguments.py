@@ -278,6 +278,7 @@ CONTRADICTIONS = {
     "--fine-tune-mode last-linear-layer --freeze_word_embeddings": "only in full-model",
     "--fine-tune-mode last-linear-layer --layer_decay 0.9": "none of its layers learns",
     "--fine-tune-mode last-linear-layer --lr 1e-3 --head_lr 1e-3": "both are the heads' rate",
+    "--loss_weights other=1": "--loss_weights other=1: no such loss in this run",
     "--loss_weights simcse_sst=5": "no such loss in this run; it has sst, para, sts",
     "--unsupervised_simcse --simcse_tasks sst --loss_weights simcse_sts=5": "no such loss",
     "--supervised_simcse --loss_weights r_drop_sst=5": "no such loss.*simcse_para_supervised",
@@ -337,7 +338,7 @@ def test_a_run_from_before_a_flag_goes_on_without_it():
     description = json.loads((run.path / "run.json").read_text())
     for name in ("r_drop", "task_batch_sizes", "batch_sizes", "both"):
         del description["args"][name]
-    description["args"] |= {"pair_encoding": ["para=joint", "sts=separate"], "loss_weights": []}
+    description["args"]["pair_encoding"] = ["para=joint", "sts=separate"]
     (run.path / "run.json").write_text(json.dumps(description))
     args = parse("--recipe best --resume")
     assert (args.r_drop, args.joint, args.both) == ([], ("para",), ())
@@ -345,6 +346,20 @@ def test_a_run_from_before_a_flag_goes_on_without_it():
     for flags in ("--task_batch_sizes para=64", "--r_drop sst"):
         with pytest.raises(UserError, match="not the run that was begun"):
             parse(f"--recipe best --resume {flags}")
+
+
+def test_a_run_from_before_a_check_goes_on_by_the_same_command():
+    """Targets were recorded as they were given, and weights of losses that a run has not taken."""
+    run = a_run(f"{LORA} --LoRA_targets query value")
+    description = json.loads((run.path / "run.json").read_text())
+    description["args"] |= {"LoRA_targets": ["value", "query", "value"],
+                            "loss_weights": ["simcse_sst=0.1", "para=2"]}  # fmt: skip
+    (run.path / "run.json").write_text(json.dumps(description))
+    command = f"{LORA} --LoRA_targets value query value --loss_weights simcse_sst=0.1 para=2"
+    args = parse(f"{command} --resume")
+    assert args.LoRA_targets == ["query", "value"] and args.weights["para"] == 2
+    with pytest.raises(UserError, match="no such loss"):
+        parse(f"{command} --overwrite")
 
 
 def test_a_run_is_neither_continued_nor_replaced_unasked():

@@ -280,7 +280,8 @@ def test_the_captions_say_on_what_and_how_sure(swept):
         assert f"is {min(errors)} to {max(errors)} (bootstrap)" in caption
     for name in NAMES:
         suffix = name.removeprefix("LoRA-")
-        assert f"multitask_classifier.py --fine-tune-mode LoRA {SMALL}" in text
+        script = REPOSITORY / "multitask_classifier.py"
+        assert f"    python {script} --fine-tune-mode LoRA {SMALL}" in text
         assert f"--model_file_suffix {suffix} --runs_dir sweep" in text
     assert shlex.join(["python", "benchmarks/lora_sweep.py", *COMMAND.split()]) in text
 
