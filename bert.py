@@ -2,9 +2,9 @@
 
 Shape legend: B rows, T tokens of a row, N tokens of all rows together, D hidden size, H heads.
 
-A row is one sentence with its padding, as usual, or several short ones side by side (`pack`): with
+A row is one sentence with its padding, as usual, or several short ones side by side (`pack`). With
 one sentence a row, half of the computation would be padding. In attention a token sees only its own
-sentence; everything else works on single tokens, on all N at once.
+sentence. Everything else works on single tokens, on all N at once.
 """
 
 import math
@@ -17,9 +17,9 @@ from torch import nn
 
 from base_bert import BertPreTrainedModel
 
-ROW_TOKENS = 64  # width of the rows that sentences are packed into; longer ones: a multiple
-# Padding rows make the number of rows a multiple of this, in units of ROW_TOKENS: few distinct
-# shapes, for each of which oneDNN keeps a kernel, and a GPU's allocator a block.
+ROW_TOKENS = 64  # width of the rows that sentences are packed into; of long ones, a multiple of it
+# Empty rows make the number of tokens a multiple of this times ROW_TOKENS. So there are few shapes:
+# oneDNN keeps a kernel, and a GPU's allocator a block, for each of them.
 ROWS_MULTIPLE = 2
 
 
@@ -36,41 +36,29 @@ class Packed(NamedTuple):
     """Sentences in rows, and where they are: indices into the N tokens of all rows."""
 
     rows: list  # of `Rows`, each of another width
-    sentence: torch.Tensor  # (N,) int64, the sentence of each token; of padding: their number
+    sentence: torch.Tensor  # (N,) int64, each token's sentence; at padding, the number of sentences
     first: torch.Tensor  # (sentences,) int64, where each begins
     lengths: torch.Tensor  # (sentences,) int64
 
 
-class FastDropout(nn.Module):
+class FastDropout(nn.Dropout):
     """Dropout; on a CPU with random numbers drawn 64 bits at a time, four elements from each.
 
-    `F.dropout` draws one number per element there, three to four times slower than the rest of it.
-    The rate is a multiple of 2^-16: 0.1 becomes 0.10001.
+    `F.dropout` draws one number per element, which takes three to four times as long as the rest.
     """
-
-    def __init__(self, p):
-        super().__init__()
-        self.p = p
 
     def forward(self, x):
         """`x` of any shape, each element zeroed with probability p, the others scaled up."""
-        if not self.training or self.p == 0:
-            return x
-        if x.device.type != "cpu":
-            return F.dropout(x, self.p)
+        if x.device.type != "cpu" or not self.training or self.p == 0:
+            return super().forward(x)
         return x * dropout_mask(x.shape, self.p, x.dtype)
-
-    def extra_repr(self):
-        return f"p={self.p}"
 
 
 def dropout_mask(shape, p, dtype):
-    """0 with probability p (to 2^-16), else 1 / (1 - p); a function of torch's global generator."""
+    """0 with probability p, rounded to 2^-16, else 1 / (1 - p); seeded by torch's generator."""
     count = math.prod(shape)
-    seed = int(torch.randint(2**63 - 1, ()))
-    words = np.random.Generator(np.random.SFC64(seed)).integers(
-        0, 2**64 - 1, size=(count + 3) // 4, dtype=np.uint64, endpoint=True
-    )
+    generator = np.random.Generator(np.random.SFC64(int(torch.randint(2**63 - 1, ()))))
+    words = generator.integers(0, 2**64, size=(count + 3) // 4, dtype=np.uint64)
     bits = torch.from_numpy(words.view(np.int16))[:count].view(shape)
     dropped = round(p * 2**16)
     mask = torch.ge(bits, dropped - 2**15, out=torch.empty(shape, dtype=dtype))
@@ -89,16 +77,13 @@ class BertEmbeddings(nn.Module):
         self.dropout = FastDropout(config.hidden_dropout_prob)
 
     def forward(self, rows):
-        """The tokens of a list of `Rows`, one after the other -> (N, D)."""
+        """The tokens of a list of `Rows`, in order -> (N, D)."""
         ids, positions, segments = (
             torch.cat([getattr(r, name).flatten() for r in rows])
             for name in ("input_ids", "position_ids", "token_type_ids")
         )
-        summed = (
-            self.word_embeddings(ids)
-            + self.token_type_embeddings(segments)
-            + self.position_embeddings(positions)
-        )
+        summed = self.word_embeddings(ids) + self.token_type_embeddings(segments)
+        summed = summed + self.position_embeddings(positions)
         return self.dropout(self.LayerNorm(summed))
 
 
@@ -136,7 +121,7 @@ class BertSelfAttention(nn.Module):
     def attend_with_dropout(self, q, k, v, mask):
         """The same written out, (B, H, T, D/H) each: only CUDA's fused kernels have dropout."""
         scores = (q / math.sqrt(q.size(-1))) @ k.transpose(-2, -1)
-        # Added once over all heads: `scores.masked_fill` would take seven times as long.
+        # One mask is added to all heads: `scores.masked_fill` would take seven times as long.
         lowest = torch.finfo(scores.dtype).min
         scores = scores + torch.zeros_like(mask, dtype=scores.dtype).masked_fill(~mask, lowest)
         return self.dropout(scores.softmax(dim=-1)) @ v
@@ -162,9 +147,8 @@ class BertLayer(nn.Module):
     def __init__(self, config):
         super().__init__()
         hidden, intermediate = config.hidden_size, config.intermediate_size
-        self.attention = nn.ModuleDict(
-            {"self": BertSelfAttention(config), "output": BertOutput(hidden, config)}
-        )
+        attention = {"self": BertSelfAttention(config), "output": BertOutput(hidden, config)}
+        self.attention = nn.ModuleDict(attention)
         self.intermediate = nn.ModuleDict({"dense": nn.Linear(hidden, intermediate)})
         self.output = BertOutput(intermediate, config)
 
@@ -193,7 +177,7 @@ class BertModel(BertPreTrainedModel):
                 module.p = p
 
     def keep_frozen_in(self, dtype):
-        """Convert frozen linear layers to `dtype` once, which autocast would do on every use."""
+        """Cast frozen linear layers to `dtype` once instead of in every forward pass."""
         for module in self.modules():
             if isinstance(module, nn.Linear) and not module.weight.requires_grad:
                 module.weight.data = module.weight.data.to(dtype)
@@ -206,19 +190,17 @@ class BertModel(BertPreTrainedModel):
         `token_type_ids` (batch, seq), segment 0 or 1, all 0 by default. Returns a dict with
         `last_hidden_state` (batch, seq, hidden) and `pooler_output` (batch, hidden).
         """
-        longest = input_ids.size(1)
-        self.check_length(longest)
-        positions = torch.arange(longest, device=input_ids.device).expand_as(input_ids)
+        self.check_length(input_ids.size(1))
+        positions = torch.arange(input_ids.size(1), device=input_ids.device).expand_as(input_ids)
         if token_type_ids is None:
             token_type_ids = torch.zeros_like(input_ids)
-        mask = attention_mask.bool()[:, None, None, :]
-        hidden_states = self.encode([Rows(input_ids, positions, token_type_ids, mask)])
-        last_hidden_state = hidden_states.view(*input_ids.shape, -1)
+        rows = Rows(input_ids, positions, token_type_ids, attention_mask.bool()[:, None, None, :])
+        last_hidden_state = self.encode([rows]).view(*input_ids.shape, -1)
         pooled = torch.tanh(self.pooler["dense"](last_hidden_state[:, 0]))
         return {"last_hidden_state": last_hidden_state, "pooler_output": pooled}
 
     def check_length(self, longest):
-        """Raise `ValueError` where `longest` tokens are more than there are positions."""
+        """Raise `ValueError` where the encoder has fewer positions than `longest` tokens need."""
         limit = self.config.max_position_embeddings
         if longest > limit:
             raise ValueError(f"sequence of {longest} tokens; this encoder has {limit} positions")
@@ -227,7 +209,7 @@ class BertModel(BertPreTrainedModel):
         """The last hidden states (N, D) of the tokens of a list of `Rows`, in order."""
         hidden_states = self.embeddings(rows)
         if hidden_states.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
-            # Autocast would go on in fp32 between the linear layers: twice the memory traffic.
+            # Autocast would keep fp32 between the linear layers: twice the memory traffic.
             hidden_states = hidden_states.to(torch.get_autocast_dtype("cpu"))
         for layer in self.encoder["layer"]:
             hidden_states = layer(hidden_states, rows)
@@ -245,19 +227,18 @@ def narrower(width):
 def fill_rows(lengths, numbers, width):
     """Put sentences, those of `lengths` at `numbers`, into few rows of `width` tokens.
 
-    Best fit, longest first: each goes to the row in which it leaves the least room, else to a new
-    one, unless the next narrower rows can hold it. Returns the rows as lists of numbers, and the
-    numbers that are left for narrower rows.
+    Best fit, longest first: each goes to the row in which it leaves the least room. One that fits
+    in no row begins a new one, unless the next narrower rows can hold it. Returns the rows as lists
+    of numbers, and the numbers that are left for narrower rows.
     """
-    rows, left, with_room = [], [], [[] for _ in range(width + 1)]  # [n]: rows with n tokens free
+    rows, left, with_room = [], [], [[] for _ in range(width)]  # [n]: rows with n tokens free
     for number in numbers[np.argsort(-lengths[numbers], kind="stable")].tolist():
         length = int(lengths[number])
-        room = next((n for n in range(length, width + 1) if with_room[n]), None)
-        if room is not None:
+        room = next((n for n in range(length, width) if with_room[n]), width)
+        if room < width:
             row = with_room[room].pop()
         elif length > narrower(width):
             rows.append(row := [])
-            room = width
         else:
             left.append(number)
             continue
@@ -269,12 +250,13 @@ def fill_rows(lengths, numbers, width):
 def pack(sequences, segment_starts, pad_id, device):
     """Lay out token sequences in rows, the long ones in wider rows; returns a `Packed`.
 
-    `sequences` are int32 arrays; `segment_starts[i]` is where sequence i's segment 1 begins (its
-    length where it has none).
+    `sequences` are int32 arrays. `segment_starts[i]` is where segment 1 of sequence i begins, its
+    length where there is none. A padding token has id `pad_id`.
     """
     count, lengths = len(sequences), np.array([len(sequence) for sequence in sequences])
     width = -(-int(lengths.max()) // ROW_TOKENS) * ROW_TOKENS  # of the widest rows
-    left, first, groups, tokens = np.arange(count), np.zeros(count, dtype=np.int64), [], 0
+    rows, owners, left, tokens = [], [], np.arange(count), 0
+    first = np.zeros(count, dtype=np.int64)
     while width:
         filled, left = fill_rows(lengths, left, width)
         if width == ROW_TOKENS:
@@ -292,16 +274,11 @@ def pack(sequences, segment_starts, pad_id, device):
                 first[number] = tokens + row * width + start
                 start = end
         if filled:
-            groups.append([to_device(x, device) for x in (ids, positions, segments, owner)])
-        tokens, width = tokens + ids.size, narrower(width)
-    rows = [Rows(*of_width, same_sentence(owner)) for *of_width, owner in groups]
-    owners = torch.cat([owner.flatten() for *_, owner in groups])
-    return Packed(rows, owners, to_device(first, device), to_device(lengths, device))
-
-
-def same_sentence(owner):
-    """The mask of `Rows` for the tokens' sentences (B, T) -> (B, 1, T, T) bool."""
-    return (owner[:, :, None] == owner[:, None, :])[:, None]
+            *parts, owner = (to_device(x, device) for x in (ids, positions, segments, owner))
+            rows.append(Rows(*parts, (owner[:, :, None] == owner[:, None, :])[:, None]))
+            owners.append(owner.flatten())
+        tokens, width = tokens + len(filled) * width, narrower(width)
+    return Packed(rows, torch.cat(owners), to_device(first, device), to_device(lengths, device))
 
 
 def to_device(array, device):

@@ -1,11 +1,14 @@
-"""What can be configured: the encoder, LoRA, the tasks and the paper's recipes.
+"""Configuration: the encoder, LoRA, the tasks, the heads and the paper's recipes.
 
-Plain values with their checks; nothing here needs torch.
+Plain values and their checks; nothing here needs torch.
 """
 
 import json
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parent
+PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 
 
 class UserError(Exception):
@@ -14,7 +17,7 @@ class UserError(Exception):
     exit_code = 2
 
 
-# What the encoder implements; a file that asks for anything else would compute other numbers.
+# What the encoder implements. A file that asks for anything else would compute other numbers.
 IMPLEMENTED = {"hidden_act": "gelu", "position_embedding_type": "absolute", "model_type": "bert"}
 
 
@@ -57,7 +60,7 @@ class BertConfig:
 
     @classmethod
     def from_file(cls, path):
-        """Read a published `config.json`; keys this encoder has no use for are left aside."""
+        """Read a published `config.json`; keys that this encoder does not use are ignored."""
         try:
             values = json.loads(Path(path).read_text(encoding="utf-8"))
             known = {field.name for field in fields(cls)}
@@ -100,7 +103,7 @@ class LoRAConfig:
 
 @dataclass(frozen=True)
 class Task:
-    """One row a task: its files, columns, labels, metric and prediction header."""
+    """A task: its files, columns, labels, heads, metric and prediction header."""
 
     name: str
     title: str
@@ -140,6 +143,7 @@ class Task:
 
 SENTENCE, PAIR = ("sentence",), ("sentence1", "sentence2")
 
+# fmt: off
 TASKS = {
     task.name: task
     for task in (
@@ -153,35 +157,36 @@ TASKS = {
         Task("cfimdb", "movie reviews", "ids-cfimdb-{split}.csv", SENTENCE, "sentiment",
              "classes", 2, "Predicted_Sentiment", ("ffn", "linear"), default=False),
     )
-}  # fmt: skip
+}
+# fmt: on
 
 
 def overall_tasks(names):
-    """Those of the tasks `names` that count for the overall score.
+    """The tasks of `names` that count for the overall score.
 
-    An optional task such as CFIMDB counts only where none of the others is there.
+    An optional task such as CFIMDB counts only if there is no other.
     """
     return [name for name in names if TASKS[name].default] or list(names)
 
 
 @dataclass(frozen=True)
 class MultitaskConfig:
-    """What stands on top of the encoder: heads, pooling and the losses of a training step."""
+    """The part above the encoder: heads, pooling and the losses of a training step."""
 
     tasks: tuple = ("sst", "para", "sts")
-    heads: dict = field(default_factory=dict)  # task -> head; the task's default where not named
+    heads: dict = field(default_factory=dict)  # task -> head, if not the default
     joint: tuple = ()  # pair tasks encoded as one sequence, [CLS] a [SEP] b [SEP]
-    both: tuple = ()  # pair tasks encoded as one sequence, and their sentences apart as well
+    both: tuple = ()  # pair tasks encoded both as one sequence and as two
     pooling: str = "mean"  # "mean" over the real tokens or "cls", the first token
     dropout: float = 0.1  # in front of a head's linear layers
     max_length: int = 512  # tokens of a sequence, markers included
     simcse_tasks: tuple = ()  # tasks with the unsupervised contrastive loss
     supervised_simcse: bool = False  # contrastive loss on the paraphrase pairs
-    r_drop: tuple = ()  # tasks whose two passes are held to the same prediction
-    swap_pairs: bool = False  # the second of them has a pair's sentences in the other order
+    r_drop: tuple = ()  # tasks with R-Drop: two passes should predict the same
+    swap_pairs: bool = False  # R-Drop's second pass swaps a pair's sentences
 
     def roles(self, task):
-        """The sequences of an example that the task's head is given the vectors of, in order."""
+        """The sequences of an example whose vectors the task's head takes, in order."""
         if not TASKS[task].is_pair:
             return ("first",)
         together = ("pair",) if task in self.joint + self.both else ()
@@ -199,8 +204,8 @@ class MultitaskConfig:
 
 MODES = ("last-linear-layer", "full-model", "LoRA")
 
-# Peak learning rates by mode, (encoder, heads). The heads start from random numbers and bear a
-# larger rate than the pretrained encoder; so do LoRA's matrices.
+# Peak learning rates by mode, (encoder, heads). The heads and LoRA's matrices start from random
+# numbers and need a larger rate than the pretrained encoder.
 LEARNING_RATES = {
     "last-linear-layer": (0.0, 1e-3),
     "full-model": (5e-5, 5e-4),
@@ -212,14 +217,15 @@ LEARNING_RATES = {
 class Recipe:
     """A row of the paper's Table 1 as flags, and the overall dev score printed there."""
 
-    flags: dict  # flag, under its name in the parsed arguments -> value
-    reading: str  # how the row is read here, where the paper leaves a choice
+    flags: dict  # name in the parser's namespace -> value
+    reading: str  # what the row means here, where the paper leaves a choice
     paper: float | None = None
 
 
 COSINE = {"sst_head": "linear", "para_head": "features", "sts_head": "cosine"}
 SIMCSE = {**COSINE, "unsupervised_simcse": True}
 
+# fmt: off
 RECIPES = {
     "baseline": Recipe(
         {"fine_tune_mode": "last-linear-layer", "sst_head": "linear", "para_head": "dot",
@@ -246,7 +252,7 @@ RECIPES = {
     ),
     "simcse-full": Recipe(
         {"fine_tune_mode": "full-model", **SIMCSE, "sst_head": "ffn"},
-        "simcse-lora with the whole model trained in place of the adapters",
+        "simcse-lora with the whole model trained instead of the adapters",
         0.732,
     ),
     "best": Recipe(
@@ -259,4 +265,5 @@ RECIPES = {
         "pairs apart, R-Drop on sentiment and paraphrase, word embeddings as pretrained, 1,800 "
         "steps of batch 32",
     ),
-}  # fmt: skip
+}
+# fmt: on

@@ -1,14 +1,13 @@
-"""Task files to examples, examples to batches.
+"""Task files to examples, and examples to batches.
 
-`read_task_file` checks every row of a file and says what is wrong with it and where; the order of
-the batches is a pure function of (seed, step).
+`read_task_file` checks every row and names the file and line of each fault. The order of the
+batches is a pure function of (seed, step).
 """
 
 import codecs
 import csv
 import io
 import re
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,12 +16,11 @@ import torch
 
 from config import TASKS, UserError
 
-csv.field_size_limit(2**31 - 1)
-
 ID_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(?: [A-Za-z0-9._-]+)*")
 INTEGER = re.compile(r"[+-]?[0-9]+(?:\.0*)?")
-LINE_END = re.compile(r"\r\n?|\n")
 DECIMAL = re.compile(r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?")
+FETCH = "fetch the data with: python data/prepare.py"
+HTML = (b"<!doctype", b"<!--", b"<html", b"<head", b"<?xml")  # how a web page begins
 
 
 @dataclass(frozen=True)
@@ -36,7 +34,7 @@ class Example:
 
 @dataclass(frozen=True)
 class TaskFile:
-    """What was read: the examples and everything that the user should know of."""
+    """The examples of one file, and the warnings about it."""
 
     path: Path
     examples: list
@@ -44,176 +42,142 @@ class TaskFile:
     rows: int  # data rows in the file, skipped ones included
 
 
-# ---------------------------------------------------------------------------------------- reading
+class BadRow(ValueError):
+    """A faulty row that may be skipped in train and dev files."""
 
 
 def read_task_file(path, task, split):
-    """Read one file of `task` (a row of `TASKS`), `split` "train", "dev" or "test".
+    """Read one file of `task` (a row of `TASKS`); `split` is "train", "dev" or "test".
 
-    Tab-separated with default csv quoting, UTF-8, columns found by name; labels are required in
-    train and dev. Bad rows of train and dev are skipped and counted up to max(5, 1 %), beyond that
-    and everywhere else a fault raises `UserError` with file and line.
+    The format: UTF-8, tab-separated with default csv quoting, columns found by name, labels
+    required in train and dev. Train and dev files may have up to max(5, 1 %) incomplete rows, which
+    are skipped and counted. Every other fault raises `UserError` with file and line.
     """
     path = Path(path)
     text, warnings = _decode(path)
     records = _records(path, text)
-    columns = _columns(path, next(records)[1], task, split)
-    examples, skipped, lines, rows = [], [], {}, 0
+    header = next(records)[1]
+    columns = _columns(path, header, task, split)
+    numbered, skipped = [], []
     for line, record in records:
-        rows += 1
         try:
-            example = _example(record, columns, task)
-        except BadRow as problem:
-            if split == "test":
-                raise UserError(f"{path}:{line}: {problem}") from None
-            skipped.append(f"{path}:{line}: {problem}")
-            continue
-        except ValueError as problem:
-            raise UserError(f"{path}:{line}: {problem}") from None
-        examples.append(example)
-        lines.setdefault(example.id, []).append(line)
+            numbered.append((line, _example(record, len(header), columns, task)))
+        except ValueError as error:
+            skipped.append(f"{path}:{line}: {error}")
+            if split == "test" or not isinstance(error, BadRow):
+                raise UserError(skipped[-1]) from None
+    rows = len(numbered) + len(skipped)
     if not rows:
         raise UserError(f"{path}: only a header; expected rows below it")
-    if len(skipped) > max(5, rows // 100) or not examples:
+    if len(skipped) > max(5, rows // 100) or not numbered:
         raise UserError(f"{skipped[0]}; {len(skipped)} of {rows} rows like this, too many to skip")
     if skipped:
         listed = "\n".join(f"  {problem}" for problem in skipped[:5])
         warnings.append(f"{path}: {len(skipped)} of {rows} rows skipped:\n{listed}")
-    examples, repeated = _without_repeats(path, examples, lines, split)
+    examples, repeated = _without_repeats(path, numbered, split)
     return TaskFile(path, examples, warnings + repeated, rows)
 
 
-class BadRow(ValueError):
-    """A row that train and dev files may do without."""
-
-
-def _decode(path):
-    """The file's text without byte-order mark and NULs, and warnings."""
+def _read_bytes(path):
+    """The content of a file. Raises `UserError` where there is no regular, readable file."""
     try:
         if path.is_dir():
             raise UserError(f"{path}: a folder; expected a tab-separated file")
         if path.is_symlink() and not path.exists():
             raise UserError(f"{path}: a dangling link to {path.readlink()}")
         if not path.exists():
-            raise UserError(f"{path}: no such file; fetch the data with: python data/prepare.py")
+            raise UserError(f"{path}: no such file; {FETCH}")
         if not path.is_file():
-            raise UserError(f"{path}: a pipe or a device; expected a file, which is read twice")
-        content = path.read_bytes()
+            raise UserError(f"{path}: a pipe or a device; expected a file that can be read twice")
+        return path.read_bytes()
     except OSError as error:
         raise UserError(f"{path}: not readable: {error.strerror}") from error
-    if not content.strip(b"\0\r\n\t \xef\xbb\xbf"):
-        raise UserError(f"{path}: an empty file; fetch the data with: python data/prepare.py")
+
+
+def _decode(path):
+    """A file's text without byte-order mark and NULs, and warnings."""
+    content = _read_bytes(path)
+    if not content.strip(b"\0\r\n\t " + codecs.BOM_UTF8):
+        raise UserError(f"{path}: an empty file; {FETCH}")
     if content.startswith(b"version https://git-lfs"):
         raise UserError(f"{path}: a git-LFS pointer, not the data; run: git lfs pull")
     body = content.removeprefix(codecs.BOM_UTF8)
-    start = body.lstrip()[:15].lower()
-    if start.startswith((b"<!doctype", b"<!--", b"<html", b"<head", b"<?xml")):
-        raise UserError(f"{path}: an HTML page, not data; fetch it with: python data/prepare.py")
+    if body.lstrip()[:15].lower().startswith(HTML):
+        raise UserError(f"{path}: an HTML page, not data; {FETCH}")
     try:
         text = body.decode("utf-8")
     except UnicodeDecodeError as error:
         offset = error.start + len(content) - len(body)
         line = content.count(b"\n", 0, offset) + 1
-        raise UserError(
-            f"{path}:{line}: byte 0x{content[offset]:02x} at offset {offset} "
-            f"is not UTF-8; expected a UTF-8 file"
-        ) from error
+        byte = f"byte 0x{content[offset]:02x} at offset {offset}"
+        raise UserError(f"{path}:{line}: {byte} is not UTF-8; expected a UTF-8 file") from error
     nuls = text.count("\0")
-    warnings = [f"{path}: {nuls} NUL characters removed"] if nuls else []
-    return text.replace("\0", ""), warnings
+    return text.replace("\0", ""), [f"{path}: {nuls} NUL characters removed"] if nuls else []
 
 
 def _records(path, text):
     """Yield (line, fields) for each record, the header first; blank lines are skipped.
 
-    Raises `UserError` where a quote that was left open swallows the rows after it.
+    Raises `UserError` at a quote that is never closed: it would swallow the rows after it.
     """
-    taken = []  # the lines of the record that is being read
-
-    def lines():
-        for line in io.StringIO(text, newline=None):  # "\r\n" inside a field is "\n" too
-            taken.append(line)
-            yield line
-
-    reader, start, width = csv.reader(lines(), delimiter="\t"), 1, None
+    csv.field_size_limit(2**31 - 1)  # the default would refuse a sentence of 128 KiB
+    lines = io.StringIO(text, newline=None).readlines()  # every line now ends in "\n"
+    reader, start, width = csv.reader(lines, delimiter="\t"), 0, 0
     for record in reader:
         if record:
             width = width or len(record)
-            if _quote_left_open("".join(taken), record, width):
-                raise UserError(
-                    f"{path}:{start}: a quote that is not closed swallows the rows after it; "
-                    f"expected its end on the same line"
-                )
-            yield start, record
-        taken.clear()
-        start = reader.line_num + 1
+            if _quote_left_open("".join(lines[start : reader.line_num]), record, width):
+                fault = "a quote that is not closed swallows the rows after it"
+                raise UserError(f"{path}:{start + 1}: {fault}; expected its end on the same line")
+            yield start + 1, record
+        start = reader.line_num
 
 
 def _quote_left_open(raw, record, width):
-    """Whether a record, `raw` in the file, is more than one: a quote that nobody closed.
+    """Whether an unclosed quote made one record of several rows; `raw` is the record's text.
 
-    It either reaches the end of the file or ends at another row's quote. There it leaves a quote in
-    the middle of a field, or a wrong number of fields, or a field that holds rows or parts of rows.
+    Such a quote reaches the end of the file, or ends at a quote of a later row. That leaves a quote
+    in the middle of a field, a wrong number of fields, or a field that holds a row, or that begins
+    with the end of one row and ends with the start of another. Tabs tell rows from text.
     """
-    parts = [LINE_END.split(field) for field in record]
-    if all(len(lines) == 1 for lines in parts) and LINE_END.search(raw):
+    fields = [(place, text.split("\n")) for place, text in enumerate(record) if "\n" in text]
+    if not fields and raw.endswith("\n"):
         return False
     try:
         next(csv.reader([raw], delimiter="\t", strict=True))
     except csv.Error:
         return True
-    of_several_lines = [(place, lines) for place, lines in enumerate(parts) if len(lines) > 1]
-    return bool(of_several_lines) and (
-        len(record) != width or any(_holds_rows(*field, width) for field in of_several_lines)
-    )
-
-
-def _holds_rows(place, lines, width):
-    """Whether a field in column `place` holds a row of `width` fields, or parts of two.
-
-    Parts: it begins with the end of one row and ends with the beginning of another. Judged by the
-    tabs in its `lines`.
-    """
-    tabs = [line.count("\t") for line in lines]
-    before, after = place, width - 1 - place
-    begins, ends = tabs[-1] >= before, tabs[0] >= after
-    return (
-        max(tabs) >= width - 1
-        or (begins and ends)
-        or (begins and before > 1)
-        or (ends and after > 1)
-    )
+    for before, lines in fields:
+        after, tabs = width - 1 - before, [line.count("\t") for line in lines]
+        ends, starts = tabs[0] >= after, tabs[-1] >= before
+        parts = (ends and starts) or (ends and after > 1) or (starts and before > 1)
+        if len(record) != width or max(tabs) >= width - 1 or parts:
+            return True
+    return False
 
 
 def _columns(path, header, task, split):
-    """Positions of the id, the sentences and the label (None in a test file without labels)."""
+    """Positions of the id, the sentences and, except in test files, the label."""
     names = [name.strip(" ").lower() for name in header]
     wanted = ["id", *task.sentences] + ([] if split == "test" else [task.label])
     missing = [name for name in wanted if names.count(name) != 1]
     if missing:
-        raise UserError(
-            f"{path}:1: column {', '.join(missing)} missing or repeated; "
-            f"expected {', '.join(wanted)}, found {header}"
-        )
-    label = None if split == "test" else names.index(task.label)
-    sentences = [names.index(name) for name in task.sentences]
-    return {"width": len(names), "id": names.index("id"), "sentences": sentences, "label": label}
+        expected = f"expected {', '.join(wanted)}, found {header}"
+        raise UserError(f"{path}:1: column {', '.join(missing)} missing or repeated; {expected}")
+    return [names.index(name) for name in wanted]
 
 
-def _example(record, columns, task):
+def _example(record, width, columns, task):
     """One record checked. Raises `BadRow` where it may be skipped, `ValueError` where not."""
-    if len(record) != columns["width"]:
-        raise BadRow(f"{len(record)} fields; expected {columns['width']}")
-    example_id = record[columns["id"]].strip()
+    if len(record) != width:
+        raise BadRow(f"{len(record)} fields; expected {width}")
+    example_id, *values = (record[column] for column in columns)
+    example_id = example_id.strip()
     if not (ID_PATTERN.fullmatch(example_id) and len(example_id) <= 80):
-        raise ValueError(
-            f"id {example_id[:90]!r}; expected 1 to 80 letters, digits, '.', '_', '-' "
-            f"and single inner spaces"
-        )
-    label = None
-    if columns["label"] is not None:
-        label = parse_label(record[columns["label"]], task)
-    return Example(example_id, tuple(record[i] for i in columns["sentences"]), label)
+        expected = "1 to 80 letters, digits, '.', '_', '-' and single inner spaces"
+        raise ValueError(f"id {example_id[:90]!r}; expected {expected}")
+    label = parse_label(values.pop(), task) if len(values) > len(task.sentences) else None
+    return Example(example_id, tuple(values), label)
 
 
 def parse_label(text, task):
@@ -221,33 +185,31 @@ def parse_label(text, task):
     text = text.strip()
     if not text:
         raise BadRow(f"no {task.label}")
-    whole = task.kind != "score"
-    if (INTEGER if whole else DECIMAL).fullmatch(text):
-        value = float(text)
-        if task.low <= value <= task.high:
-            return value
-    expected = "a whole number" if whole else "a number"
-    raise ValueError(
-        f"{task.label} {text[:40]!r}; expected {expected} from {task.low:g} to {task.high:g}"
-    )
+    is_score = task.kind == "score"
+    is_number = (DECIMAL if is_score else INTEGER).fullmatch(text)
+    if is_number and task.low <= float(text) <= task.high:
+        return float(text)
+    expected = f"{'a' if is_score else 'a whole'} number from {task.low:g} to {task.high:g}"
+    raise ValueError(f"{task.label} {text[:40]!r}; expected {expected}")
 
 
-def _without_repeats(path, examples, lines, split):
-    """Examples with identical repeated rows of dev and test dropped, and warnings."""
-    repeated = [name for name, places in lines.items() if len(places) > 1]
-    if not repeated:
-        return examples, []
-    name, places = repeated[0], lines[repeated[0]]
-    where = f"{path}:{places[1]}: id {name} again, first on line {places[0]}"
+def _without_repeats(path, numbered, split):
+    """The examples of (line, example) pairs, and a warning where an id occurs again.
+
+    Identical rows of dev and test files are dropped; different rows of one id are an error there.
+    """
+    first, repeated = {}, {}  # id -> line and example of its first row; id -> where it is again
+    for line, example in numbered:
+        first_line, original = first.setdefault(example.id, (line, example))
+        where = f"{path}:{line}: id {example.id}"
+        if split != "train" and example != original:
+            raise UserError(f"{where} on lines {first_line} and {line}; expected ids once")
+        if line != first_line:
+            repeated.setdefault(example.id, f"{where} again, first on line {first_line}")
+    examples, warnings = [example for _, example in numbered], list(repeated.values())[:1]
     if split == "train":
-        return examples, [f"{where} ({len(repeated)} ids repeated; rows kept)"]
-    unique = list(dict.fromkeys(examples))
-    doubled = [name for name, count in Counter(e.id for e in unique).items() if count > 1]
-    if doubled:
-        name, places = doubled[0], lines[doubled[0]]
-        on_lines = " and ".join(map(str, places))
-        raise UserError(f"{path}:{places[1]}: id {name} on lines {on_lines}; expected ids once")
-    return unique, [f"{where} (identical rows, written once)"]
+        return examples, [f"{w} ({len(repeated)} ids repeated; rows kept)" for w in warnings]
+    return list(dict.fromkeys(examples)), [f"{w} (identical rows, written once)" for w in warnings]
 
 
 # ------------------------------------------------------------------------------ examples to batches
@@ -255,7 +217,7 @@ def _without_repeats(path, examples, lines, split):
 
 @dataclass(frozen=True)
 class TaskBatch:
-    """Examples of one task. Sentences are int32 arrays `[CLS] … [SEP]` of unlike length."""
+    """Examples of one task. Sentences are int32 arrays `[CLS] … [SEP]` of different lengths."""
 
     ids: list
     first: list
@@ -267,8 +229,7 @@ class TaskDataset:
     """The examples of one file, tokenised once."""
 
     def __init__(self, task_file, task, tokenizer, max_length):
-        self.task, self.path = task, task_file.path
-        self.examples = task_file.examples
+        self.task, self.examples = task, task_file.examples
         columns = zip(*(example.sentences for example in self.examples), strict=True)
         self.sentences = [tokenizer(texts, max_length) for texts in columns]
         labels = [example.label for example in self.examples]
@@ -284,10 +245,6 @@ class TaskDataset:
         ids = [self.examples[row].id for row in rows]
         return TaskBatch(ids, first, second[0] if second else None, labels)
 
-    def lengths(self):
-        """Tokens of each example, both sentences together, (examples,)."""
-        return np.sum([[len(ids) for ids in column] for column in self.sentences], axis=0)
-
     def longest(self):
         """Tokens of the longest single sequence."""
         return max(len(ids) for column in self.sentences for ids in column)
@@ -295,10 +252,11 @@ class TaskDataset:
     def batches_of(self, batch_tokens, rows=None):
         """Yield (rows, `TaskBatch`) of at most `batch_tokens` tokens, or of one example.
 
-        All examples, or those at `rows`, in a fixed order that mixes lengths: sentences of unlike
-        length fill the rows of `bert.pack` better than those of one length.
+        All examples, or those at `rows`, in a fixed order that mixes lengths: sentences of
+        different lengths fill the rows of `bert.pack` better than sentences of one length.
         """
-        lengths, order = self.lengths(), np.random.default_rng(0).permutation(len(self))
+        lengths = np.sum([[len(ids) for ids in column] for column in self.sentences], axis=0)
+        order = np.random.default_rng(0).permutation(len(self))
         if rows is not None:
             order = order[np.isin(order, rows)]
         while len(order):
@@ -311,18 +269,18 @@ class TaskDataset:
 class MultitaskBatches:
     """`batches[step]`: one batch of each task, a pure function of (seed, step).
 
-    `batch_sizes` is one number for all tasks or a dict by task.
-    Each task goes through its examples in passes, with a fresh permutation for each; a batch that
-    reaches the end of one pass is filled from the next, so that all batches are of one size.
+    Each task passes through its examples again and again, in a fresh order each time. A batch at
+    the end of a pass is filled from the next one, so all batches of a task have the same size.
+    `batch_sizes` is one number, or a dict by task. `shares` maps each task to the slice of its
+    batch that this process takes, all of it by default.
     """
 
     def __init__(self, datasets, batch_sizes, seed, shares=None):
         if isinstance(batch_sizes, int):
             batch_sizes = dict.fromkeys(datasets, batch_sizes)
         self.datasets, self.batch_sizes, self.seed = datasets, batch_sizes, seed
-        # The rows of each task's batch that this process takes: all of them by default.
         self.shares = shares or dict.fromkeys(datasets, slice(None))
-        self._permutations = {}
+        self._permutations = {}  # task -> (number, permutation) of its latest pass
 
     def __getitem__(self, step):
         return {
@@ -334,10 +292,8 @@ class MultitaskBatches:
         """Rows of task `name` in the batch of `step` (counted from 0), (its batch size,)."""
         size = self.batch_sizes[name]
         positions = np.arange(step * size, (step + 1) * size)
-        passes, offsets = np.divmod(positions, len(self.datasets[name]))
-        return np.array(
-            [self.permutation(name, p)[i] for p, i in zip(passes, offsets, strict=True)]
-        )
+        places = zip(*np.divmod(positions, len(self.datasets[name])), strict=True)
+        return np.array([self.permutation(name, number)[place] for number, place in places])
 
     def rows_until(self, name, steps):
         """The rows of task `name` that this process takes in the first `steps` batches, sorted."""
@@ -345,14 +301,11 @@ class MultitaskBatches:
         return np.unique(np.concatenate(rows)) if rows else np.arange(0)
 
     def permutation(self, name, number):
-        """Order of pass `number` of a task; the last one is kept."""
-        kept = self._permutations.get(name)
-        if kept is None or kept[0] != number:
-            task_number = list(TASKS).index(name)
-            generator = np.random.default_rng([self.seed, task_number, number])
-            kept = (number, generator.permutation(len(self.datasets[name])))
-            self._permutations[name] = kept
-        return kept[1]
+        """The order of pass `number` (counted from 0) of task `name`, (examples,)."""
+        if self._permutations.get(name, (None,))[0] != number:
+            generator = np.random.default_rng([self.seed, list(TASKS).index(name), number])
+            self._permutations[name] = number, generator.permutation(len(self.datasets[name]))
+        return self._permutations[name][1]
 
     def largest(self):
         """Batches in one pass of the task that takes most of them."""

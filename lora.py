@@ -1,7 +1,7 @@
 """Low-rank adaptation of linear layers (Hu et al. 2021).
 
-A finished model is transformed: `apply_lora(model.bert, LoRAConfig(r=32))` exchanges linear layers
-after their weights are loaded. The encoder itself knows nothing of it.
+`apply_lora(model.bert, LoRAConfig(r=32))` replaces linear layers of a finished model, after its
+weights are loaded. The encoder's own code does not know about LoRA.
 """
 
 import json
@@ -17,10 +17,10 @@ from config import LORA_TARGETS, UserError
 
 
 class LowRankLinear(torch.autograd.Function):
-    """x W^T + b + scaling · x A^T B^T with W and b frozen; the gradients below, by hand.
+    """x W^T + b + scaling · x A^T B^T with W and b frozen, and its gradients by hand.
 
-    Left to autograd, each sum of two paths would be one more pass over a large tensor: a fifth of a
-    training step. `dropped` takes the place of x in the low-rank path unless it is None.
+    Autograd would add the two paths in separate passes over large tensors, which costs a fifth of a
+    training step. The low-rank path takes `dropped` in place of x, unless it is None.
     """
 
     @staticmethod
@@ -37,7 +37,7 @@ class LowRankLinear(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        """The gradients of what `forward` takes, in its order."""
+        """Gradients of the arguments of `forward`, in their order; None for those without one."""
         low, down, weight, lora_A, lora_B = ctx.saved_tensors
         low, down, flat = (t.reshape(-1, t.size(-1)) for t in (low, down, grad))
         up = ctx.scaling * (flat @ lora_B)  # (…, r)
@@ -54,8 +54,8 @@ class LowRankLinear(torch.autograd.Function):
 class LoRALinear(nn.Linear):
     """y = W x + b + (alpha / r) B A dropout(x), with W and b frozen (Hu et al. 2021, §4.1).
 
-    `lora_A` is (r, in_features), Kaiming uniform; `lora_B` is (out_features, r), zero, so that the
-    output at the start is the plain layer's. Weight and bias are those of `linear`, not copies.
+    `lora_A` (r, in_features) starts Kaiming uniform and `lora_B` (out_features, r) starts at zero,
+    so the output at the start is the plain layer's. Weight and bias are shared with `linear`.
     """
 
     def __init__(self, linear, config):
@@ -73,10 +73,9 @@ class LoRALinear(nn.Linear):
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
         matrices = (self.weight, self.bias, self.lora_A, self.lora_B)
         dropped = self.dropout(x) if self.dropout.p and self.training else None
-        inputs = (x, dropped, *matrices)
-        x, dropped, *matrices = (None if t is None else t.to(dtype) for t in inputs)
+        inputs = [None if t is None else t.to(dtype) for t in (x, dropped, *matrices)]
         with torch.autocast(device, enabled=False):
-            return LowRankLinear.apply(x, dropped, *matrices, self.scaling)
+            return LowRankLinear.apply(*inputs, self.scaling)
 
     def delta(self):
         """The low-rank path as one matrix (out_features, in_features)."""
@@ -91,7 +90,7 @@ def adapter_layers(model):
 def target_names(model, targets):
     """Full names of the linear layers that `targets` (keys of `LORA_TARGETS`) select.
 
-    Full names, since `output.dense` would also match `attention.output.dense`.
+    The end `output.dense` alone would also match `attention.output.dense`.
     """
     suffixes = [LORA_TARGETS[target] for target in targets]
     return [
@@ -102,9 +101,9 @@ def target_names(model, targets):
 
 
 def apply_lora(model, config):
-    """Freeze `model` and exchange its targeted linear layers for LoRA layers, in place.
+    """Freeze `model` and replace its targeted linear layers by LoRA layers, in place.
 
-    Raises `ValueError` where r exceeds a targeted layer's smaller side.
+    Returns the model. Raises `ValueError` where r exceeds a targeted layer's smaller side.
     """
     model.requires_grad_(False)
     for name in target_names(model, config.targets):
@@ -118,12 +117,11 @@ def apply_lora(model, config):
 
 @torch.no_grad()
 def merge_lora(model):
-    """Add each low-rank path to its weight and put plain linear layers back, in place."""
+    """Add each low-rank path to its weight and put plain linear layers back; returns the model."""
     for name, layer in adapter_layers(model).items():
         linear = nn.Linear(layer.in_features, layer.out_features, device="meta")
-        dtype = layer.weight.dtype
         weight = layer.weight.float() + layer.delta().float()
-        linear.weight = nn.Parameter(weight.to(dtype), requires_grad=False)
+        linear.weight = nn.Parameter(weight.to(layer.weight.dtype), requires_grad=False)
         linear.bias = layer.bias
         model.set_submodule(name, linear)
     return model
@@ -139,55 +137,48 @@ def adapter_tensors(model):
 
 
 PEFT_PREFIX = "base_model.model."
+# fmt: off
+PEFT_SETTINGS = {  # of every adapter
+    "peft_type": "LORA", "task_type": "FEATURE_EXTRACTION", "bias": "none", "inference_mode": True,
+    "fan_in_fan_out": False, "use_rslora": False, "use_dora": False, "init_lora_weights": True,
+}
+UNSUPPORTED = (  # settings that change what the same matrices compute
+    "use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "fan_in_fan_out",
+    "alora_invocation_tokens",
+)
+# fmt: on
 
 
 def save_adapter(model, folder, config, base_model, revision=None):
     """Write `adapter_config.json` and `adapter_model.safetensors` as `peft` reads them."""
-    folder = Path(folder)
-    settings = {
-        "peft_type": "LORA",
-        "task_type": "FEATURE_EXTRACTION",
+    settings = PEFT_SETTINGS | {
         "base_model_name_or_path": base_model,
         "revision": revision,
         "r": config.r,
         "lora_alpha": config.alpha,
         "lora_dropout": config.dropout,
         "target_modules": target_names(model, config.targets),
-        "bias": "none",
-        "inference_mode": True,
-        "fan_in_fan_out": False,
-        "use_rslora": False,
-        "use_dora": False,
-        "init_lora_weights": True,
     }
     text = json.dumps(settings, indent=2) + "\n"
-    (folder / "adapter_config.json").write_text(text, encoding="utf-8")
-    tensors = {
-        f"{PEFT_PREFIX}{name}.weight": tensor for name, tensor in adapter_tensors(model).items()
-    }
-    write_tensors(folder / "adapter_model.safetensors", tensors)
+    (Path(folder) / "adapter_config.json").write_text(text, encoding="utf-8")
+    tensors = {f"{PEFT_PREFIX}{name}.weight": t for name, t in adapter_tensors(model).items()}
+    write_tensors(Path(folder) / "adapter_model.safetensors", tensors)
 
 
 def selected_targets(model, patterns):
-    """What `target_modules` of an adapter's file select: keys of `LORA_TARGETS`, and other layers.
+    """The layers that `target_modules` of an adapter's file selects, as keys of `LORA_TARGETS`.
 
-    `patterns` are full names or ends of names; `peft` itself shortens a long list to such ends.
+    `patterns` are full names or ends of names: `peft` itself shortens a long list to such ends.
+    Layers outside the keys, or of a key that is selected in part only, appear by full name.
     """
     selected = {
         name
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear) and any(f".{name}".endswith(f".{p}") for p in patterns)
     }
-    kinds = {t: set(target_names(model, (t,))) for t in LORA_TARGETS}
-    whole = [target for target, names in kinds.items() if names <= selected]
-    return sorted([*whole, *selected.difference(*(kinds[target] for target in whole))])
-
-
-# Settings of an adapter's file that change what the same matrices compute.
-UNSUPPORTED = (
-    "use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "fan_in_fan_out",
-    "alora_invocation_tokens",
-)  # fmt: skip
+    layers = {target: set(target_names(model, (target,))) for target in LORA_TARGETS}
+    whole = [target for target, names in layers.items() if names <= selected]
+    return sorted([*whole, *selected.difference(*(layers[target] for target in whole))])
 
 
 def load_adapter(model, folder, config):
@@ -196,27 +187,26 @@ def load_adapter(model, folder, config):
     Raises `UserError` where r, alpha or the targets differ from `config`, the file asks for another
     kind of low-rank path, or a tensor is missing, unexpected or of another shape.
     """
-    folder = Path(folder)
-    path = folder / "adapter_config.json"
+    path = Path(folder) / "adapter_config.json"
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))
-        targets = selected_targets(model, settings["target_modules"])
-        found = (settings["r"], float(settings["lora_alpha"]), targets)
-        found += tuple(settings.get(name) or None for name in UNSUPPORTED)
+        found = {name: settings.get(name) or None for name in ("r", *UNSUPPORTED)}
+        found["alpha"] = float(settings["lora_alpha"])
+        found["target_modules"] = selected_targets(model, settings["target_modules"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: not an adapter's configuration: {error!r}") from error
-    wanted = (config.r, float(config.alpha), sorted(set(config.targets)))
-    wanted += (None,) * len(UNSUPPORTED)
-    labels = ("r", "alpha", "target_modules", *UNSUPPORTED)
-    differences = [
-        f"{label} is {a}, expected {b}"
-        for label, a, b in zip(labels, found, wanted, strict=True)
-        if a != b
+    wanted = {"r": config.r, "alpha": float(config.alpha)}
+    wanted["target_modules"] = sorted(set(config.targets))
+    problems = [
+        f"{name} is {value}, expected {wanted.get(name)}"
+        for name, value in found.items()
+        if value != wanted.get(name)
     ]
-    if differences:
-        raise UserError(f"{path}: {'; '.join(differences)}")
+    if problems:
+        raise UserError(f"{path}: {'; '.join(problems)}")
+    path = path.with_name("adapter_model.safetensors")
     tensors = {
         name.removeprefix(PEFT_PREFIX).removesuffix(".weight"): tensor
-        for name, tensor in read_tensors(folder / "adapter_model.safetensors").items()
+        for name, tensor in read_tensors(path).items()
     }
-    load_strictly(adapter_tensors(model), tensors, folder / "adapter_model.safetensors")
+    load_strictly(adapter_tensors(model), tensors, path)

@@ -1,9 +1,8 @@
-"""Encoder and task heads: what is predicted, and what is each loss?
+"""The multitask model: an encoder, a head for each task, and every loss.
 
 One forward pass encodes all sentences of a step together and returns one scalar per loss. The
-script sums them: L = sum of the task losses + unsupervised SimCSE on each task's sentences +
-supervised SimCSE on the paraphrase pairs + R-Drop's consistency of single tasks, the last three
-when asked for.
+script sums them: L = the task losses + unsupervised SimCSE on each task's sentences + supervised
+SimCSE on the paraphrase pairs + R-Drop on single tasks; the last three only if asked for.
 """
 
 import torch
@@ -12,7 +11,8 @@ from torch import nn
 
 from bert import FastDropout, pack
 from config import TASKS
-from distributed import gather_rows, mean_over_processes
+from datasets import TaskBatch
+from runtime.distributed import gather_rows, mean_over_processes
 from simcse import supervised_simcse_loss, unsupervised_simcse_loss
 from tokenizer import join_pair
 
@@ -153,30 +153,34 @@ def consistency_loss(task, first, second):
 class MultitaskBERT(nn.Module):
     """An encoder shared by the heads of several tasks.
 
-    `bert` is a `BertModel`, `config` a `MultitaskConfig`. With `frozen=True` (mode
-    `last-linear-layer`) the encoder stays in eval mode and each sentence is encoded once: its
-    vector is kept, up to `VECTOR_CACHE_MIB`. `offset_<task>` (num_classes,) is what `predict` adds
-    to a head's outputs: 0 until `evaluation.calibrate` fits it.
+    `bert` is a `BertModel`, `config` a `MultitaskConfig`, `tokenizer` the encoder's. With
+    `frozen=True` (mode `last-linear-layer`) the encoder stays in eval mode and each sentence is
+    encoded once: its vector is kept, up to `VECTOR_CACHE_MIB`. `predict` adds `offset_<task>`
+    (num_classes,) to a head's outputs: 0 until `evaluation.calibrate` fits it.
     """
 
-    def __init__(self, bert, config, pad_id=0, frozen=False):
+    def __init__(self, bert, config, tokenizer=None, frozen=False):
         super().__init__()
-        self.bert, self.config, self.pad_id, self.frozen = bert, config, pad_id, frozen
+        self.bert, self.config, self.tokenizer, self.frozen = bert, config, tokenizer, frozen
+        self.pad_id = tokenizer.pad_id if tokenizer else bert.config.pad_token_id
         hidden = bert.config.hidden_size
-        self.heads = nn.ModuleDict({
-            name: make_head(TASKS[name], config.head(name), config.roles(name), hidden,
-                            config.dropout)
-            for name in config.tasks
-        })  # fmt: skip
+        self.heads = nn.ModuleDict()
         for name in config.tasks:
-            self.register_buffer(f"offset_{name}", torch.zeros(TASKS[name].num_classes))
+            task, kind, roles = TASKS[name], config.head(name), config.roles(name)
+            self.heads[name] = make_head(task, kind, roles, hidden, config.dropout)
+            self.register_buffer(f"offset_{name}", torch.zeros(task.num_classes))
         if config.uses_simcse:
             self.simcse_projection = nn.Linear(hidden, hidden)
         bert.pooler.requires_grad_(False)  # nothing here uses it
         if frozen:
             bert.requires_grad_(False)
         self.vectors = {}  # of a frozen encoder: sequence -> vector
-        self.encoded_sequences = self.encoded_tokens = 0  # running counts, for the log
+        self.encoded_sequences = self.encoded_tokens = 0  # counts for the log
+
+    @property
+    def device(self):
+        """Where the model's weights lie."""
+        return self.bert.embeddings.word_embeddings.weight.device
 
     def train(self, mode=True):
         """As `nn.Module.train`; a frozen encoder stays in eval mode."""
@@ -188,119 +192,123 @@ class MultitaskBERT(nn.Module):
     def forward(self, batches):
         """Losses of one training step.
 
-        `batches` maps a task to its `datasets.TaskBatch`. Returns a dict of scalars: one per task
-        under its name, `simcse_<task>`, `simcse_para_supervised` and `r_drop_<task>` where
-        configured.
+        `batches` maps a task to its `datasets.TaskBatch`. Returns a dict of scalars: `<task>` for
+        each, and if configured `simcse_<task>`, `simcse_para_supervised` and `r_drop_<task>`.
         """
-        groups = {}  # (task, role) -> sequences; all of them are encoded together
+        groups = {}  # (task, pass) -> sequences by role; all are encoded together
         for name, batch in batches.items():
-            groups |= self.task_inputs(name, batch) | self.simcse_inputs(name, batch)
+            groups[name, 0], groups[name, 1] = self.first_pass(name, batch), {}
+            if name in self.config.simcse_tasks:
+                groups[name, 1] |= single_sentences(batch)
             if name in self.config.r_drop:
-                again = self.task_inputs(name, batch, self.config.swap_pairs)
-                groups |= {(name, f"{role} again"): group for (_, role), group in again.items()}
+                groups[name, 1] |= self.task_inputs(name, batch, self.config.swap_pairs)
         vectors = self.encode_groups(groups)
         losses = {}
         for name, batch in batches.items():
-            task, outputs = TASKS[name], self.outputs(name, vectors)
-            labels = batch.labels.to(outputs.device)
-            losses[name] = task_loss(task, outputs, labels)
-            if name in self.config.r_drop:
-                again = self.outputs(name, vectors, " again", self.config.swap_pairs)
-                losses[name] = (losses[name] + task_loss(task, again, labels)) / 2
-                losses[f"r_drop_{name}"] = consistency_loss(task, outputs, again)
+            losses |= self.task_losses(name, batch, vectors[name, 0], vectors[name, 1])
         for name in batches:
             if name in self.config.simcse_tasks:
-                losses[f"simcse_{name}"] = self.unsupervised_simcse(name, vectors)
+                passes = vectors[name, 0], vectors[name, 1]
+                losses[f"simcse_{name}"] = self.unsupervised_simcse(name, *passes)
         if self.config.supervised_simcse and "para" in batches:
-            losses["simcse_para_supervised"] = self.supervised_simcse(batches["para"], vectors)
+            loss = self.supervised_simcse(batches["para"], vectors["para", 0])
+            losses["simcse_para_supervised"] = loss
         return losses
 
-    def unsupervised_simcse(self, name, vectors):
+    def task_losses(self, name, batch, first, second):
+        """The task's loss, and with R-Drop the mean over two passes and their consistency loss.
+
+        `first` and `second` are the vectors of the two passes by role.
+        """
+        task, outputs = TASKS[name], self.outputs(name, first)
+        labels = batch.labels.to(outputs.device)
+        loss = task_loss(task, outputs, labels)
+        if name not in self.config.r_drop:
+            return {name: loss}
+        again = self.outputs(name, second, self.config.swap_pairs)
+        loss = (loss + task_loss(task, again, labels)) / 2
+        return {name: loss, f"r_drop_{name}": consistency_loss(task, outputs, again)}
+
+    def unsupervised_simcse(self, name, first, second):
         """The task's contrastive loss; a pair's first and second sentences are two groups."""
-        roles = ("first", "second") if TASKS[name].is_pair else ("first",)
         losses = []
-        for role in roles:
-            first = self.contrast(vectors[name, role])
-            second, offset = gather_rows(self.contrast(vectors[name, f"{role} again"]))
-            losses.append(unsupervised_simcse_loss(first, second, offset=offset))
+        for role in ("first", "second") if TASKS[name].is_pair else ("first",):
+            anchors = self.contrast(first[role])
+            candidates, offset = gather_rows(self.contrast(second[role]))
+            losses.append(unsupervised_simcse_loss(anchors, candidates, offset=offset))
         return sum(losses) / len(losses)
 
     def supervised_simcse(self, batch, vectors):
         """The contrastive loss of the paraphrase pairs."""
-        first = self.contrast(vectors["para", "first"])
-        second, offset = gather_rows(self.contrast(vectors["para", "second"]))
-        is_duplicate = batch.labels.to(first.device)
-        anchors = mean_over_processes(is_duplicate.sum())
+        anchors = self.contrast(vectors["first"])
+        candidates, offset = gather_rows(self.contrast(vectors["second"]))
+        is_duplicate = batch.labels.to(anchors.device)
+        count = mean_over_processes(is_duplicate.sum())
         return supervised_simcse_loss(
-            first, second, is_duplicate, offset=offset, anchors_per_process=anchors
+            anchors, candidates, is_duplicate, offset=offset, anchors_per_process=count
         )
 
     def contrast(self, vectors):
-        """The projection in front of the contrastive losses, (batch, hidden) -> the same."""
+        """The projection before the contrastive losses, (batch, hidden) -> the same."""
         return torch.tanh(self.simcse_projection(vectors))
 
     def predict(self, name, batch):
         """Calibrated outputs of a task's head, (batch, num_classes) fp32: logits or scores."""
-        outputs = self.outputs(name, self.encode_groups(self.task_inputs(name, batch)))
-        return outputs.float() + self.get_buffer(f"offset_{name}")
+        vectors = self.encode_groups({name: self.task_inputs(name, batch)})[name]
+        return self.outputs(name, vectors).float() + self.get_buffer(f"offset_{name}")
 
-    def outputs(self, name, vectors, suffix="", swapped=False):
-        """The head of `name` on its vectors; `suffix` " again": on those of the second pass.
-
-        `swapped`: the second sentence's vector in place of the first's, and the first's in place of
-        the second's.
-        """
+    def outputs(self, name, vectors, is_swapped=False):
+        """The task's head on its vectors by role; `is_swapped`: the two sentences change places."""
         roles = self.config.roles(name)
-        if swapped:
+        if is_swapped:
             roles = (*roles[:-2], *reversed(roles[-2:]))
-        return self.heads[name](*(vectors[name, role + suffix] for role in roles))
+        return self.heads[name](*(vectors[role] for role in roles))
 
     # ------------------------------------------------------------------ sentences into vectors
 
-    def task_inputs(self, name, batch, swapped=False):
-        """The sequences that the task's head needs, by (task, role); each (ids, segment start).
+    def task_inputs(self, name, batch, is_swapped=False):
+        """The sequences of the task's head by role; each is (ids, start of segment 1).
 
-        `swapped`: pairs that are one sequence begin with their second sentence.
+        `is_swapped`: pairs encoded as one sequence begin with their second sentence.
         """
         roles, groups = self.config.roles(name), {}
         if "pair" in roles:
-            sides = (batch.second, batch.first) if swapped else (batch.first, batch.second)
+            sides = (batch.second, batch.first) if is_swapped else (batch.first, batch.second)
             joined = zip(*sides, strict=True)
-            groups[name, "pair"] = [join_pair(*ab, self.config.max_length) for ab in joined]
-        return groups | (single_sentences(name, batch) if "first" in roles else {})
+            groups["pair"] = [join_pair(*ab, self.config.max_length) for ab in joined]
+        return groups | (single_sentences(batch) if "first" in roles else {})
 
-    def simcse_inputs(self, name, batch):
-        """The sequences that the contrastive losses need: every sentence, by itself, twice over.
-
-        A pass that the task's head needs anyway serves as the first of the two.
-        """
-        groups = {}
-        if name in self.config.simcse_tasks:
-            groups = single_sentences(name, batch)
-            groups |= {(name, f"{role} again"): g for (_, role), g in groups.items()}
-        if name == "para" and self.config.supervised_simcse:
-            groups |= single_sentences(name, batch)
-        return groups
+    def first_pass(self, name, batch):
+        """The sequences of the first pass by role: the head's, and those of the SimCSE losses."""
+        is_supervised = name == "para" and self.config.supervised_simcse
+        has_simcse = is_supervised or name in self.config.simcse_tasks
+        return self.task_inputs(name, batch) | (single_sentences(batch) if has_simcse else {})
 
     def encode_groups(self, groups):
-        """Encode all sequences of `groups` in one pass; the vectors come back under their keys."""
-        sequences = [sequence for group in groups.values() for sequence in group]
-        vectors = self.encode_once(sequences) if self.frozen else self.encode(sequences)
-        parts = vectors.split([len(group) for group in groups.values()])
-        return dict(zip(groups, parts, strict=True))
+        """Encode all sequences in one pass: `{key: {role: sequences}}` -> `{key: {role: vectors}}`.
+
+        Vectors are (sequences, hidden) fp32.
+        """
+        places = [(key, role) for key, roles in groups.items() for role in roles]
+        parts = [groups[key][role] for key, role in places]
+        sequences = [sequence for part in parts for sequence in part]
+        encoded = self.encode_once(sequences) if self.frozen else self.encode(sequences)
+        vectors = {key: {} for key in groups}
+        for (key, role), part in zip(places, encoded.split([len(p) for p in parts]), strict=True):
+            vectors[key][role] = part
+        return vectors
 
     def encode(self, sequences):
-        """Vectors of sequences (ids, segment start) in their order, (sequences, hidden) fp32."""
+        """Vectors (sequences, hidden) fp32 of sequences, each (ids, start of segment 1)."""
         ids, starts = zip(*sequences, strict=True)
         self.bert.check_length(max(map(len, ids)))
         self.encoded_sequences += len(ids)
         self.encoded_tokens += sum(map(len, ids))
-        device = self.bert.embeddings.word_embeddings.weight.device
-        packed = pack(ids, starts, self.pad_id, device)
+        packed = pack(ids, starts, self.pad_id, self.device)
         return self.pool(self.bert.encode(packed.rows), packed)
 
     def pool(self, hidden_states, packed):
-        """One vector a sentence: (tokens, hidden) -> (sentences, hidden) fp32."""
+        """One vector for each sentence: (tokens, hidden) -> (sentences, hidden) fp32."""
         if self.config.pooling == "cls":
             return hidden_states[packed.first].float()
         hidden_states = hidden_states.float()
@@ -312,11 +320,7 @@ class MultitaskBERT(nn.Module):
     def encode_once(self, sequences):
         """As `encode`, for a frozen encoder: only what was not encoded before."""
         keys = [(ids.tobytes(), start) for ids, start in sequences]
-        new = {
-            key: sequence
-            for key, sequence in zip(keys, sequences, strict=True)
-            if key not in self.vectors
-        }
+        new = {k: s for k, s in zip(keys, sequences, strict=True) if k not in self.vectors}
         fresh = dict(zip(new, self.encode(list(new.values())), strict=True)) if new else {}
         found = torch.stack([self.vectors[k] if k in self.vectors else fresh[k] for k in keys])
         self.vectors |= dict(list(fresh.items())[: self.vectors_to_keep()])
@@ -331,43 +335,38 @@ class MultitaskBERT(nn.Module):
 
     def predict_sentiment(self, input_ids, attention_mask):
         """Sentiment logits (batch, 5) of padded sentences (batch, seq)."""
-        return self.predict("sst", PaddedBatch(input_ids, attention_mask))
+        return self.predict_padded("sst", (input_ids, attention_mask))
 
     def predict_paraphrase(self, input_ids_1, attention_mask_1, input_ids_2, attention_mask_2):
         """Paraphrase logits (batch,) of padded sentence pairs, each (batch, seq)."""
-        pairs = PaddedBatch(input_ids_1, attention_mask_1, input_ids_2, attention_mask_2)
-        return self.predict("para", pairs).squeeze(-1)
+        pair = (input_ids_1, attention_mask_1), (input_ids_2, attention_mask_2)
+        return self.predict_padded("para", *pair).squeeze(-1)
 
     def predict_similarity(self, input_ids_1, attention_mask_1, input_ids_2, attention_mask_2):
         """Similarity (batch,) on the scale 0 to 5 of padded sentence pairs, each (batch, seq)."""
-        pairs = PaddedBatch(input_ids_1, attention_mask_1, input_ids_2, attention_mask_2)
-        return self.predict("sts", pairs).squeeze(-1)
+        pair = (input_ids_1, attention_mask_1), (input_ids_2, attention_mask_2)
+        return self.predict_padded("sts", *pair).squeeze(-1)
 
-
-class PaddedBatch:
-    """Sentences given as padded tensors, in the shape of a `datasets.TaskBatch`."""
-
-    def __init__(self, input_ids, attention_mask, input_ids_2=None, attention_mask_2=None):
-        self.first = self.unpad(input_ids, attention_mask)
-        self.second = None if input_ids_2 is None else self.unpad(input_ids_2, attention_mask_2)
-
-    @staticmethod
-    def unpad(input_ids, attention_mask):
-        """(batch, seq) twice -> a list of int32 arrays without padding.
+    def predict_padded(self, name, *sentences):
+        """As `predict`, for padded (ids, mask) of one or two sentences, each (batch, seq).
 
         Raises `ValueError` for a sentence without a real token, which has no vector.
         """
-        if not attention_mask.any(-1).all():
-            raise ValueError("attention_mask: a row without a 1; expected a real token in each")
-        rows = zip(input_ids.cpu().int(), attention_mask.cpu().bool(), strict=True)
-        return [ids[mask].numpy() for ids, mask in rows]
+        columns = []
+        for input_ids, attention_mask in sentences:
+            if not attention_mask.any(-1).all():
+                raise ValueError("attention_mask: a row without a 1; expected a real token in each")
+            rows = zip(input_ids.cpu().int(), attention_mask.cpu().bool(), strict=True)
+            columns.append([ids[mask].numpy() for ids, mask in rows])
+        first, second = (*columns, None)[:2]
+        return self.predict(name, TaskBatch([], first, second, None))
 
 
-def single_sentences(name, batch):
-    """Each sentence of a batch by itself, by (task, role)."""
-    roles = {"first": batch.first, "second": batch.second}
+def single_sentences(batch):
+    """Each sentence of a batch by itself, by role."""
+    columns = {"first": batch.first, "second": batch.second}
     return {
-        (name, role): [(ids, len(ids)) for ids in sentences]
-        for role, sentences in roles.items()
+        role: [(ids, len(ids)) for ids in sentences]
+        for role, sentences in columns.items()
         if sentences is not None
     }

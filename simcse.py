@@ -7,10 +7,12 @@ TEMPERATURE = 0.05  # Gao et al. 2021, §3 and table D.1
 
 
 def similarity_logits(anchors, candidates, temperature=TEMPERATURE):
-    """Cosine similarity of every anchor with every candidate, over the temperature.
+    """Cosine similarity of every anchor with every candidate, divided by the temperature.
 
-    (A, hidden), (C, hidden) -> (A, C), fp32.
+    (A, hidden), (C, hidden) -> (A, C), fp32. Raises `ValueError` for a single candidate.
     """
+    if len(candidates) < 2:
+        raise ValueError("SimCSE needs a batch of at least 2: 1 has no negatives")
     with torch.autocast(anchors.device.type, enabled=False):
         anchors = F.normalize(anchors.float(), dim=-1)
         candidates = F.normalize(candidates.float(), dim=-1)
@@ -20,13 +22,10 @@ def similarity_logits(anchors, candidates, temperature=TEMPERATURE):
 def unsupervised_simcse_loss(first, second, temperature=TEMPERATURE, offset=0):
     """In-batch cross entropy between two passes over the same sentences (Gao et al. 2021, eq. 4).
 
-    `first` and `second` are (batch, hidden): row i of both is sentence i under two dropout masks,
-    all other rows of `second` are its negatives. Returns a scalar. Raises `ValueError` for a batch
-    of one sentence, which has no negatives. Where several processes share a batch, `second` holds
-    the rows of all of them and `offset` is the place of this one's first row.
+    `first` and `second` are (batch, hidden). Row i of both is sentence i under two dropout masks;
+    all other rows of `second` are its negatives. Returns a scalar. Where several processes share a
+    batch, `second` holds the rows of all, and this process's rows begin there at `offset`.
     """
-    if len(second) < 2:
-        raise ValueError("SimCSE needs at least 2 sentences in a batch: 1 has no negatives")
     labels = torch.arange(offset, offset + len(first), device=first.device)
     return F.cross_entropy(similarity_logits(first, second, temperature), labels)
 
@@ -36,15 +35,11 @@ def supervised_simcse_loss(
 ):
     """Cross entropy of duplicate pairs against all second sentences (Gao et al. 2021, eq. 5).
 
-    `first` and `second` are (batch, hidden), the two sentences of each pair; `is_duplicate`
-    (batch,) is 1 for paraphrases. Anchors are the first sentences of duplicates; the second
-    sentences of the pairs that are not duplicates serve as hard negatives. Returns a scalar,
-    exactly 0 where the batch has no duplicate. Where several processes share a batch, `second` and
-    `offset` are as above and the sum of losses is divided by `anchors_per_process`, their mean
-    number of anchors.
+    `first` and `second` are (batch, hidden), the sentences of each pair; `is_duplicate` (batch,) is
+    1 for paraphrases. Anchors are the first sentences of duplicates; the second sentences of other
+    pairs are hard negatives. Returns a scalar, exactly 0 for a batch without a duplicate. `offset`
+    is as above; several processes divide their sums by `anchors_per_process`, the mean number.
     """
-    if len(second) < 2:
-        raise ValueError("SimCSE needs at least 2 pairs in a batch: 1 has no negatives")
     anchors = is_duplicate.bool().nonzero().squeeze(-1)
     logits = similarity_logits(first[anchors], second, temperature)
     total = F.cross_entropy(logits, anchors + offset, reduction="sum")

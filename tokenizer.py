@@ -1,7 +1,7 @@
 """Text to WordPiece ids, on the `tokenizers` library.
 
-The vocabulary and the lower-casing rule come from the encoder's own folder. A literal `[SEP]` in a
-text is text, not a marker (as `transformers` with `split_special_tokens=True`).
+The vocabulary and the lower-casing rule come from the encoder's folder. A literal `[SEP]` in a text
+is text, not a marker (as in `transformers` with `split_special_tokens=True`).
 """
 
 import json
@@ -17,11 +17,9 @@ from tokenizers.processors import TemplateProcessing
 from config import UserError
 
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
-# A text is cut here before it is tokenised, so that a 10 MB line takes no longer than a page:
-# 512 tokens of ordinary text are some 3,000 characters.
+# A longer text is cut before it is tokenised, for speed: 512 tokens are some 3,000 characters.
 MAX_CHARACTERS = 100_000
-# For these classes `tokenizer.json` says how a text is normalised, for others
-# `tokenizer_config.json`.
+# Classes that normalise a text as `tokenizer.json` says; the others follow `tokenizer_config.json`.
 COMPLETE_CLASSES = ("PreTrainedTokenizerFast", "TokenizersBackend")
 
 
@@ -29,7 +27,7 @@ class BertTokenizer:
     """WordPiece tokenizer of one encoder (Devlin et al. 2019; Wu et al. 2016).
 
     `vocab` lists the word pieces in the order of their ids. `strip_accents` None: as `lowercase`.
-    `split_chinese`: each Chinese character is a word of its own.
+    `split_chinese`: each Chinese character becomes a word.
     """
 
     def __init__(
@@ -52,16 +50,13 @@ class BertTokenizer:
     def from_pretrained(cls, folder):
         """Read `vocab.txt` (else `tokenizer.json`) and `tokenizer_config.json` of a local folder.
 
-        A text is normalised as `transformers` does it. Raises `UserError` where there is no
-        vocabulary to read.
+        Normalises as `transformers` does. Raises `UserError` where no vocabulary can be read.
         """
         folder = Path(folder)
         try:
             settings, complete = (
-                json.loads((folder / name).read_text(encoding="utf-8"))
-                if (folder / name).is_file()
-                else {}
-                for name in ("tokenizer_config.json", "tokenizer.json")
+                json.loads(path.read_text(encoding="utf-8") if path.is_file() else "{}")
+                for path in (folder / "tokenizer_config.json", folder / "tokenizer.json")
             )
             if complete and not (folder / "vocab.txt").is_file():
                 ids = complete["model"]["vocab"]
@@ -88,9 +83,8 @@ class BertTokenizer:
     def __call__(self, texts, max_length=None):
         """Ids of each text as an int32 array `[CLS] … [SEP]` of at most `max_length` tokens."""
         room = (max_length or self.model_max_length) - 2
-        encodings = self._tokenizer.encode_batch_fast(
-            [text[:MAX_CHARACTERS] for text in texts], add_special_tokens=False
-        )
+        texts = [text[:MAX_CHARACTERS] for text in texts]
+        encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         return [
             np.array([self.cls_id, *encoding.ids[:room], self.sep_id], dtype=np.int32)
             for encoding in encodings
@@ -108,19 +102,16 @@ class BertTokenizer:
     def save_pretrained(self, folder):
         """Write the files by which `transformers` and other tools load this same tokenizer."""
         folder = Path(folder)
-        markers = dict(zip(("pad", "unk", "cls", "sep", "mask"), SPECIAL_TOKENS, strict=True))
-        special = {f"{name}_token": token for name, token in markers.items()}
+        special = {f"{token[1:-1].lower()}_token": token for token in SPECIAL_TOKENS}
         settings = {
             "tokenizer_class": "BertTokenizer",
             **self.settings(),
-            "split_special_tokens": True,  # a literal [SEP] in a text is text there too
+            "split_special_tokens": True,  # a literal [SEP] in a text is text for them too
             **special,
         }
         (folder / "vocab.txt").write_text("\n".join(self.vocab) + "\n", encoding="utf-8")
-        for name, content in (
-            ("tokenizer_config.json", settings),
-            ("special_tokens_map.json", special),
-        ):
+        contents = {"tokenizer_config.json": settings, "special_tokens_map.json": special}
+        for name, content in contents.items():
             (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         complete = Tokenizer.from_str(self._tokenizer.to_str())
         complete.add_special_tokens([AddedToken(t, special=True) for t in SPECIAL_TOKENS])
@@ -135,7 +126,7 @@ class BertTokenizer:
 def join_pair(first, second, max_length):
     """One sequence `[CLS] a [SEP] b [SEP]` from two of `[CLS] … [SEP]`, the longer cut first.
 
-    Returns the ids and the number of leading tokens of segment 0 (segment 1 is the rest).
+    Returns at most `max_length` ids, and how many of them, from the first, are segment 0.
     """
     room = max_length - 3
     a, b = len(first) - 2, len(second) - 2

@@ -1,174 +1,157 @@
-"""Our worker: the program's own model, batches and training loop, at the driver's command.
+"""Our side: the program's own model, batches and training loop.
 
-It runs `multitask_classifier.train` itself, for a few steps at a time, with a run folder and its
+It calls `multitask_classifier.train` itself, for a few steps at a time, with a run folder and its
 log. Only the tokenising is done beforehand, on both sides.
 """
 
+import dataclasses
 import tempfile
+from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import torch
-from worker import TASKS, clock, count, describe, memory, read_split, serve, write_split
+from worker import Worker, count, serve
 
-from arguments import data_paths, get_args
-from base_bert import load_encoder, resolve_encoder, write_tensors
+from base_bert import load_encoder, write_tensors
 from bert import BertModel
-from config import TASKS as TASK_ROWS
-from config import BertConfig
-from datasets import Example, MultitaskBatches, TaskDataset, TaskFile, read_task_file
-from device import autocast, keep_freed_memory, select_precision
+from config import TASKS, BertConfig
+from datasets import TaskDataset, read_task_file
 from evaluation import evaluate
-from multitask_classifier import FRESH_STATE, train
-from preparation import build_model, make_optimizer
+from multitask_classifier import make_batches, train
+from runtime.device import Compute
+from runtime.hub import resolve_encoder
+from training.flags import make_parser, parse_command
+from training.plan import make_plan
+from training.run_folder import RunFolder, run_path
+from training.setup import build_model, data_paths, make_optimizer
 
 ENDLESS = 10**12  # steps of an epoch, so that `train` never evaluates
-NEVER_STOPPED = SimpleNamespace(number=None, check=lambda: None)
+MAX_LENGTH = 512  # tokens
 
 
-def dataset(workload, split, task, limit=0):
-    """A `TaskDataset` of token ids that are there already: its tokenizer looks them up."""
-    columns, labels = read_split(workload, split, task, limit)
-    examples = [
-        Example(str(row), tuple((number, row) for number in range(len(columns))), float(label))
-        for row, label in enumerate(labels)
-    ]
-    path = Path(workload) / f"{split}-{task}.npz"
+def write_workload(workload, encoder, data_dir):
+    """Write the training and dev files with token ids for words, and where they came from."""
+    tokenizer = load_encoder(encoder)[1]
+    paths = data_paths(make_parser().parse_args(["--data_dir", data_dir] if data_dir else []))
+    length = min(MAX_LENGTH, tokenizer.model_max_length)
+    for name, split in ((name, split) for split in ("train", "dev") for name in paths):
+        task, path = TASKS[name], paths[name][split]
+        data = TaskDataset(read_task_file(path, task, split), task, tokenizer, length)
+        columns = [[" ".join(map(str, ids)) for ids in column] for column in data.sentences]
+        rows = [("id", *task.sentences, task.label)]
+        rows += zip(
+            map(str, range(len(data))), *columns, map(str, data.labels.tolist()), strict=True
+        )
+        text = "".join("\t".join(row) + "\n" for row in rows)
+        (workload / f"{split}-{name}.csv").write_text(text, encoding="utf-8")
+    (workload / "origin.txt").write_text(f"{path.parent}\n", encoding="utf-8")
 
-    def look_up(places, max_length):
-        return [columns[number][row] for number, row in places]
 
-    return TaskDataset(TaskFile(path, examples, [], len(examples)), TASK_ROWS[task], look_up, None)
-
-
-class Ours:
+class Ours(Worker):
     """Answers the driver's requests."""
 
-    def prepare(self, workload, encoder, data_dir=None):
-        """Write the encoder's folder (`base`: random weights) and every file's token ids.
+    def prepare(self, workload, encoder, data_dir):
+        """Write the workload, and random weights for the encoder `base`; keep files that exist.
 
-        Files that are there stay. Returns the folder, the encoder's sizes and the rows by file.
+        Returns the encoder's folder.
         """
         workload = Path(workload)
         folder = workload / "encoder" if encoder == "base" else resolve_encoder(encoder).folder
         if encoder == "base" and not (folder / "model.safetensors").exists():
             torch.manual_seed(0)
             BertModel(BertConfig()).save_pretrained(folder)
-        origin = workload / "origin.txt"
-        if not origin.exists():
-            tokenizer = load_encoder("bundled" if encoder == "base" else encoder)[1]
-            flags = ["--runs_dir", str(workload / "runs")]  # in which there is none
-            args, _ = get_args(flags + (["--data_dir", data_dir] if data_dir else []))
-            paths, _ = data_paths(args)
-            for task in TASKS:
-                for split in ("train", "dev"):
-                    file = read_task_file(paths[task][split], TASK_ROWS[task], split)
-                    length = min(512, tokenizer.model_max_length)
-                    data = TaskDataset(file, TASK_ROWS[task], tokenizer, length)
-                    write_split(workload, split, task, data.sentences, data.labels.numpy())
-            origin.write_text(f"{paths[TASKS[0]]['train'].parent}\n", encoding="utf-8")
-        rows = {
-            f"{split}-{task}": len(read_split(workload, split, task)[1])
-            for task in TASKS
-            for split in ("train", "dev")
-        }
-        config = BertConfig.from_file(folder / "config.json").to_dict()
-        return {"encoder": str(folder), "config": config, "rows": rows,
-                "data": origin.read_text(encoding="utf-8").strip()}  # fmt: skip
+        if not (workload / "origin.txt").exists():
+            write_workload(workload, "bundled" if encoder == "base" else encoder, data_dir)
+        return {"encoder": str(folder)}
 
-    def open(self, encoder, mode, simcse, batch_size, precision, device, workload, heads,
-             examples=0, dropout=None, threads=None):  # fmt: skip
-        """Set up as `multitask_classifier.main` does; write the initial heads to the file `heads`.
+    def open(self, **job):
+        """Set up as `multitask_classifier.main` does, and write the initial heads.
 
-        `examples` limits each training set. Returns the recipe for the reference to train with.
+        For `job` see `throughput.Pair`. Returns the recipe for the reference to train with.
         """
-        device_name = describe(device, threads)
-        keep_freed_memory()
-        self.folder = tempfile.TemporaryDirectory()  # kept by reference: goes with the worker
-        flags = ["--fine-tune-mode", mode, "--batch_size", str(batch_size), "--warmup", "0",
-                 "--precision", precision, "--runs_dir", self.folder.name]  # fmt: skip
-        flags += ["--unsupervised_simcse"] if simcse else []
-        flags += [] if dropout is None else ["--hidden_dropout_prob", str(dropout)]
-        self.args, self.run = get_args(flags)
-        self.args.steps_per_epoch = ENDLESS
+        self.job = job = SimpleNamespace(**job)
+        device_name = self.use(job.device, job.threads)
+        self.runs = tempfile.TemporaryDirectory()  # kept by reference: goes with the worker
+        mode = "full-model" if job.mode == "evaluation" else job.mode
+        words = ["--fine-tune-mode", mode, "--batch_size", str(job.batch_size)]
+        words += ["--warmup", "0", "--precision", job.precision, "--runs_dir", self.runs.name]
+        words += ["--unsupervised_simcse"] if job.simcse else []
+        words += [] if job.dropout is None else ["--hidden_dropout_prob", str(job.dropout)]
+        flags = parse_command(words).flags
+        self.plan = plan = dataclasses.replace(make_plan(flags, {}), steps_per_epoch=ENDLESS)
+        self.run, self.compute = RunFolder(run_path(flags)), Compute(self.device, job.precision)
         self.run.open()
-        self.device, self.workload = torch.device(device), workload
-        self.precision, _ = select_precision(precision, self.device)
-        tokenizer = SimpleNamespace(pad_id=0, model_max_length=512)
-        self.model = build_model(self.args, resolve_encoder(encoder), tokenizer)
-        own = {n: p for n, p in self.model.named_parameters() if not n.startswith("bert.")}
-        write_tensors(heads, own)
-        sets = {task: dataset(workload, "train", task, examples) for task in TASKS}
-        self.batches = MultitaskBatches(sets, batch_size, self.args.seed)
-        self.dev = {}
+        tokenizer = SimpleNamespace(pad_id=0, model_max_length=MAX_LENGTH)
+        self.model = build_model(plan, resolve_encoder(job.encoder), tokenizer)
+        heads = {n: p for n, p in self.model.named_parameters() if not n.startswith("bert.")}
+        write_tensors(f"{job.folder}/heads.safetensors", heads)
+        limit = job.frozen_examples if plan.is_frozen else 0
+        train_sets, self.dev_sets = self.datasets("train", limit), {}
+        self.data = {name: {"train": dataset} for name, dataset in train_sets.items()}
+        self.batches = make_batches(self.data, plan)
         self.model.to(self.device)
-        if self.precision == "bf16" and mode == "LoRA":
+        if self.compute.precision == "bf16" and plan.lora:
             self.model.bert.keep_frozen_in(torch.bfloat16)
-        self.optimizer = make_optimizer(self.model, self.args)
-        names = ("encoder_rate", "head_rate", "weight_decay", "clip")
-        recipe = {name: getattr(self.args, name) for name in names}
-        recipe |= {"r": self.args.LoRA_r, "alpha": self.args.LoRA_alpha}
-        return {"device": device_name, "precision": self.precision, "recipe": recipe,
-                "groups": self.groups(), "steps_per_pass": self.batches.largest()}  # fmt: skip
+        self.optimizer = make_optimizer(self.model, plan)
+        return {
+            "device": device_name,
+            "precision": self.compute.precision,
+            "groups": self.groups(),
+            "steps_per_pass": self.batches.largest(),
+            "recipe": vars(flags) | {"encoder_lr": plan.encoder_lr, "head_lr": plan.head_lr},
+        }
 
-    def groups(self):
-        """(rate, weight decay, number of trained values) of each parameter group, in order."""
-        return sorted(
-            [g["lr"], g["weight_decay"], sum(p.numel() for p in g["params"])]
-            for g in self.optimizer.param_groups
-        )
+    def datasets(self, split, limit):
+        """task -> `TaskDataset` of the first `limit` examples (0: all) of the workload's file."""
+
+        def read_ids(texts, max_length):
+            return [np.array(text.split(), dtype=np.int32) for text in texts]
+
+        found = {}
+        for name in self.plan.flags.tasks:
+            path = Path(self.job.workload) / f"{split}-{name}.csv"
+            file = read_task_file(path, TASKS[name], split)
+            file = dataclasses.replace(file, examples=file.examples[: limit or None])
+            found[name] = TaskDataset(file, TASKS[name], read_ids, MAX_LENGTH)
+        return found
 
     def rows(self, first, steps):
-        """Row numbers of the batches of steps `first` to `first + steps`, for the reference."""
-        numbers = range(first, first + steps)
-        return {
-            "rows": [
-                {task: self.batches.rows(task, step).tolist() for task in TASKS} for step in numbers
-            ]
-        }
+        """Row numbers by task in the batches of `steps` steps from `first` on."""
+        of_steps = range(first, first + steps)
+        return [{n: self.batches.rows(n, step).tolist() for n in self.data} for step in of_steps]
 
     def train(self, first, steps):
-        """Train `steps` steps from step `first` on; returns seconds and what they take."""
-        self.args.total_steps = first + steps
-        state = dict(FRESH_STATE) | {"step": first}
-        began = clock(self.device)
-        train(self.args, self.run, self.model, self.batches, {}, self.optimizer, self.precision,
-              state, None, NEVER_STOPPED)  # fmt: skip
-        seconds = clock(self.device) - began
-        sentences = [
-            ids
-            for step in range(first, first + steps)
-            for batch in self.batches[step].values()
-            for column in (batch.first, batch.second or [])
-            for ids in column
-        ]
-        passes = 2 if self.args.unsupervised_simcse else 1
-        return {"seconds": seconds, **count(sentences, passes)}
+        """Train `steps` steps from step `first` on; returns seconds and what was encoded."""
+        plan = dataclasses.replace(self.plan, total_steps=first + steps)
+        self.run.progress.step = first
+        began = self.clock()
+        train(self.run, self.model, self.optimizer, self.data, plan, self.compute)
+        seconds = self.clock() - began
+        batches = [batch for i in range(first, first + steps) for batch in self.batches[i].values()]
+        sentences = [ids for batch in batches for ids in batch.first + (batch.second or [])]
+        encoded = count(sentences, passes=2 if plan.simcse_tasks else 1)
+        return {"steps": steps, "seconds": seconds, **encoded}
 
     @torch.no_grad()
     def losses(self, step):
         """Losses of one batch of each task, dropout off."""
         self.model.eval()
-        with autocast(self.device, self.precision):
+        with self.compute.autocast():
             losses = self.model(self.batches[step])
         return {name: float(loss) for name, loss in losses.items()}
 
     def evaluate(self, limit=0):
-        """Predict the three dev sets; returns seconds, scores and what was encoded."""
-        if limit not in self.dev:
-            self.dev[limit] = {task: dataset(self.workload, "dev", task, limit) for task in TASKS}
-        began = clock(self.device)
-        results = evaluate(self.model, self.dev[limit], self.precision)
-        seconds = clock(self.device) - began
-        sentences = [
-            ids for data in self.dev[limit].values() for column in data.sentences for ids in column
-        ]
-        scores = {task: result.score(task) for task, result in results.items()}
-        return {"seconds": seconds, "scores": scores, **count(sentences)}
-
-    def memory(self):
-        """Peak memory and that of the training state, MiB."""
-        return memory(self.device, self.model, self.optimizer)
+        """Predict the first `limit` examples (0: all) of each dev set; as `train`, with scores."""
+        if limit not in self.dev_sets:
+            self.dev_sets[limit] = self.datasets("dev", limit)
+        dev_sets, began = self.dev_sets[limit], self.clock()
+        results = evaluate(self.model, dev_sets, self.compute)
+        seconds = self.clock() - began
+        scores = {name: result.score(name) for name, result in results.items()}
+        encoded = count(chain(*(column for data in dev_sets.values() for column in data.sentences)))
+        return {"steps": 1, "seconds": seconds, "scores": scores, **encoded}
 
 
 if __name__ == "__main__":

@@ -1,10 +1,15 @@
-"""The reference worker: the same training step as a good engineer writes it with `transformers`.
+"""The reference: the same training step, as a good engineer writes it with `transformers`.
 
 One `BertModel` with SDPA attention, a forward pass for each column of each task (ten with SimCSE),
-padding to the longest sentence of the batch, autocast, fused AdamW, `peft` for LoRA. Imports
-nothing of the program. Runs as `python -P reference.py`, away from the program's folder, whose
-datasets.py would pass for the hub's package of that name.
+padding to the longest sentence of the batch, autocast, fused AdamW, `peft` for LoRA. It imports
+nothing of the program. It runs as `python -P reference.py`, away from the program's folder, whose
+datasets.py would hide the hub's package of that name.
 """
+
+from functools import partial
+from itertools import chain
+from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
@@ -12,24 +17,17 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import BertModel
-from worker import PAIRS, TASKS, clock, count, describe, memory, read_split, serve
+from worker import Worker, count, serve
 
-LORA_TARGETS = (
-    "attention.self.query",
-    "attention.self.key",
-    "attention.self.value",
-    "attention.output.dense",
-    "intermediate.dense",
-    "output.dense",
-)
+TASKS = ("sst", "para", "sts")
 
 
 class ReferenceModel(nn.Module):
-    """Encoder, heads and losses. The heads' parameters carry the names that the program gives."""
+    """Encoder, heads and losses. The heads' parameters have the names that the program gives."""
 
     def __init__(self, bert, mode, simcse, dropout):
         super().__init__()
-        self.bert, self.frozen, self.simcse = bert, mode == "last-linear-layer", simcse
+        self.bert, self.is_frozen, self.simcse = bert, mode == "last-linear-layer", simcse
         hidden = bert.config.hidden_size
         dense, projection = nn.Linear(hidden, hidden), nn.Linear(hidden, 5)
         sst = nn.ModuleDict({"dense": dense, "projection": projection})
@@ -37,18 +35,19 @@ class ReferenceModel(nn.Module):
         self.heads = nn.ModuleDict({"sst": sst, "para": para})
         self.simcse_projection = nn.Linear(hidden, hidden) if simcse else None
         self.dropout = nn.Dropout(dropout)
-        if self.frozen:
+        if self.is_frozen:
             bert.requires_grad_(False)
 
     def train(self, mode=True):
+        """As `nn.Module.train`; a frozen encoder stays in eval mode."""
         super().train(mode)
-        if self.frozen:
+        if self.is_frozen:
             self.bert.eval()
         return self
 
     def encode(self, ids, mask):
         """Mean over the real tokens: (batch, seq) twice -> (batch, hidden) fp32."""
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.is_frozen):
             hidden_states = self.bert(input_ids=ids, attention_mask=mask).last_hidden_state.float()
             weights = mask[:, :, None].float()
             return (hidden_states * weights).sum(1) / weights.sum(1)
@@ -93,89 +92,69 @@ def task_loss(task, outputs, labels):
     return F.mse_loss(outputs, labels)
 
 
-def with_lora(bert, r, alpha):
-    """The encoder with adapters on all six kinds of linear layer, by full name."""
-    from peft import LoraConfig, get_peft_model
-
-    names = [n for n, m in bert.named_modules() if isinstance(m, nn.Linear)]
-    targets = [
-        name
-        for name in names
-        if name.startswith("encoder.layer.") and name.split(".", 3)[-1] in LORA_TARGETS
-    ]
-    return get_peft_model(bert, LoraConfig(r=r, lora_alpha=alpha, target_modules=targets))
+def score(task, outputs, labels):
+    """Accuracy, or Pearson correlation for similarity."""
+    if task == "sts":
+        return float(torch.corrcoef(torch.stack([outputs, labels]))[0, 1])
+    predicted = outputs.argmax(-1) if task == "sst" else (outputs > 0).float()
+    return float((predicted == labels).float().mean())
 
 
-class Reference:
+class Reference(Worker):
     """Answers the driver's requests."""
 
-    def open(self, encoder, mode, simcse, precision, device, workload, heads, recipe, dropout=None,
-             threads=None):  # fmt: skip
-        """Build the model from the encoder's folder and the program's initial `heads` file.
-
-        `recipe` holds what the program trains with: rates, weight decay, clip, LoRA's r and alpha.
-        """
-        device_name = describe(device, threads)
-        self.device, self.precision, self.workload = torch.device(device), precision, workload
-        rates = {}
-        if dropout is not None:
-            rates = {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
-        bert = BertModel.from_pretrained(
-            encoder, attn_implementation="sdpa", dtype=torch.float32, add_pooling_layer=False,
-            **rates,
-        )  # fmt: skip
-        rate = bert.config.hidden_dropout_prob
-        if mode == "LoRA":
-            bert = with_lora(bert, recipe["r"], recipe["alpha"])
-        self.model = ReferenceModel(bert, mode, simcse, rate)
-        self.load_heads(heads)
+    def open(self, **job):
+        """Build model and optimiser; for `job` see `throughput.Pair`."""
+        self.job, self.sets = SimpleNamespace(**job), {}
+        job, device_name = self.job, self.use(self.job.device, self.job.threads)
+        settings = {"attn_implementation": "sdpa", "dtype": torch.float32}
+        if job.dropout is not None:
+            names = ("hidden_dropout_prob", "attention_probs_dropout_prob")
+            settings |= dict.fromkeys(names, job.dropout)
+        bert = BertModel.from_pretrained(job.encoder, add_pooling_layer=False, **settings)
+        dropout = bert.config.hidden_dropout_prob
+        if job.mode == "LoRA":
+            bert = with_lora(bert, job.recipe)
+        autocast = {"dtype": torch.bfloat16, "enabled": job.precision == "bf16"}
+        self.autocast = partial(torch.autocast, self.device.type, **autocast)
+        self.model = ReferenceModel(bert, job.mode, job.simcse, dropout)
+        self.load_heads(f"{job.folder}/heads.safetensors")
         self.model.to(self.device)
-        self.clip, self.optimizer = recipe["clip"], self.make_optimizer(recipe)
-        self.sets = {"train": {}, "dev": {}}
-        return {"device": device_name, "precision": precision, "groups": self.groups()}
+        self.optimizer = self.make_optimizer(job.recipe)
+        return {"device": device_name, "precision": job.precision, "groups": self.groups()}
 
     def load_heads(self, path):
-        """Take over the program's initial heads; every tensor has to be there, and no other."""
-        own = {n: p for n, p in self.model.named_parameters() if not n.startswith("bert.")}
-        tensors = load_file(path)
-        if not self.model.simcse:
-            tensors = {n: t for n, t in tensors.items() if not n.startswith("simcse_")}
-        if set(own) != set(tensors):
-            raise ValueError(f"heads {sorted(tensors)}; expected {sorted(own)}")
-        with torch.no_grad():
-            for name, parameter in own.items():
-                parameter.copy_(tensors[name])
+        """Load the program's initial heads. Raises `ValueError` if one of ours is not in the file.
+
+        One that the file has beyond that shows in the parameter groups.
+        """
+        missing = self.model.load_state_dict(load_file(path), strict=False).missing_keys
+        if missing := [name for name in missing if not name.startswith("bert.")]:
+            raise ValueError(f"{path}: no {', '.join(missing)}")
 
     def make_optimizer(self, recipe):
-        """Fused AdamW; no decay on biases and LayerNorm, own rates for encoder and heads."""
+        """Fused AdamW; no decay on biases and LayerNorm, different rates for encoder and heads."""
         groups = {}
         for name, parameter in self.model.named_parameters():
             if parameter.requires_grad:
-                rate = recipe["encoder_rate" if name.startswith("bert.") else "head_rate"]
-                plain = parameter.ndim < 2 or "LayerNorm" in name
-                key = (rate, 0.0 if plain else recipe["weight_decay"])
+                rate = recipe["encoder_lr" if name.startswith("bert.") else "head_lr"]
+                has_decay = parameter.ndim > 1 and "LayerNorm" not in name
+                key = (rate, recipe["weight_decay"] if has_decay else 0.0)
                 groups.setdefault(key, []).append(parameter)
-        return torch.optim.AdamW(
-            [{"params": p, "lr": key[0], "weight_decay": key[1]} for key, p in groups.items()],
-            fused=True,
-        )
-
-    def groups(self):
-        """(rate, weight decay, number of trained values) of each parameter group, in order."""
-        return sorted(
-            [g["lr"], g["weight_decay"], sum(p.numel() for p in g["params"])]
-            for g in self.optimizer.param_groups
-        )
+        groups = [{"params": p, "lr": r, "weight_decay": d} for (r, d), p in groups.items()]
+        return torch.optim.AdamW(groups, fused=True)
 
     # ------------------------------------------------------------------------------------- data
 
     def split(self, name, task):
-        """Columns (lists of int64 tensors) and labels of one file, read once."""
-        if task not in self.sets[name]:
-            columns, labels = read_split(self.workload, name, task)
-            tensors = [[torch.from_numpy(ids).long() for ids in column] for column in columns]
-            self.sets[name][task] = tensors, torch.from_numpy(labels)
-        return self.sets[name][task]
+        """Columns (lists of int64 tensors) and labels of one file of the workload, read once."""
+        if (name, task) not in self.sets:
+            path = Path(self.job.workload) / f"{name}-{task}.csv"
+            _, *lines = path.read_text(encoding="utf-8").splitlines()
+            _, *columns, labels = zip(*(line.split("\t") for line in lines), strict=True)
+            ids = [[torch.tensor([*map(int, t.split())]) for t in column] for column in columns]
+            self.sets[name, task] = ids, torch.tensor([*map(float, labels)])
+        return self.sets[name, task]
 
     def fetch(self, name, task, rows):
         """A batch padded to its longest sentence: ([(ids, mask), …], labels)."""
@@ -194,38 +173,32 @@ class Reference:
             return tensor.pin_memory().to(self.device, non_blocking=True)
         return tensor
 
-    def autocast(self):
-        """bf16 autocast, or nothing in fp32."""
-        enabled = self.precision == "bf16"
-        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=enabled)
-
     # ------------------------------------------------------------------------------- the requests
 
     def train(self, rows):
         """Train one step for each element of `rows`, which maps a task to its row numbers."""
         self.model.train()
         trained = [p for p in self.model.parameters() if p.requires_grad]
-        for task in TASKS:
-            self.split("train", task)
-        began = clock(self.device)
+        columns = {task: self.split("train", task)[0] for task in TASKS}
+        began = self.clock()
         for of_step in rows:
             batches = {task: self.fetch("train", task, of_step[task]) for task in of_step}
             with self.autocast():
                 losses = self.model(batches)
             sum(losses.values()).backward()
-            nn.utils.clip_grad_norm_(trained, self.clip)
+            nn.utils.clip_grad_norm_(trained, self.job.recipe["clip"])
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
-        seconds = clock(self.device) - began
-        passes = 2 if self.model.simcse else 1
+        seconds = self.clock() - began
         sentences = [
             column[row]
             for of_step in rows
             for task, chosen in of_step.items()
-            for column in self.split("train", task)[0]
+            for column in columns[task]
             for row in chosen
         ]
-        return {"seconds": seconds, **count(sentences, passes)}
+        encoded = count(sentences, passes=2 if self.job.simcse else 1)
+        return {"steps": len(rows), "seconds": seconds, **encoded}
 
     @torch.no_grad()
     def losses(self, rows):
@@ -236,39 +209,31 @@ class Reference:
             return {name: float(loss) for name, loss in self.model(batches).items()}
 
     @torch.inference_mode()
-    def evaluate(self, batch_size, limit=0):
+    def evaluate(self, limit=0):
         """Predict the three dev sets in the files' order; returns seconds and what was encoded."""
         self.model.eval()
-        sizes = {task: len(self.split("dev", task)[1]) for task in TASKS}
-        sizes = {task: min(size, limit or size) for task, size in sizes.items()}
-        began, scores = clock(self.device), {}
-        for task, size in sizes.items():
+        splits = {task: self.split("dev", task) for task in TASKS}
+        began, scores, encoded = self.clock(), {}, []
+        for task, (columns, labels) in splits.items():
+            rows = range(min(len(labels), limit or len(labels)))
             outputs = []
-            for start in range(0, size, batch_size):
-                rows = list(range(start, min(size, start + batch_size)))
-                columns, _ = self.fetch("dev", task, rows)
+            for start in rows[:: self.job.batch_size]:
+                padded, _ = self.fetch("dev", task, rows[start : start + self.job.batch_size])
                 with self.autocast():
-                    vectors = [self.model.encode(*column) for column in columns]
+                    vectors = [self.model.encode(*column) for column in padded]
                     outputs.append(self.model.outputs(task, vectors).float())
-            scores[task] = score(task, torch.cat(outputs).cpu(), self.split("dev", task)[1][:size])
-        seconds = clock(self.device) - began
-        sentences = [
-            ids for task in sizes for column in self.split("dev", task)[0]
-            for ids in column[: sizes[task]]
-        ]  # fmt: skip
-        return {"seconds": seconds, "scores": scores, **count(sentences)}
-
-    def memory(self):
-        """Peak memory and that of the training state, MiB."""
-        return memory(self.device, self.model, self.optimizer)
+            scores[task] = score(task, torch.cat(outputs).cpu(), labels[: len(rows)])
+            encoded += [column[: len(rows)] for column in columns]
+        seconds = self.clock() - began
+        return {"steps": 1, "seconds": seconds, "scores": scores, **count(chain(*encoded))}
 
 
-def score(task, outputs, labels):
-    """Accuracy, or for similarity Pearson's correlation."""
-    if task in PAIRS[1:]:
-        return float(torch.corrcoef(torch.stack([outputs, labels]))[0, 1])
-    predicted = outputs.argmax(-1) if task == "sst" else (outputs > 0).float()
-    return float((predicted == labels).float().mean())
+def with_lora(bert, recipe):
+    """The encoder with adapters on all its linear layers, of six kinds."""
+    from peft import LoraConfig, get_peft_model
+
+    sizes = {"r": recipe["LoRA_r"], "lora_alpha": recipe["LoRA_alpha"]}
+    return get_peft_model(bert, LoraConfig(**sizes, target_modules="all-linear"))
 
 
 if __name__ == "__main__":

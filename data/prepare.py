@@ -1,12 +1,11 @@
-"""Download the course's data files, and check every byte of them.
+"""Download the course's data files and check every byte of them.
 
     python data/prepare.py                  # the 2024 files, about 70 MB, into data/
     python data/prepare.py --quora small    # the small Quora split instead: 20,212 pairs
 
-Each file is known by its git blob id (the SHA-1 of ``blob <size>\\0<content>``), so a file that
-lies here under its final name is the course's file and nothing else. A download goes to
-``<name>.part``; a broken one is continued where it stopped. Standard library only, so this runs
-before anything is installed.
+A download goes to `<name>.part`. It gets its final name only when its git blob id is right: the
+SHA-1 of `blob <size>`, a zero byte and the content. The same command resumes a broken download.
+Standard library only, so this runs before anything is installed.
 
 Exit codes: 0 done; 1 network, server or disk; 2 wrong argument, or another file is in the way;
 130 interrupted.
@@ -16,20 +15,19 @@ import argparse
 import csv
 import difflib
 import hashlib
-import http.client
 import io
 import math
 import os
 import random
 import shlex
-import ssl
 import sys
 import time
-import urllib.error
 import urllib.parse
 import urllib.request
-from dataclasses import dataclass
+from http.client import HTTPException
 from pathlib import Path
+from ssl import SSLError
+from urllib.error import HTTPError, URLError
 
 HERE = Path(__file__).resolve().parent
 CHUNK_BYTES = 1 << 16
@@ -38,8 +36,7 @@ LONGEST_WAIT = 20.0  # seconds between two attempts
 # ----------------------------------------------------------------------------------------------
 # What the course publishes
 
-# Both years ship the same files for these three tasks.
-COMMON_BLOBS = {
+COMMON_BLOBS = {  # file name -> git blob id, of the files that are the same in both years
     "ids-sst-train.csv": "9cb7333cb1dae49c2bd2a4b56a24882a6e8704b5",
     "ids-sst-dev.csv": "3171aa629a340809d2db4a50df8f6e5ec9420ab0",
     "ids-sst-test-student.csv": "bbd2313758825f86e24416d6aad64cd93370cf7a",
@@ -50,34 +47,20 @@ COMMON_BLOBS = {
     "ids-cfimdb-dev.csv": "8a0f5dcf3d40189b96c801a12cd79bf8003e61de",
     "ids-cfimdb-test-student.csv": "1e789c709b3ca0511f027a309b6d8bd21cde41b2",
 }
-SPLITS = ("train", "dev", "test-student")
-
-
-@dataclass(frozen=True)
-class Course:
-    """One year's public repository: where it is, and the git blob id of each data file."""
-
-    repository: str
-    commit: str
-    blobs: dict[str, str]
-
-
-COURSES = {
-    2024: Course(
+COURSES = {  # year -> the course's public repository, its commit, git blob ids of its Quora files
+    2024: (
         "amahankali10/CS224N-Spring2024-DFP-Student-Handout",
         "3f64c60c8a0e40a9fe581235b08f4607ff187077",
-        COMMON_BLOBS
-        | {
+        {
             "quora-train.csv": "1f2e73b884113e629e2786001fb9cc8ae4a696c1",
             "quora-dev.csv": "97f9430a53b7f5544f857ff27a236c40bb42b5c7",
             "quora-test-student.csv": "a1b1e5ba3ef282ba1e9b169c509eb80dbbc68666",
         },
     ),
-    2023: Course(
+    2023: (
         "gpoesia/minbert-default-final-project",
         "7ac8260577fc12a86c7aaf38918056c30054ef39",
-        COMMON_BLOBS
-        | {
+        {
             "quora-train.csv": "a3b5546f6a0e65b60a328a5d294d1038f5bed1da",
             "quora-dev.csv": "de7cfa32428fd470b93f778fccc45a619e01336f",
             "quora-test-student.csv": "f257ef00558555afb50819578a58205732b16354",
@@ -85,10 +68,10 @@ COURSES = {
     ),
 }
 
-# `--quora small` deals the 2023 dev file anew. Its source is kept under a name of its own.
+# `--quora small` deals the 2023 dev file anew. That file is kept under a name of its own.
 SMALL_SOURCE = "quora-dev-2023.csv"
 SMALL_SEED = 224
-SMALL_HELD_OUT = 2106  # pairs, in dev and again in test
+SMALL_HELD_OUT = 2106  # pairs in the dev file, and in the test file
 SMALL_BLOBS = {
     "quora-train.csv": "fb46c3f82a3408ff84f4be9bbe3e9d0db8bf0511",
     "quora-dev.csv": "c8af83c24faa9386b799e87ded0394290b78e749",
@@ -96,264 +79,198 @@ SMALL_BLOBS = {
 }
 
 
-@dataclass(frozen=True)
-class DataFile:
-    """A file to have: its name here, its path below the server's root, its git blob id."""
+def files_of(year, quora):
+    """File name -> (path on the server, git blob id); the path of a file dealt here is None."""
 
-    name: str
-    remote: str
-    blob: str
+    def remote(year, name):
+        repository, commit, _ = COURSES[year]
+        return f"{repository}/{commit}/data/{name}"
 
-
-def plan(year: int, quora: str, courses: dict[int, Course]) -> list[DataFile]:
-    """The files to download for one year, and for one choice of Quora split."""
-
-    def data_file(name: str, course: Course, remote_name: str) -> DataFile:
-        remote = f"{course.repository}/{course.commit}/data/{remote_name}"
-        return DataFile(name, remote, course.blobs[remote_name])
-
-    course = courses[year]
-    names = [n for n in course.blobs if quora == "full" or not n.startswith("quora-")]
-    files = [data_file(name, course, name) for name in names]
+    blobs = COMMON_BLOBS | (COURSES[year][2] if quora == "full" else {})
+    files = {name: (remote(year, name), blob) for name, blob in blobs.items()}
     if quora == "small":
-        files.append(data_file(SMALL_SOURCE, courses[2023], "quora-dev.csv"))
+        files[SMALL_SOURCE] = (remote(2023, "quora-dev.csv"), COURSES[2023][2]["quora-dev.csv"])
+        files |= {name: (None, blob) for name, blob in SMALL_BLOBS.items()}
     return files
-
-
-# ----------------------------------------------------------------------------------------------
-# Errors: each is one line for the user, with what to do
-
-
-class PrepareError(Exception):
-    """Something the user must know; `code` is the process's exit code."""
-
-    def __init__(self, message: str, code: int = 1):
-        super().__init__(message)
-        self.code = code
-
-
-class BrokenDownload(Exception):
-    """A download that broke and may be tried again."""
 
 
 # ----------------------------------------------------------------------------------------------
 # Checking
 
 
-def blob_id(path: Path) -> str:
-    """The git blob id (40 hex digits) of a file's content."""
-    digest = hashlib.sha1(b"blob %d\0" % path.stat().st_size, usedforsecurity=False)
-    with open(path, "rb") as file:
-        while chunk := file.read(CHUNK_BYTES):
-            digest.update(chunk)
-    return digest.hexdigest()
+class PrepareError(Exception):
+    """A failure that the user must know: one line, with what to do."""
+
+    exit_code = 1
 
 
-def describe_content(path: Path) -> str:
-    """What a file that is not the expected one looks like, for the error message."""
+class InTheWay(PrepareError):
+    """Something else has the name of a file to be written."""
+
+    exit_code = 2
+
+
+def blob_id(path):
+    """The git blob id (40 hexadecimal digits) of a file's content."""
+    header = hashlib.sha1(b"blob %d\0" % path.stat().st_size, usedforsecurity=False)
     with open(path, "rb") as file:
-        head = file.read(512).lstrip().lower()
+        return hashlib.file_digest(file, lambda: header).hexdigest()
+
+
+def describe_content(path):
+    """What a wrong file looks like, for the error message."""
+    with open(path, "rb") as file:
+        start = file.read(512).lstrip().lower()
     size = path.stat().st_size
     if size == 0:
         return "it is empty"
-    if head.startswith((b"<!doctype", b"<html", b"<head", b"<?xml")):
+    if start.startswith((b"<!doctype", b"<html", b"<head", b"<?xml")):
         return f"it is a web page, not data ({size:,} bytes): a proxy's or a login page?"
-    if head.startswith(b"version https://git-lfs"):
+    if start.startswith(b"version https://git-lfs"):
         return "it is a git-LFS pointer, not the data itself"
     return f"it has {size:,} bytes of other content"
 
 
-def count_rows(path: Path) -> int:
-    """Rows of a tab-separated file as the csv reader sees them, without the header."""
-    with open(path, encoding="utf-8", newline="") as file:
-        return sum(1 for _ in csv.reader(file, delimiter="\t")) - 1
-
-
-def is_in_place(path: Path, blob: str, overwrite: bool) -> bool:
-    """Whether the right file is there already; another file in its place is an error."""
+def is_in_place(path, blob, overwrite):
+    """Whether the right file is there. Raises `InTheWay` for another one that must be kept."""
     if not path.exists():
         return False
     if path.is_dir():
-        raise PrepareError(f"{path}: is a folder; expected a file: move it away", code=2)
+        raise InTheWay(f"{path}: is a folder; expected a file: move it away")
     found = blob_id(path)
-    if found == blob:
-        return True
-    if overwrite:
+    if found != blob and not overwrite:
+        raise InTheWay(
+            f"{path}: is not the file asked for ({describe_content(path)}); expected git blob"
+            f" {blob}, found {found}: move it away, or replace it with --overwrite"
+        )
+    return found == blob
+
+
+def move_if_right(part, target, blob):
+    """Give a part its final name, in one step, if its content is right; whether it is."""
+    if not part.exists() or blob_id(part) != blob:
         return False
-    raise PrepareError(
-        f"{path}: is not the file asked for ({describe_content(path)}); expected git blob"
-        f" {blob}, found {found}: move it away, or replace it with --overwrite",
-        code=2,
-    )
+    with open(part, "rb+") as file:
+        os.fsync(file.fileno())
+    os.replace(part, target)
+    return True
 
 
 # ----------------------------------------------------------------------------------------------
 # Downloading
 
 # What a network can do in the middle of a download. A full disk is a plain OSError, not in here.
-NETWORK_ERRORS = (
-    urllib.error.URLError,
-    http.client.HTTPException,
-    ConnectionError,
-    TimeoutError,
-    ssl.SSLError,
-    BrokenDownload,
-)
+NETWORK_ERRORS = (URLError, HTTPException, ConnectionError, TimeoutError, SSLError)
 
 
-def open_url(url: str, offset: int, timeout: float):
-    """Ask for `url` from byte `offset` on; the response, or an error worth its message."""
-    request = urllib.request.Request(url)
-    if offset:
-        request.add_header("Range", f"bytes={offset}-")
+def open_url(url, offset, timeout):
+    """Ask for a file from byte `offset` on. Raises `PrepareError` where a retry cannot help."""
+    headers = {"Range": f"bytes={offset}-"} if offset else {}
+    request = urllib.request.Request(url, headers=headers)
     try:
         return urllib.request.urlopen(request, timeout=timeout)
-    except urllib.error.HTTPError as error:
-        with error:  # closes the connection
-            if error.code >= 500 or error.code in (408, 416, 429):
-                raise
-            raise PrepareError(
-                f"{url}: the server answered {error.code} {error.reason}: check --base_url"
-            ) from None
-
-
-def starts_at(response, offset: int) -> bool:
-    """Whether the answer really is the rest of the file from byte `offset` on."""
-    content_range = response.headers.get("Content-Range", "")
-    return response.status == 206 and content_range.startswith(f"bytes {offset}-")
-
-
-def copy_body(response, part: Path, mode: str) -> None:
-    """Append (`ab`) or write (`wb`) the body to the part; too short a body is an error."""
-    length = response.headers.get("Content-Length")
-    missing = int(length) if length else math.inf
-    # read1 returns what there is and flush hands it on: all that arrived survives a SIGKILL.
-    with open(part, mode) as file:
-        while missing and (chunk := response.read1(int(min(CHUNK_BYTES, missing)))):
-            file.write(chunk)
-            file.flush()
-            missing -= len(chunk)
-            show_progress(part.stem, file.tell())
-    # http.client ends a sized read silently when the peer closes early.
-    if length and missing:
-        raise BrokenDownload(f"connection closed with {missing:,} bytes missing")
-
-
-def show_progress(name: str, received: int) -> None:
-    """A moving line on a terminal; nothing elsewhere."""
-    if sys.stderr.isatty():
-        print(f"\r{name}: {received / 2**20:7.1f} MiB \r", end="", file=sys.stderr, flush=True)
-
-
-def continue_part(url: str, part: Path, timeout: float) -> bool:
-    """One attempt at the rest of the part; returns whether earlier bytes were kept."""
-    offset = part.stat().st_size if part.exists() else 0
-    try:
-        response = open_url(url, offset, timeout)
-    except urllib.error.HTTPError as error:
-        if error.code != 416 or not offset:
+    except HTTPError as error:
+        error.close()
+        if error.code == 416 and offset:
+            return open_url(url, 0, timeout)  # the part is longer than the file: start over
+        if error.code >= 500 or error.code in (408, 416, 429):
             raise
-        # No such bytes: the part is longer than the file, so it is no part of it. Start over.
-        offset = 0
-        response = open_url(url, offset, timeout)
-    with response:
-        resumed = offset > 0 and starts_at(response, offset)
-        copy_body(response, part, "ab" if resumed else "wb")
+        message = f"{url}: the server answered {error.code} {error.reason}: check --base_url"
+        raise PrepareError(message) from None
+
+
+def download_rest(url, part, timeout):
+    """Download what the part lacks, in one attempt; returns whether earlier bytes were kept."""
+    offset = part.stat().st_size if part.exists() else 0
+    with open_url(url, offset, timeout) as response:
+        # Some servers ignore the range and send the whole file.
+        content_range = response.headers.get("Content-Range", "")
+        resumed = response.status == 206 and content_range.startswith(f"bytes {offset}-")
+        with open(part, "ab" if resumed else "wb") as file:
+            # read1 returns what there is and flush hands it on: it all survives a SIGKILL.
+            while chunk := response.read1(CHUNK_BYTES):
+                file.write(chunk)
+                file.flush()
+                if sys.stderr.isatty():
+                    progress = f"\r{part.stem}: {file.tell() / 2**20:7.1f} MiB \r"
+                    print(progress, end="", file=sys.stderr, flush=True)
+        if response.length:  # the server closed early; http.client does not say so
+            raise ConnectionError(f"connection closed with {response.length:,} bytes missing")
     return resumed
 
 
-def download_part(url: str, part: Path, retries: int, timeout: float) -> bool:
-    """Bring the part to its end, in at most 1 + `retries` attempts; whether bytes were kept."""
+def download(url, part, retries, timeout):
+    """Download what the part lacks, in at most 1 + `retries` attempts; whether bytes were kept."""
     for attempt in range(retries + 1):
         try:
-            return continue_part(url, part, timeout)
+            return download_rest(url, part, timeout)
         except NETWORK_ERRORS as error:
             reason = getattr(error, "reason", None) or error
             if attempt == retries:
                 raise PrepareError(
                     f"{url}: {reason} (attempt {attempt + 1} of {retries + 1}): check the"
-                    " network, then run the same command again; it continues where it stopped"
+                    " network, then run the same command again; it resumes where it stopped"
                 ) from None
-            wait = min(2.0**attempt, LONGEST_WAIT)
-            print(f"{part.stem}: {reason}; again in {wait:.0f} s", file=sys.stderr)
-            time.sleep(wait)
-    raise AssertionError(f"retries must not be negative, found {retries}")
+        wait = min(2.0**attempt, LONGEST_WAIT)
+        print(f"{part.stem}: {reason}; next attempt in {wait:.0f} s", file=sys.stderr)
+        time.sleep(wait)
 
 
-def fetch(url: str, target: Path, blob: str, retries: int, timeout: float) -> str:
-    """Download one file by way of its part, check it, and give it its name in one step.
-
-    Returns "fetched", or "resumed" where an earlier part was continued. Raises PrepareError.
-    """
-    part = target.with_name(target.name + ".part")
-    # A run that was stopped between the last byte and the renaming left a finished part.
-    if part.exists() and blob_id(part) == blob:
-        move_into_place(part, target)
+def fetch(url, target, blob, retries, timeout):
+    """Download and check one file; returns "fetched", or "resumed" where bytes were kept."""
+    part = target.with_name(f"{target.name}.part")
+    if move_if_right(part, target, blob):  # a run was stopped just before it moved the part
         return "resumed"
-    for is_last in (False, True):
-        resumed = download_part(url, part, retries, timeout)
-        if blob_id(part) == blob:
-            move_into_place(part, target)
+    for _ in range(2):  # a second time from scratch: the part may have been of another file
+        resumed = download(url, part, retries, timeout)
+        if move_if_right(part, target, blob):
             return "resumed" if resumed else "fetched"
         problem = describe_content(part)
-        part.unlink()  # perhaps a part of something else was continued: once more, afresh
-        if is_last:
-            raise PrepareError(
-                f"{url}: is not the course's {target.name}: {problem}; expected git blob"
-                f" {blob}: check the network (or --base_url) and run the same command again"
-            )
-
-
-def move_into_place(part: Path, target: Path) -> None:
-    """Make the verified part durable, then give it its final name."""
-    with open(part, "rb+") as file:
-        os.fsync(file.fileno())
-    os.replace(part, target)
+        part.unlink()
+    raise PrepareError(
+        f"{url}: is not the course's {target.name}: {problem}; expected git blob"
+        f" {blob}: check the network (or --base_url) and run the same command again"
+    )
 
 
 # ----------------------------------------------------------------------------------------------
 # The small Quora split
 
 
-def deal_small_quora(source: Path) -> dict[str, bytes]:
-    """Deal the 2023 dev file into three files, as data/README.md describes; name -> content."""
+def deal_small_quora(source):
+    """Deal the 2023 dev file into three, as data/README.md describes: file name -> content."""
     with open(source, encoding="utf-8", newline="") as file:
         header, *rows = csv.reader(file, delimiter="\t")
-    width = len(header)
-    labelled = [row for row in rows if len(row) == width and row[-1].strip()]
-    unlabelled = [row for row in rows if len(row) != width or not row[-1].strip()]
+    labelled, unlabelled = [], []
+    for row in rows:
+        has_label = len(row) == len(header) and row[-1].strip()
+        row += [""] * (len(header) - len(row))
+        (labelled if has_label else unlabelled).append(row[: len(header)])
     random.Random(SMALL_SEED).shuffle(labelled)
     test, rest = labelled[:SMALL_HELD_OUT], labelled[SMALL_HELD_OUT:]
     dev, train = rest[:SMALL_HELD_OUT], rest[SMALL_HELD_OUT:]
-    train += [(row + [""] * width)[:width] for row in unlabelled]
     return {
-        "quora-train.csv": to_tsv([header, *train]),
+        "quora-train.csv": to_tsv([header, *train, *unlabelled]),
         "quora-dev.csv": to_tsv([header, *dev]),
         "quora-test-student.csv": to_tsv(row[:-1] for row in [header, *test]),
     }
 
 
-def to_tsv(rows) -> bytes:
+def to_tsv(rows):
     """Rows in the course's format: tabs, default csv quoting, line feeds, UTF-8."""
     text = io.StringIO(newline="")
     csv.writer(text, delimiter="\t", lineterminator="\n").writerows(rows)
     return text.getvalue().encode("utf-8")
 
 
-def write_small_quora(out: Path, blobs: dict[str, str], ready: dict[str, bool]) -> None:
-    """Write the small split from its source, one verified file at a time, but for what is ready."""
-    contents = {} if all(ready[n] for n in blobs) else deal_small_quora(out / SMALL_SOURCE)
-    for name, blob in blobs.items():
-        target, part = out / name, out / f"{name}.part"
-        state = "ok"
-        if not ready[name]:
-            part.write_bytes(contents[name])
-            if blob_id(part) != blob:
-                part.unlink()
-                raise PrepareError(f"{target}: came out otherwise than published; report this")
-            move_into_place(part, target)
-            state = "dealt"
-        print_file(target, state)
+def deal(target, blob):
+    """Write and check one file of the small split; returns "dealt"."""
+    part = target.with_name(f"{target.name}.part")
+    part.write_bytes(deal_small_quora(target.with_name(SMALL_SOURCE))[target.name])
+    if not move_if_right(part, target, blob):
+        part.unlink()
+        raise PrepareError(f"{target}: came out otherwise than published; report this")
+    return "dealt"
 
 
 # ----------------------------------------------------------------------------------------------
@@ -364,27 +281,27 @@ class OneLineParser(argparse.ArgumentParser):
     """An argument parser whose errors are one line, and name the nearest flag."""
 
     def parse_args(self, args=None, namespace=None):
-        parsed, unknown = self.parse_known_args(args, namespace)
+        namespace, unknown = self.parse_known_args(args, namespace)
         if unknown:
-            flags = [flag for flag in self._option_string_actions if flag.startswith("--")]
+            flags = list(self._option_string_actions)
             near = difflib.get_close_matches(unknown[0].split("=")[0], flags, n=1)
-            hint = f"; did you mean {near[0]}?" if near else f"; expected one of {flags}"
-            self.error(f"unknown argument {unknown[0]}{hint}")
-        return parsed
+            hint = f"did you mean {near[0]}?" if near else f"expected one of {', '.join(flags)}"
+            self.error(f"unknown argument {unknown[0]}; {hint}")
+        return namespace
 
-    def error(self, message: str):
+    def error(self, message):
         self.exit(2, f"error: {message}\n")
 
 
-def whole_number(text: str) -> int:
-    """A number of times: 0, 1, 2, ..."""
+def whole_number(text):
+    """An argparse type: 0, 1, 2, ..."""
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"expected 0, 1, 2, ..., found {text}")
     return int(text)
 
 
-def seconds(text: str) -> float:
-    """A time above 0, at most a day."""
+def seconds(text):
+    """An argparse type: a time above 0, at most a day."""
     try:
         number = float(text)
     except ValueError:
@@ -394,96 +311,94 @@ def seconds(text: str) -> float:
     return number
 
 
-def web_address(text: str) -> str:
-    """An http(s) address without its closing slash."""
+def web_address(text):
+    """An argparse type: an http(s) address, without its closing slash."""
     try:
         parts = urllib.parse.urlsplit(text)
-        good = parts.scheme in ("http", "https") and parts.hostname and len(text.split()) == 1
-        good = good and parts.port != 0 and parts.hostname.encode("idna")  # or a ValueError
-    except ValueError:
-        good = False
-    if not good:
+        valid = parts.scheme in ("http", "https") and parts.hostname and text.split() == [text]
+        valid = valid and parts.port != 0 and parts.hostname.encode("idna")
+    except ValueError:  # a port or a host name that cannot be
+        valid = False
+    if not valid:
         raise argparse.ArgumentTypeError(f"expected http://... or https://..., found {text}")
     return text.rstrip("/")
 
 
-def get_args(argv: list[str] | None) -> argparse.Namespace:
-    """The command line. Each default stands here and nowhere else."""
-    parser = OneLineParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+def get_args(argv=None):
+    """The command line."""
+    parser = OneLineParser(
+        description=__doc__.splitlines()[0],
+        allow_abbrev=False,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
     add = parser.add_argument
-    # What
-    add("--year", type=int, choices=sorted(COURSES, reverse=True), default=2024,
-        help="the course's year; only the Quora files differ (default: %(default)s)")
-    add("--quora", choices=["full", "small"], default="full",
-        help="small: the 2023 dev file dealt anew, 16,000 training pairs (default: %(default)s)")
-    # Where
-    add("--out", type=Path, default=HERE, help="folder to fill (default: the script's own)")
-    add("--overwrite", action="store_true",
-        help="replace files of these names that are not the ones asked for")
-    # From where
-    add("--base_url", type=web_address, default="https://raw.githubusercontent.com",
-        help="a mirror's root, above OWNER/NAME/COMMIT/data/ (default: %(default)s)")
-    add("--retries", type=whole_number, default=4,
-        help="further attempts when a connection breaks, 0 = none (default: %(default)s)")
-    add("--timeout", type=seconds, default=30.0,
-        help="seconds to wait for a silent connection (default: %(default)s)")
+    small = "small: 16,000 training pairs, dealt from the 2023 dev file"
+    mirror = "root of a mirror, above OWNER/NAME/COMMIT/data/"
+    add("--year", type=int, choices=list(COURSES), default=2024, help="only the Quora files differ")
+    add("--quora", choices=["full", "small"], default="full", help=small)
+    add("--out", type=Path, default=HERE, help="folder for the files")
+    add("--overwrite", action="store_true", help="replace other files of the same names")
+    add("--base_url", type=web_address, default="https://raw.githubusercontent.com", help=mirror)
+    add("--retries", type=whole_number, default=4, help="more attempts after a break; 0: none")
+    add("--timeout", type=seconds, default=30.0, help="seconds to wait for a silent connection")
     return parser.parse_args(argv)
 
 
-def print_file(path: Path, state: str) -> None:
-    """One line: name, size, rows, what was done."""
-    size = f"{path.stat().st_size:,} bytes"
-    say(f"{path.name:<29}{size:>18}{count_rows(path):>9,} rows  {state}")
-
-
-def say(text: str) -> None:
-    """A line for people; nobody needs to read it (`| head`)."""
+def say(text):
+    """Print a line that nobody needs to read (`| head`)."""
     try:
         print(text, flush=True)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def prepare(args: argparse.Namespace, courses: dict[int, Course], small: dict[str, str]) -> None:
-    """Bring every file of the plan into place, then say what to run next."""
-    files = plan(args.year, args.quora, courses)
-    wanted = {file.name: file.blob for file in files} | (small if args.quora == "small" else {})
+def print_file(path, state):
+    """Print a file's name, size and rows (as the csv reader counts them), and what was done."""
+    with open(path, encoding="utf-8", newline="") as file:
+        rows = sum(1 for _ in csv.reader(file, delimiter="\t")) - 1
+    size = f"{path.stat().st_size:,} bytes"
+    say(f"{path.name:<29}{size:>18}{rows:>9,} rows  {state}")
+
+
+def prepare(args):
+    """Bring every file into place, then say what to run next."""
+    files = files_of(args.year, args.quora)
     args.out.mkdir(parents=True, exist_ok=True)
-    # Every file first, so that one in the way is told before a long download, not after it.
-    ready = {name: is_in_place(args.out / name, b, args.overwrite) for name, b in wanted.items()}
-    dealt = args.quora == "small" and all(ready[name] for name in small)
-    for file in files:
-        if dealt and file.name == SMALL_SOURCE:
-            continue  # all that comes from it is there
-        target, state = args.out / file.name, "ok"
-        if not ready[file.name]:
-            url = f"{args.base_url}/{file.remote}"
-            state = fetch(url, target, file.blob, args.retries, args.timeout)
+    # All files are checked first, so that one in the way is reported before a long download.
+    in_place = {
+        name: is_in_place(args.out / name, blob, args.overwrite)
+        for name, (_, blob) in files.items()
+    }
+    if args.quora == "small" and all(in_place[name] for name in SMALL_BLOBS):
+        del files[SMALL_SOURCE]  # everything that is made from it is there
+    for name, (remote, blob) in files.items():
+        target = args.out / name
+        if in_place[name]:
+            state = "ok"
+        elif remote:
+            url = f"{args.base_url}/{remote}"
+            state = fetch(url, target, blob, args.retries, args.timeout)
+        else:
+            state = deal(target, blob)
         print_file(target, state)
-    if args.quora == "small":
-        write_small_quora(args.out, small, ready)
     where = "" if args.out.resolve() == HERE else f" --data_dir={shlex.quote(str(args.out))}"
     say(f"All files are in {args.out}. Next:")
     say(f"  python multitask_classifier.py --pretrained bundled --recipe best{where}")
 
 
-def main(
-    argv: list[str] | None = None,
-    courses: dict[int, Course] = COURSES,
-    small_blobs: dict[str, str] = SMALL_BLOBS,
-) -> int:
-    """Run the command; returns the exit code. The tests pass tables of their own files."""
+def main(argv=None):
+    """Run the command; returns the exit code."""
     args = get_args(argv)
     try:
-        prepare(args, courses, small_blobs)
+        prepare(args)
     except PrepareError as error:
         print(f"error: {error}", file=sys.stderr)
-        return error.code
+        return error.exit_code
     except OSError as error:
         print(f"error: {error}: check --out {args.out} (space, permissions)", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("interrupted: run the same command again to continue", file=sys.stderr)
+        print("interrupted: run the same command again to resume", file=sys.stderr)
         return 130
     return 0
 

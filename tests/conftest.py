@@ -1,4 +1,4 @@
-"""Shared by all tests: a tiny encoder's sizes, a toy vocabulary, where data and weights lie."""
+"""Shared by all tests: a tiny encoder, a toy vocabulary, and the folders of data and weights."""
 
 import importlib.util
 import json
@@ -9,17 +9,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from base_bert import resolve_encoder
+from bert import BertModel
 from config import BertConfig, UserError
+from runtime.hub import resolve_encoder
+from tokenizer import SPECIAL_TOKENS, BertTokenizer
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 SAMPLE = REPOSITORY / "data" / "sample"
 REAL_DATA = Path(os.environ.get("REAL_DATA_DIR") or REPOSITORY.parent / "shared" / "data")
-THREADS = 1  # the matrices are small, and on a busy machine two would wait for each other
+THREADS = 1  # the matrices are small, and on a busy machine two threads would wait for each other
 
-# Words and pieces of the toy vocabulary; every lower-case letter is there too, alone and as the
-# rest of a word, so that any English text becomes ids other than [UNK].
-TOY_MARKERS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+# The toy vocabulary also has every lower-case letter, alone and as the rest of a word, so that no
+# English text becomes [UNK].
 TOY_WORDS = (
     "the a an of and is it not to in this that movie film good bad great awful how what why do i "
     "my you can best way learn dog cat man woman running playing un "
@@ -29,14 +30,14 @@ LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789"
 
 
 def pytest_configure(config):
-    """Tests run on the CPU, for which their numbers hold; those of `-m cuda` do not."""
-    if config.getoption("markexpr", "") != "cuda":
+    """Hide the GPU, since expected numbers are those of a CPU; `-m cuda` sees it."""
+    if "cuda" not in config.getoption("markexpr", "").split(" and "):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
         torch.backends.mps.is_available = lambda: False
 
 
 def load_script(path):
-    """Import a script, which is in no package, under a name of its own."""
+    """Import a script that is in no package."""
     spec = importlib.util.spec_from_file_location(f"{path.stem}_under_test", path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look their module up
@@ -46,7 +47,7 @@ def load_script(path):
 
 @pytest.fixture(autouse=True)
 def seeded():
-    """The same random numbers and threads for a test, whichever tests ran before it."""
+    """Every test begins with the same random numbers and threads."""
     torch.set_num_threads(THREADS)
     torch.manual_seed(11711)
 
@@ -55,7 +56,7 @@ def seeded():
 def toy_vocab():
     """Word pieces of the toy vocabulary in the order of their ids."""
     letters = [*LETTERS, *(f"##{letter}" for letter in LETTERS), *".,?!'\"-()"]
-    return list(dict.fromkeys([*TOY_MARKERS, *TOY_WORDS.split(), *letters]))
+    return list(dict.fromkeys([*SPECIAL_TOKENS, *TOY_WORDS.split(), *letters]))
 
 
 @pytest.fixture(scope="session")
@@ -79,6 +80,15 @@ def tiny_config(toy_vocab):
         intermediate_size=52,
         max_position_embeddings=40,
     )
+
+
+@pytest.fixture
+def tiny_folder(tiny_config, toy_vocab_folder, tmp_path):
+    """The folder of a tiny encoder with its tokenizer: weights of seed 2."""
+    torch.manual_seed(2)
+    tokenizer = BertTokenizer.from_pretrained(toy_vocab_folder)
+    BertModel(tiny_config).save_pretrained(tmp_path / "encoder", tokenizer)
+    return tmp_path / "encoder"
 
 
 @pytest.fixture(scope="session")

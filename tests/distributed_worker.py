@@ -1,12 +1,12 @@
-"""One process of tests/test_distributed.py: trains job after job and writes down each step.
+"""One process of tests/test_distributed.py: trains job after job and records each step.
 
     python -m torch.distributed.run --nproc_per_node=2 tests/distributed_worker.py FOLDER
 
-Reads FOLDER/jobs.json, a list of jobs: `name`, `args` (the training script's), and optionally
-`from` and `to` (folders: copy the output of an earlier job first), `stop_at` (the last step:
-before it the last process gets SIGTERM) and `break` (which wire between the processes is cut). For
-each, rank 0 writes <name>.json (exit code, losses) and <name>.safetensors (gradients of each
-step, weights after the last), every rank <name>.rank<N>.json (the hash of its weights by step).
+Reads FOLDER/jobs.json: the jobs of all processes `together`, then those of the first one `alone`. A
+job has a `name`, the training script's `argv`, and optionally `copy` (output of an earlier job, to
+resume), `stop_at` (before this step ends, the last process gets SIGTERM) and `fault` (a key of
+`FAULTS`). In FOLDER/together and FOLDER/alone every rank writes <name>.rank<N>.json (exit code,
+hash of the weights by step), rank 0 <name>.safetensors (gradients by step, weights at the end).
 """
 
 import hashlib
@@ -15,123 +15,95 @@ import os
 import shutil
 import signal
 import sys
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 from safetensors.torch import save_file
 
-REPOSITORY = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(REPOSITORY))
+import multitask_bert
+import multitask_classifier
+from runtime import distributed
+from runtime.distributed import rank, world_size
+from runtime.script import run_script
+from training import setup
 
-import distributed  # noqa: E402
-import multitask_bert  # noqa: E402
-import multitask_classifier  # noqa: E402
-import preparation  # noqa: E402
-from script import run_script  # noqa: E402
+make_optimizer = setup.make_optimizer
 
 
 class Recorder:
-    """Looks over the shoulder of `train`: stands in for the optimiser's maker and its parts."""
+    """Watches the optimiser of a job: gradients before each step, weights after it."""
 
     def __init__(self, stop_at):
-        self.stop_at, self.steps, self.hashes, self.gradients = stop_at, [], [], {}
-        self.model = None
+        self.stop_at, self.hashes, self.gradients, self.trained = stop_at, [], {}, {}
 
-    def make_optimizer(self, model, args):
-        """The real optimiser, with an eye on each step."""
-        self.model = model
-        optimizer = make_optimizer(model, args)
+    def make_optimizer(self, model, plan):
+        """The real optimiser, watched."""
+        self.trained = setup.trained_parameters(model)
+        optimizer = make_optimizer(model, plan)
         optimizer.register_step_pre_hook(lambda *_: self.before_step())
         optimizer.register_step_post_hook(lambda *_: self.after_step())
         return optimizer
 
-    def trained(self):
-        """Trained weights by name; none where it never came to a model."""
-        named = self.model.named_parameters() if self.model else ()
-        return {name: parameter for name, parameter in named if parameter.requires_grad}
-
     def before_step(self):
-        """Keep the gradients (clipped, where their norm is large); end step `stop_at` - 1 with the
-        signal, which the next step's end finds."""
-        is_last = distributed.rank() == distributed.world_size() - 1
-        if is_last and self.stop_at and len(self.hashes) + 2 == self.stop_at:
+        """Keep the gradients, clipped if their norm is large; send the signal of `stop_at`."""
+        is_last = rank() == world_size() - 1
+        if is_last and len(self.hashes) + 2 == self.stop_at:  # found at the end of the next step
             os.kill(os.getpid(), signal.SIGTERM)
-        for name, parameter in self.trained().items():
+        for name, parameter in self.trained.items():
             self.gradients[f"gradient {len(self.hashes)} {name}"] = parameter.grad.clone()
 
     def after_step(self):
         """Keep the hash of the weights."""
         digest = hashlib.sha256()
-        for parameter in self.trained().values():
+        for parameter in self.trained.values():
             digest.update(parameter.detach().numpy().tobytes())
         self.hashes.append(digest.hexdigest())
 
-    def add(self, meter, values, *counts):
-        """Keep the losses of a step on their way to the log."""
-        self.steps.append({"values": values, "counts": counts})
-        add(meter, values, *counts)
-
-
-make_optimizer = multitask_classifier.make_optimizer
-add = multitask_classifier.Meter.add
-
-
-def own_rows(rows):
-    """`distributed.gather_rows` that gathers nothing."""
-    return rows, 0
-
 
 def unwrapped(model, **_):
-    """`DistributedDataParallel` that wraps nothing: the model's own methods are called."""
+    """In place of `DistributedDataParallel`: the model itself, which averages no gradients."""
     model.no_sync = nullcontext
     return model
 
 
-def hash_of_rank(path):
-    """`file_sha256` as if each machine had files of its own."""
-    return f"{path} on {distributed.rank()}"
-
-
-BREAK = {
-    "files": (preparation, "file_sha256", hash_of_rank),
-    "gather": (multitask_bert, "gather_rows", own_rows),
+FAULTS = {
+    "files": (setup, "file_sha256", lambda path: f"{path} on {rank()}"),  # each machine has its own
+    "gather": (multitask_bert, "gather_rows", lambda rows: (rows, 0)),
     "wrapper": (multitask_classifier, "DistributedDataParallel", unwrapped),
 }
 
 
-def run(job, folder, rank):
+def run(job, folder):
     """Do one job."""
-    if job.get("from") and rank == 0:
-        shutil.copytree(job["from"], job["to"], symlinks=True)
-    recorder = Recorder(job.get("stop_at"))
-    multitask_classifier.make_optimizer = recorder.make_optimizer
-    multitask_classifier.Meter.add = lambda *args: recorder.add(*args)
-    if job.get("break"):
-        module, name, replacement = BREAK[job["break"]]
-        original = getattr(module, name)
-        setattr(module, name, replacement)
-    stdout = sys.stdout
-    code = run_script(multitask_classifier.main, job["args"])
-    sys.stdout = stdout
-    if job.get("break"):
-        setattr(module, name, original)
-    (folder / f"{job['name']}.rank{rank}.json").write_text(json.dumps(recorder.hashes))
-    if rank == 0:
-        record = {"code": code, "steps": recorder.steps}
-        (folder / f"{job['name']}.json").write_text(json.dumps(record))
-        weights = {f"weight {name}": p.detach() for name, p in recorder.trained().items()}
-        save_file({**recorder.gradients, **weights}, folder / f"{job['name']}.safetensors")
+    name, recorder = job["name"], Recorder(job.get("stop_at"))
+    if rank() == 0 and "copy" in job:
+        shutil.copytree(job["copy"], folder / name, symlinks=True)
+    with ExitStack() as patches:
+        patches.enter_context(patch.object(setup, "make_optimizer", recorder.make_optimizer))
+        if "fault" in job:
+            patches.enter_context(patch.object(*FAULTS[job["fault"]]))
+        code = run_script(multitask_classifier.main, job["argv"])
+    record = {"code": code, "hashes": recorder.hashes}
+    (folder / f"{name}.rank{rank()}.json").write_text(json.dumps(record))
+    if rank() == 0:
+        weights = {f"weight {name}": p.detach() for name, p in recorder.trained.items()}
+        save_file({**recorder.gradients, **weights}, folder / f"{name}.safetensors")
 
 
 def main():
-    """Do all jobs."""
+    """Do all jobs, those together in one group of processes: a second group never meets."""
     torch.set_num_threads(1)
-    distributed.start(torch.device("cpu"))  # one group for all jobs: a second one never meets
-    torch.distributed.init_process_group = distributed.finish = lambda *_: None
-    folder, rank = Path(sys.argv[1]), int(os.environ.get("RANK", 0))
-    for job in json.loads((folder / "jobs.json").read_text()):
-        run(job, folder, rank)
+    folder = Path(sys.argv[1])
+    jobs = json.loads((folder / "jobs.json").read_text())
+    with distributed.joined_processes(torch.device("cpu")) as device:
+        distributed.joined_processes = lambda _: nullcontext(device)
+        for job in jobs["together"]:
+            run(job, folder / "together")
+    if os.environ.pop("RANK") == "0":  # and from here on without other processes
+        for job in jobs["alone"]:
+            run(job, folder / "alone")
 
 
 if __name__ == "__main__":

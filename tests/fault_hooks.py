@@ -1,386 +1,59 @@
-"""Runs of the program with something going wrong in them, for tests/test_faults*.py.
+"""Runs of the program in processes of their own, with faults in them.
 
-    python tests/fault_hooks.py        # serves requests on standard input, one JSON object a line
+Importing torch takes longer than a tiny run. So the fork server of `multiprocessing` imports the
+program once, and every run is a fork of it, with its own signals, limits and exit code. A fault is
+a function that a run calls first; its settings are bound by `partial`.
 
-Importing torch takes longer than a tiny run. So a server process imports the program once, and each
-run is a fork of it: its own process, with its own signals, limits and exit code, in which the
-`HOOKS` named by the test were put in place first. `Program` is the test's side of it.
+    run(tmp_path, ["--epochs", 1], partial(kill_at, 20))
 """
 
 import errno
 import hashlib
-import importlib
 import json
+import multiprocessing
 import os
-import resource
+import re
 import shutil
 import signal
-import subprocess
 import sys
+import threading
 import time
+from functools import partial
+from multiprocessing import forkserver
 from pathlib import Path
+from unittest import mock
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError, safe_open
+from tqdm import tqdm
+
+import multitask_classifier
+from multitask_bert import MultitaskBERT
+from runtime.script import run_script
+from training.run_folder import RunFolder
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 HANG_SECONDS = 120  # a run that takes longer ends by SIGALRM
-EXEMPT = {
-    "sentences_per_s", "tokens_per_s", "peak_memory_mib", "seconds", "evaluation_seconds",
-}  # fmt: skip
-
-# ----------------------------------------------------------------------------- in the run's process
-
-CALLS = []  # what was written so far, where `kill_at` counts
-
-
-def on_writes(act):
-    """Call `act(what, path)` before each system call of Python's that changes the file system."""
-
-    def hook(event, args):
-        if event == "open":
-            writes = os.O_WRONLY | os.O_RDWR | os.O_CREAT
-            if isinstance(args[2], int) and args[2] & writes:
-                act("open", args[0])
-        elif event in ("os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.symlink", "os.chmod"):
-            act(event, args[-1] if event == "os.symlink" else args[0])
-
-    sys.addaudithook(hook)
-    before(os, "fsync", lambda fd: act("fsync", os.readlink(f"/proc/self/fd/{fd}")))
-
-
-def wrap(owner, name, replacement):
-    """Exchange `owner.name` for `replacement(original, *args, **kwargs)`."""
-    original = getattr(owner, name)
-    setattr(owner, name, lambda *args, **kwargs: replacement(original, *args, **kwargs))
-
-
-def before(owner, name, act):
-    """Call `act(*args)` before each call of `owner.name(*args)`."""
-    wrap(owner, name, lambda original, *args: (act(*args), original(*args))[1])
-
-
-def on_save_file(act):
-    """Call `act(path, half)` in the middle of a tensor file; `half()` writes its first half."""
-    import base_bert
-
-    def save_file(original, tensors, path, **settings):
-        def half():
-            original(tensors, path, **settings)
-            os.truncate(path, os.path.getsize(path) // 2)
-
-        act(str(path), half)
-        original(tensors, path, **settings)
-
-    wrap(base_bert, "save_file", save_file)
-
-
-def kill_at(number):
-    """SIGKILL before the `number`-th call that writes (0: never), or with half of a tensor file."""
-
-    def act(what, path, half=lambda: None):
-        CALLS.append(what)
-        if len(CALLS) == number:
-            half()
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    on_writes(act)
-    on_save_file(lambda path, half: act("tensors", path, half))
-
-
-def fail_write(match, code):
-    """Fail with the error `code`, such as ENOSPC, where a path that contains `match` is written."""
-    number = getattr(errno, code)
-
-    def act(what, path):
-        if match in str(path) and what not in ("os.remove", "os.rmdir"):
-            raise OSError(number, os.strerror(number), str(path))
-
-    def fail_half_way(path, half):
-        from safetensors import SafetensorError
-
-        if match in path:
-            half()
-            text = f"Error while serializing: I/O error: {os.strerror(number)} (os error {number})"
-            raise SafetensorError(text)
-
-    on_writes(act)
-    on_save_file(fail_half_way)
-
-
-def at_step(step, act):
-    """Call `act(losses)` after the forward pass of a training step, counted from 1."""
-    import multitask_classifier
-    from multitask_bert import MultitaskBERT
-
-    current = [None]
-
-    def seed(original, *numbers):
-        current[0] = numbers[1] + 1 if len(numbers) > 1 else None
-        original(*numbers)
-
-    def forward(original, model, batches):
-        losses = original(model, batches)
-        if current[0] == step:
-            act(losses)
-        return losses
-
-    wrap(multitask_classifier, "seed_everything", seed)
-    wrap(MultitaskBERT, "forward", forward)
-
-
-def bad_number(step, loss, where):
-    """NaN in a loss, or only in its gradient (`where`), at a step."""
-
-    def act(losses):
-        if where == "loss":
-            losses[loss] = losses[loss] * float("nan")
-        else:
-            losses[loss].register_hook(lambda gradient: gradient * float("nan"))
-
-    at_step(step, act)
-
-
-def out_of_memory(kind, step=2):
-    """What exhausted memory raises: on a GPU, in Python and NumPy, in torch's CPU allocator."""
-    import torch
-
-    def act(losses):
-        if kind == "gpu":
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
-        if kind == "python":
-            raise MemoryError
-        torch.empty(2**60, dtype=torch.uint8)
-
-    at_step(step, act)
-
-
-def no_memory_to_evaluate():
-    """What a GPU raises where the batches of an evaluation do not fit."""
-    import torch
-
-    from multitask_bert import MultitaskBERT
-
-    def predict(*_):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
-
-    MultitaskBERT.predict = predict
-
-
-def send(number, times=1):
-    """Signals to this process."""
-    for _ in range(times):
-        os.kill(os.getpid(), number)
-
-
-def signal_in(where, number, times=1, step=3):
-    """A signal in a training step, in the evaluation of dev or of the best model, in set-up."""
-    import evaluation
-    import multitask_classifier
-    from multitask_bert import MultitaskBERT
-
-    def act(*args):
-        send(number, times)
-
-    if where == "step":
-        at_step(step, act)
-    elif where == "dev":
-        before(MultitaskBERT, "predict", act)
-    elif where == "results":
-        before(multitask_classifier, "write_results",
-               lambda *args: before(evaluation, "predict_dataset", act))  # fmt: skip
-    elif where == "set-up":
-        before(multitask_classifier, "load_encoder", act)
-
-
-def no_reseeding():
-    """The generators are seeded at the start of a process only."""
-    import multitask_classifier
-
-    wrap(multitask_classifier, "seed_everything",
-         lambda original, *numbers: original(*numbers) if len(numbers) == 1 else None)  # fmt: skip
-
-
-def no_renaming():
-    """Folders are written in place, under their final name."""
-    import contextlib
-
-    import run_folder
-
-    @contextlib.contextmanager
-    def in_place(path):
-        path.mkdir(parents=True)
-        yield path
-        hashes = {f.name: run_folder.file_sha256(f) for f in path.iterdir() if f.is_file()}
-        (path / "manifest.json").write_text(json.dumps(hashes))
-
-    run_folder.new_folder = in_place
-
-
-def no_hashes():
-    """What is read back is believed."""
-    import run_folder
-    import saved_models
-
-    run_folder.damage = saved_models.damage = lambda folder: None
-
-
-def constant_predictions():
-    """The similarity head says the same of every pair."""
-    from multitask_bert import MultitaskBERT
-
-    def predict(original, model, name, batch):
-        outputs = original(model, name, batch)
-        return outputs * 0 + 2 if name == "sts" else outputs
-
-    wrap(MultitaskBERT, "predict", predict)
-
-
-def no_gpu():
-    """A machine with a CPU only."""
-    import torch
-
-    torch.cuda.is_available = torch.backends.mps.is_available = lambda: False
-
-
-def no_bf16():
-    """Hardware without bf16."""
-    import device
-
-    device._has_bf16 = lambda of_device: False
-
-
-def watch_weights():
-    """Say on standard error when weights are loaded: mistakes are to be found before that."""
-    import base_bert
-
-    before(base_bert, "read_tensors", lambda path: print("WEIGHTS LOADED", file=sys.stderr))
-
-
-def limit(name, value):
-    """A limit of the system's, such as RLIMIT_FSIZE in bytes."""
-    resource.setrlimit(getattr(resource, name), (value, value))
-
-
-def closed_streams():
-    """Standard output and error are pipes that nobody reads any more."""
-    read, write = os.pipe()
-    os.close(read)
-    os.dup2(write, 1)
-    os.dup2(write, 2)
-
-
-def no_streams():
-    """Standard output was closed from the start (`>&-`)."""
-    sys.stdout = None
-
-
-def threads(number):
-    """Another number of threads to compute with."""
-    import torch
-
-    torch.set_num_threads(number)
-
-
-def sys_path(folder):
-    """A folder of packages that go before the installed ones."""
-    sys.path.insert(0, folder)
-
-
-def hold_folder(folder):
-    """Only lock a run's folder, say so, and wait to be killed."""
-    import run_folder
-
-    run = run_folder.RunFolder(folder)
-    run.open()
-    print("locked", flush=True)
-    signal.pause()
-
-
-def save_states(folder, steps, size=64):
-    """Only save states of `size` numbers, with best models, in a run's folder."""
-    import torch
-
-    from run_folder import RunFolder
-
-    run = RunFolder(folder)
-    run.open()
-    run.log(kind="train", step=0)
-    for step in steps:
-        tensors = {"weight": torch.full((size,), float(step))}
-        run.save_best(step, lambda place, t=tensors: write_model(place, t))
-        values = {"step": step, "evaluated": step, "best_step": step}
-        run.save_state(values, {"trained": tensors, "optimizer": tensors})
-    os._exit(0)
-
-
-def write_model(place, tensors):
-    """A best model of one file of tensors and one of text."""
-    import base_bert
-
-    base_bert.write_tensors(place / "model.safetensors", tensors)
-    (place / "config.json").write_text("{}")
-
-
-HOOKS = {
-    hook.__name__: hook
-    for hook in (
-        kill_at, fail_write, bad_number, out_of_memory, signal_in, no_reseeding, no_renaming,
-        no_hashes, constant_predictions, no_gpu, no_bf16, watch_weights, limit, closed_streams,
-        no_streams, threads, sys_path, hold_folder, save_states, no_memory_to_evaluate,
-    )
-}  # fmt: skip
-
-
-def run_job(job):
-    """In the forked process: put everything in place, run the script, exit with its code."""
-    signal.alarm(HANG_SECONDS)
-    os.chdir(job["cwd"])
-    os.environ.update(job["env"])
-    for number, name in ((0, os.devnull), (1, job["stdout"]), (2, job["stderr"])):
-        os.dup2(os.open(name, os.O_RDWR | os.O_CREAT | os.O_TRUNC), number)
-    script = importlib.import_module(job["script"])
-    from script import run_script
-
-    sys.argv = [f"{job['script']}.py", *job["argv"]]
-    for name, settings in job["hooks"]:
-        HOOKS[name](**settings)
-    code = run_script(script.main)
-    if CALLS:
-        Path(job["cwd"], "calls").write_text(str(len(CALLS)))
-    sys.stdout.flush()
-    os._exit(code or 0)
-
-
-def serve():
-    """Start runs and wait for them, as standard input asks."""
-    sys.path.insert(0, str(REPOSITORY))
-    for name in ("scipy.stats", "sklearn.metrics", "torch._dynamo", "multitask_classifier"):
-        importlib.import_module(name)  # here, once, and not in every run
-    answers = os.fdopen(os.dup(1), "w")
-    for line in sys.stdin:
-        request = json.loads(line)
-        if "wait" in request:
-            _, status = os.waitpid(request["wait"], 0)
-            print(os.waitstatus_to_exitcode(status), file=answers, flush=True)
-            continue
-        pid = os.fork()
-        if pid == 0:
-            try:
-                run_job(request)
-            finally:
-                import traceback
-
-                traceback.print_exc()
-                os._exit(99)
-        print(pid, file=answers, flush=True)
-
-
-# ------------------------------------------------------------------------------ on the test's side
+ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "0"}
+PATHS = {"PYTHONPATH": f"{REPOSITORY}{os.pathsep}{REPOSITORY / 'tests'}"}
+# Imported once, by the server: these modules, and what the program imports late.
+PRELOADED = ["fault_hooks", "evaluation", "pytest", "scipy.stats", "sklearn.metrics"]
+PRELOADED += ["torch._dynamo"]
+NOT_REPEATABLE = {"sentences_per_s", "tokens_per_s", "peak_memory_mib"}
+NOT_REPEATABLE |= {"seconds", "evaluation_seconds"}
+
+# -------------------------------------------------------------------------------------------- runs
+
+processes = multiprocessing.get_context("forkserver")
+processes.set_forkserver_preload(PRELOADED)
 
 
 class Done:
-    """A run that has ended: its exit code (negative for a signal's number) and what it said."""
+    """A run that has ended: its exit code (negative for a signal's number) and its output."""
 
     def __init__(self, code, folder):
-        self.code, self.folder = code, folder
+        self.code = code
         self.stdout = (folder / "stdout").read_text(encoding="utf-8", errors="replace")
         self.stderr = (folder / "stderr").read_text(encoding="utf-8", errors="replace")
 
@@ -388,123 +61,307 @@ class Done:
         return f"exit {self.code}\n{self.stdout}\n{self.stderr}"
 
 
-class Program:
-    """The scripts, run in processes of their own."""
+def start(folder, argv, *faults, main=multitask_classifier.main, env=None):
+    """Start a run in the working directory `folder`; returns its process.
 
-    def __init__(self):
-        threads = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "0"}
-        self.server = subprocess.Popen(
-            [sys.executable, __file__], env=os.environ | threads, text=True,
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-        )  # fmt: skip
+    `main` is a script's, `env` holds additional environment variables.
+    """
+    with mock.patch.dict(os.environ, ONE_THREAD | PATHS):
+        forkserver.ensure_running()
+    job = (folder, [str(word) for word in argv], faults, main, env or {})
+    process = processes.Process(target=_run_job, args=job)
+    process.start()
+    return process
 
-    def _ask(self, request):
-        self.server.stdin.write(json.dumps(request) + "\n")
-        self.server.stdin.flush()
-        return int(self.server.stdout.readline())
 
-    def start(self, folder, argv, hooks=(), script="multitask_classifier", env=None):
-        """Start a run in the working directory `folder`; returns its process id.
+def finish(process, folder):
+    """Wait for the end of a run that `start` began in `folder`; returns a `Done`."""
+    process.join()
+    return Done(process.exitcode, folder)
 
-        `hooks` are names of hooks, or pairs of a name and its settings.
-        """
-        hooks = [(hook, {}) if isinstance(hook, str) else hook for hook in hooks]
-        job = {
-            "cwd": str(folder), "argv": [str(a) for a in argv], "hooks": hooks, "script": script,
-            "env": env or {}, "stdout": str(folder / "stdout"), "stderr": str(folder / "stderr"),
-        }  # fmt: skip
-        return self._ask(job)
 
-    def wait(self, pid, folder):
-        """Wait for the end of a run that `start` began."""
-        return Done(self._ask({"wait": pid}), folder)
+def run(folder, argv, *faults, **settings):
+    """Run to the end, as `start` describes; returns a `Done`."""
+    return finish(start(folder, argv, *faults, **settings), folder)
 
-    def run(self, folder, argv, hooks=(), script="multitask_classifier", env=None):
-        """Run to the end."""
-        return self.wait(self.start(folder, argv, hooks, script, env), folder)
 
-    def close(self):
-        """End the server."""
-        self.server.stdin.close()
-        self.server.stdout.close()
-        self.server.wait()
+def _run_job(folder, argv, faults, main, env):
+    """In the new process: put the faults in place, run the script, exit with its code."""
+    signal.alarm(HANG_SECONDS)
+    os.chdir(folder)
+    os.environ.update(env)
+    for number, name in enumerate((os.devnull, "stdout", "stderr")):
+        os.dup2(os.open(name, os.O_RDWR | os.O_CREAT | os.O_TRUNC), number)
+    tqdm.set_lock(threading.RLock())  # a killed run would leak its own, a named semaphore
+    sys.argv = [f"{main.__module__}.py", *argv]
+    for fault in faults:
+        fault()
+    code = run_script(main)
+    sys.stdout.flush()
+    os._exit(code)
+
+
+# ------------------------------------------------------------------------------------------ faults
+
+
+def patch(target, *new, **settings):
+    """`mock.patch` for the rest of the run: `target` is a dotted name."""
+    mock.patch(target, *new, **settings).start()
+
+
+# A user's mistake is to be found before any weights load: otherwise the run ends with 1, not 2.
+no_weights = partial(patch, "base_bert.read_tensors", side_effect=AssertionError("weights loaded"))
+
+
+def wrap(owner, name, replacement):
+    """Exchange `owner.name` for `replacement(original, *args, **kwargs)`."""
+    setattr(owner, name, partial(replacement, getattr(owner, name)))
+
+
+def on_writes(act):
+    """Call `act(event, path)` before each call that changes the file system.
+
+    Tensor files are written by safetensors itself, in one call. For them it is `act(event, path,
+    half)` before the call, and `half()` writes half of the file.
+    """
+    writes = os.O_WRONLY | os.O_RDWR | os.O_CREAT
+    changes = ("os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.symlink", "os.chmod")
+
+    def audit(event, args):
+        if event in changes or (event == "open" and isinstance(args[2], int) and args[2] & writes):
+            act(event, str(args[1] if event == "os.symlink" else args[0]))
+
+    def fsync(original, descriptor):
+        act("fsync", os.readlink(f"/proc/self/fd/{descriptor}"))
+        original(descriptor)
+
+    def serialize_file(original, tensors, path, **settings):
+        def half():
+            original(tensors, path, **settings)
+            os.truncate(path, os.path.getsize(path) // 2)
+
+        act("tensors", str(path), half)
+        original(tensors, path, **settings)
+
+    sys.addaudithook(audit)
+    wrap(os, "fsync", fsync)
+    wrap(safetensors.torch, "serialize_file", serialize_file)
+
+
+def kill_at(number):
+    """SIGKILL at the `number`-th call that writes, 0 for never; the file `calls` counts them."""
+    calls = open("calls", "wb", buffering=0)  # noqa: SIM115 (open until the end)
+
+    def act(event, path, half=lambda: None):
+        calls.write(b".")
+        if calls.tell() == number:
+            half()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    on_writes(act)
+
+
+def fail_write(pattern, code):
+    """Fail with the error `code`, such as ENOSPC, where `pattern` is found in "event path"."""
+    number = getattr(errno, code)
+
+    def act(event, path, half=None):
+        if event in ("os.remove", "os.rmdir") or not re.search(pattern, f"{event} {path}"):
+            return
+        if half is None:
+            raise OSError(number, os.strerror(number), path)
+        half()
+        raise SafetensorError(f"Error while serializing: I/O error: {os.strerror(number)}")
+
+    on_writes(act)
+
+
+def signal_at(method, call, number, times=1):
+    """Signals to the run itself, from a call of a method of the model on; calls count from 1."""
+    calls, original = [], getattr(MultitaskBERT, method)
+
+    def send(*args):
+        calls.append(1)
+        if len(calls) >= call:
+            for _ in range(times):
+                os.kill(os.getpid(), number)
+        return original(*args)
+
+    setattr(MultitaskBERT, method, send)
+
+
+def bad_number(step, loss, where):
+    """NaN in a loss or, if `where` is "gradient", only in its gradient, from a step on."""
+    steps, original = [], MultitaskBERT.forward
+
+    def forward(self, batches):
+        losses = original(self, batches)
+        steps.append(1)
+        if len(steps) >= step and where == "loss":
+            losses[loss] = losses[loss] * float("nan")
+        elif len(steps) >= step:
+            losses[loss].register_hook(lambda gradient: gradient * float("nan"))
+        return losses
+
+    MultitaskBERT.forward = forward
+
+
+def no_reseeding():
+    """Random numbers are seeded at the start of the process only."""
+    calls = []
+
+    def seed_once(original, number):
+        calls.append(1)
+        if len(calls) == 1:
+            original(number)
+
+    wrap(torch, "manual_seed", seed_once)
+
+
+def no_renaming():
+    """Files get their names before they are whole: a copy in two steps replaces a rename."""
+
+    def copy_file(source, target):
+        content = Path(source).read_bytes()
+        Path(target).write_bytes(content[: len(content) // 2])
+        Path(target).write_bytes(content)
+
+    def rename(source, target):
+        if os.path.isdir(source):
+            shutil.copytree(source, target, copy_function=copy_file)
+            shutil.rmtree(source)
+        elif os.path.islink(source):
+            replace(source, target)
+        else:
+            copy_file(source, target)
+            os.unlink(source)
+
+    replace, os.replace, os.rename = os.replace, rename, rename
+
+
+def closed_streams():
+    """Standard output and error are pipes without a reader."""
+    read, write = os.pipe()
+    os.close(read)
+    for number in (1, 2):
+        os.dup2(write, number)
+    sys.stdout, sys.stderr = open(1, "w"), open(2, "w")  # noqa: SIM115 (open until the end)
+
+
+# -------------------------------------------------------------------------------- what a run leaves
+
+
+def fill_run(path, steps):
+    """A run's folder with a checkpoint and a best model of each step, full of its number."""
+    filled = RunFolder(path)
+    filled.open()
+    for step in steps:
+        tensors = {"weight": torch.full((64,), float(step))}
+        filled.progress.step = filled.progress.evaluated = step
+        filled.log(kind="train", step=step, seconds=0)
+        filled.save_best(lambda folder, tensors=tensors: write_model(folder, tensors))
+        filled.save_checkpoint(tensors)
+    return filled
+
+
+def write_model(folder, tensors):
+    """A best model of one file of tensors and one of text."""
+    safetensors.torch.save_file(tensors, folder / "model.safetensors")
+    (folder / "config.json").write_text("{}")
+
+
+def save_two_steps(argv):
+    """The `main` of a process that does nothing but save."""
+    fill_run("run", [1, 2])
+
+
+def start_again(argv):
+    """The `main` of a process that does nothing but overwrite a run."""
+    again = RunFolder("run")
+    again.open()
+    again.start({"args": "new"})
 
 
 def digest(path):
     """Hash of a file's content."""
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
 def snapshot(*folders):
-    """Content of all files below folders, by path; links by where they lead."""
-    found = {}
-    for folder in folders:
-        for place in sorted(Path(folder).rglob("*")):
-            if place.is_symlink():
-                found[str(place)] = os.readlink(place)
-            elif place.is_file() and place.name != ".lock":
-                found[str(place)] = digest(place)
-    return found
+    """Content of all files below folders by path, and where links lead."""
+    places = [place for folder in folders for place in Path(folder).rglob("*")]
+    return {
+        str(place): os.readlink(place) if place.is_symlink() else digest(place)
+        for place in places
+        if place.is_symlink() or (place.is_file() and place.name not in (".lock", ".owner"))
+    }
 
 
-def newest_state(run):
-    """Folder of a run's newest state."""
-    return max((run / "state").iterdir())
+def checkpoints(run):
+    """The files of a run's checkpoints, the newest last; those of one step by their hashes."""
+    return sorted((run / "state").glob("step-*.safetensors"))
+
+
+def read_checkpoint(path):
+    """Progress and tensors of a checkpoint; the tensors as bytes by name."""
+    with safe_open(path, framework="pt") as file:
+        progress = json.loads(file.metadata()["progress"])
+    tensors = safetensors.torch.load_file(path)
+    return progress, {name: tensor.numpy().tobytes() for name, tensor in tensors.items()}
 
 
 def metrics(run):
     """A run's metrics without speeds, times and memory."""
     lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return [{k: v for k, v in json.loads(line).items() if k not in EXEMPT} for line in lines]
+    return [
+        {name: value for name, value in json.loads(line).items() if name not in NOT_REPEATABLE}
+        for line in lines
+    ]
 
 
 def outcome(folder, name="full-model"):
-    """Everything that a run ends with and that continuing must not change."""
+    """Everything that a run ends with, and that breaking and resuming it must not change."""
     run = folder / "runs" / name
-    places = {"state": newest_state(run), "best": (run / "best").resolve(),
-              "predictions of the run": run / "predictions",
-              "predictions": folder / "predictions"}  # fmt: skip
-    files = {
-        f"{kind}/{path.relative_to(place)}": digest(path)
-        for kind, place in places.items()
-        for path in sorted(place.rglob("*"))
-        if path.is_file()
-    }
-    return {"files": files, "metrics": metrics(run)}
+    files = {}
+    for place in (run / "best", run / "predictions", folder / "predictions"):
+        paths = [path for path in sorted(place.rglob("*")) if path.is_file()]
+        files |= {str(path.relative_to(folder)): digest(path) for path in paths}
+    newest = read_checkpoint(checkpoints(run)[-1])
+    return {"files": files, "metrics": metrics(run), "checkpoint": newest}
 
 
 def leftovers(folder):
-    """What should not be there after a run: temporary files, states and models of no more use."""
-    runs = [path.parent for path in folder.glob("runs/*/run.json")]
+    """Files that should be gone after a run: unfinished ones, old checkpoints and best models."""
     stale = [str(path) for path in folder.rglob(".tmp-*")]
-    for run in runs:
-        states = sorted((run / "state").glob("*"), reverse=True)
-        steps = {json.loads((s / "state.json").read_text())["best_step"] for s in states}
-        stale += [str(state) for state in states[2:]]
-        stale += [str(b) for b in run.glob("best-*") if int(b.stem.split("-")[1]) not in steps]
+    for run in [path.parent for path in folder.glob("runs/*/run.json")]:
+        files = checkpoints(run)
+        used = {read_checkpoint(file)[0]["best"] for file in files}
+        stale += map(str, files[:-2])
+        stale += [str(best) for best in run.glob("best-*") if best.name not in used]
     return stale
 
 
 def copy(folder, target):
-    """A copy of a folder with its links, to do harm to."""
+    """A copy of a folder with its links, to be damaged."""
     shutil.copytree(folder, target, symlinks=True, dirs_exist_ok=True)
     return target
 
 
+def rename_by_hash(checkpoint):
+    """Give a changed checkpoint the name of its new content."""
+    step = checkpoint.name[:13]
+    return checkpoint.rename(checkpoint.with_name(f"{step}-{digest(checkpoint)[:16]}.safetensors"))
+
+
 def rewrite_manifest(folder):
-    """Make the hashes of a folder right again, as if what lies in it had been meant."""
+    """Make the hashes of a changed best model right again."""
     names = json.loads((folder / "manifest.json").read_text())
-    hashes = {n: hashlib.sha256((folder / n).read_bytes()).hexdigest() for n in names}
-    (folder / "manifest.json").write_text(json.dumps(hashes))
+    (folder / "manifest.json").write_text(json.dumps({n: digest(folder / n) for n in names}))
 
 
 def wait_for(condition, seconds=60):
     """Wait until a condition holds."""
     end = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < end, "waited in vain"
+        assert time.monotonic() < end, f"waited {seconds} s in vain"
         time.sleep(0.005)
-
-
-if __name__ == "__main__":
-    serve()

@@ -2,29 +2,26 @@
 
     python -P tests/reference.py FOLDER
 
-Reads names of jobs from standard input, a line each. FOLDER/<name>.in.json holds the job's `kind`
-(a function below) and that function's arguments, FOLDER/<name>.in.safetensors its tensors. The
-answer goes to FOLDER/<name>.out.safetensors, and a line of JSON to standard output: the job's name,
-what the libraries said meanwhile, the seconds it took, and the traceback where it failed.
+Reads jobs from standard input, each a line of JSON: its `name`, its `kind` (a function below) and
+that function's arguments. The job's tensors are in FOLDER/<name>.in.safetensors, the answer goes to
+FOLDER/<name>.out.safetensors. A line of JSON on standard output then says what the libraries warned
+of, and the traceback if the job failed.
 
-A process of its own, since the program's datasets.py and the hub's package of that name cannot be
-imported side by side (-P keeps this folder from Python's path). The first functions, which need
-torch alone, the tests apply to the program's own models.
+It is a process of its own, since the program's datasets.py and the hub's package of that name
+cannot be imported side by side (-P keeps this folder from Python's path). The tests apply the first
+functions, which need torch alone, to the program's own models.
 """
 
 import copy
 import json
 import logging
 import sys
-import time
 import traceback
 import warnings
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
-
-THREADS = 1  # the matrices are small, and on a busy machine two would wait for each other
 
 
 def loss_of(outputs, tensors):
@@ -48,40 +45,43 @@ def outputs_of(model, tensors):
     return {"last_hidden_state": hidden, "pooler_output": outputs["pooler_output"]}
 
 
-def gradients_of(model, tensors):
-    """Gradient of `loss_of` for each trained parameter, by name."""
+def measure(model, tensors):
+    """`outputs_of`, and the gradient of `loss_of` for each trained parameter."""
     model.zero_grad()
     loss_of(forward(model, tensors), tensors).backward()
-    return {
+    gradients = {
         f"gradient of {name}": parameter.grad.clone()
         for name, parameter in model.named_parameters()
         if parameter.requires_grad and parameter.grad is not None
     }
+    return outputs_of(model, tensors) | gradients
+
+
+def train(model, tensors, steps, lr):
+    """Trained parameters by name after `steps` of AdamW on `loss_of`."""
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    optimizer = torch.optim.AdamW(trained.values(), lr=lr)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss_of(forward(model, tensors), tensors).backward()
+        optimizer.step()
+    return {f"trained {name}": parameter.detach().clone() for name, parameter in trained.items()}
+
+
+def in_double(model, tensors):
+    """A model and its inputs in double precision."""
+    tensors = {n: t.double() if t.is_floating_point() else t for n, t in tensors.items()}
+    return model.double(), tensors
 
 
 def encoder(tensors, model):
-    """Outputs and gradients of `transformers.BertModel` with the weights of folder `model`."""
-    import transformers
-
-    bert, info = transformers.BertModel.from_pretrained(model, output_loading_info=True)
-    warn_of_amiss(info)
-    return outputs_of(bert.eval(), tensors) | gradients_of(bert, tensors)
-
-
-def exported(tensors, model):
-    """Outputs of whatever `AutoModel` makes of folder `model`."""
+    """Outputs and gradients of what `AutoModel` makes of folder `model`."""
     import transformers
 
     bert, info = transformers.AutoModel.from_pretrained(model, output_loading_info=True)
-    warn_of_amiss(info)
-    return outputs_of(bert.eval(), tensors)
-
-
-def warn_of_amiss(info):
-    """Warn of missing, unexpected or misshapen weights in a folder that was loaded."""
-    amiss = {key: sorted(map(str, names)) for key, names in info.items() if names}
-    if amiss:
-        warnings.warn(str(amiss), stacklevel=2)
+    if amiss := {key: sorted(map(str, names)) for key, names in info.items() if names}:
+        warnings.warn(str(amiss), stacklevel=1)  # missing, unexpected or misshapen weights
+    return measure(bert.eval(), tensors)
 
 
 def tokens(tensors, tokenizer, texts, pairs=(), max_length=512, options=()):
@@ -92,39 +92,12 @@ def tokens(tensors, tokenizer, texts, pairs=(), max_length=512, options=()):
     options = {"truncation": True, "max_length": max_length, **dict(options)}
     result = {}
     for name, columns in (("texts", [texts]), ("pairs", list(zip(*pairs, strict=True)))):
-        if not columns:
-            continue
-        found = chosen(*(list(column) for column in columns), **options)
-        for key in ("input_ids", "token_type_ids"):
-            rows = found[key]
-            result[f"{name}.{key}"] = torch.tensor([x for row in rows for x in row])
-        result[f"{name}.lengths"] = torch.tensor([len(row) for row in rows])
+        if columns:
+            found = chosen(*(list(column) for column in columns), **options)
+            for key in ("input_ids", "token_type_ids"):
+                result[f"{name}.{key}"] = torch.tensor([x for row in found[key] for x in row])
+            result[f"{name}.lengths"] = torch.tensor([len(row) for row in found["input_ids"]])
     return result
-
-
-def after_training(model, tensors, steps, lr):
-    """Trained parameters by name after `steps` of AdamW on `loss_of`."""
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    optimizer = torch.optim.AdamW(trained.values(), lr=lr)
-    for _ in range(steps):
-        optimizer.zero_grad()
-        loss_of(forward(model, tensors), tensors).backward()
-        optimizer.step()
-    return {name: parameter.detach().clone() for name, parameter in trained.items()}
-
-
-def in_double(model, tensors):
-    """A model and its inputs in double precision."""
-    tensors = {n: t.double() if t.is_floating_point() else t for n, t in tensors.items()}
-    return model.double(), tensors
-
-
-def without_wrapping(tensors):
-    """`peft`'s names of an adapter's parameters -> the plain ones."""
-    wrapping = (("base_model.model.", ""), (".default.weight", ""))
-    for old, new in wrapping:
-        tensors = {name.replace(old, new): tensor for name, tensor in tensors.items()}
-    return tensors
 
 
 def lora(tensors, model, folder, settings=None, steps=0, lr=0.0, double=False):
@@ -145,11 +118,11 @@ def lora(tensors, model, folder, settings=None, steps=0, lr=0.0, double=False):
     wrapped.eval()  # without dropout; the adapters stay trainable
     if double:
         wrapped, tensors = in_double(wrapped, tensors)
-    result = outputs_of(wrapped, tensors) | gradients_of(wrapped, tensors)
-    merged = copy.deepcopy(wrapped).merge_and_unload()
-    result |= {f"merged {name}": tensor for name, tensor in outputs_of(merged, tensors).items()}
-    weights = after_training(wrapped, tensors, steps, lr)
-    return without_wrapping(result | {f"trained {name}": t for name, t in weights.items()})
+    merged = outputs_of(copy.deepcopy(wrapped).merge_and_unload(), tensors)
+    result = measure(wrapped, tensors) | {f"merged {name}": t for name, t in merged.items()}
+    result |= train(wrapped, tensors, steps, lr)
+    plain = {name.replace("base_model.model.", ""): tensor for name, tensor in result.items()}
+    return {name.replace(".default.weight", ""): tensor for name, tensor in plain.items()}
 
 
 def sentence_vectors(tensors, model, texts):
@@ -161,54 +134,36 @@ def sentence_vectors(tensors, model, texts):
 
 
 class Listener(logging.Handler):
-    """Keeps every warning that a library logs."""
+    """Keeps what the libraries log as a warning, or warn of."""
 
-    def __init__(self, said):
-        super().__init__(logging.WARNING)
-        self.said = said
+    said = ()
 
     def emit(self, record):
         """Keep one message."""
         self.said.append(f"{record.name}: {record.getMessage()}")
 
 
-def answer(folder, name):
-    """Do one job; returns what the libraries said meanwhile."""
-    job = json.loads((folder / f"{name}.in.json").read_text(encoding="utf-8"))
-    path = folder / f"{name}.in.safetensors"
-    tensors = load_file(path) if path.exists() else {}
-    said = []
-    listener = Listener(said)
-    libraries = ("transformers", "sentence_transformers", "peft")
-    loggers = [logging.getLogger(library) for library in libraries]
-    for logger in loggers:
-        logger.addHandler(listener)
-    try:
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            result = globals()[job.pop("kind")](tensors, **job)
-    finally:
-        for logger in loggers:
-            logger.removeHandler(listener)
-    result = {key: tensor.detach().contiguous() for key, tensor in result.items()}
-    save_file(result, folder / f"{name}.out.safetensors")
-    return said + [str(w.message) for w in caught if not issubclass(w.category, FutureWarning)]
-
-
 def main(folder):
-    """Do every job that is named on standard input."""
-    torch.set_num_threads(THREADS)
+    """Do every job on standard input."""
+    torch.set_num_threads(1)
     torch.manual_seed(7)
+    warnings.simplefilter("always")
+    warnings.simplefilter("ignore", FutureWarning)
+    logging.captureWarnings(True)
+    listener = Listener(logging.WARNING)
+    for library in ("transformers", "sentence_transformers", "peft", "py.warnings"):
+        logging.getLogger(library).addHandler(listener)
     replies, sys.stdout = sys.stdout, sys.stderr  # the libraries may print
     for line in sys.stdin:
-        name, began = line.strip(), time.perf_counter()
-        reply = {"name": name, "said": [], "failure": None}
+        job, listener.said, failure = json.loads(line), [], None
+        name, kind = job.pop("name"), job.pop("kind")
         try:
-            reply["said"] = answer(folder, name)
+            result = globals()[kind](load_file(folder / f"{name}.in.safetensors"), **job)
+            result = {key: tensor.detach().contiguous() for key, tensor in result.items()}
+            save_file(result, folder / f"{name}.out.safetensors")
         except Exception:
-            reply["failure"] = traceback.format_exc()
-        reply["seconds"] = time.perf_counter() - began
-        print(json.dumps(reply), file=replies, flush=True)
+            failure = traceback.format_exc()
+        print(json.dumps({"said": listener.said, "failure": failure}), file=replies, flush=True)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import evaluation
 import multitask_classifier
 from bert import BertModel
 from config import UserError
-from run_folder import RunFolder
+from training.run_folder import RunFolder
 from tokenizer import BertTokenizer
 
 SCRIPT = REPOSITORY / "benchmarks" / "bias_probe.py"

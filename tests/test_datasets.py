@@ -1,18 +1,52 @@
-"""Files to batches: what is read, in which order it is trained on and evaluated."""
+"""Task files and batches: what is read, what is refused, and the order of training.
 
+Numbers in names are rows of the fault table, of which test_faults.py runs some as commands.
+"""
+
+import codecs
 import csv
-from dataclasses import replace
+import os
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import REAL_DATA, SAMPLE
 
+from bert import BertModel
 from config import TASKS, UserError
-from datasets import Example, MultitaskBatches, TaskDataset, TaskFile, parse_label, read_task_file
+from datasets import Example, MultitaskBatches, TaskDataset, TaskFile, read_task_file
 from tokenizer import BertTokenizer
 
-SAMPLE = Path(__file__).resolve().parents[1] / "data" / "sample"
+SST, STS = "\tid\tsentence\tsentiment\n", "\tid\tsentence1\tsentence2\tsimilarity\n"
+BOM, OPEN = codecs.BOM_UTF8, '0\tid0\t"open\t3\n'
+
+
+def rows(count):
+    """Good rows of an SST file."""
+    return "".join(f"{i}\tid{i}\tsentence {i}\t3\n" for i in range(count))
+
+
+def labelled(task, label):
+    """A file of one row, with the id "a"."""
+    columns = ["id", *TASKS[task].sentences, TASKS[task].label]
+    return "\t".join(columns) + "\na" + "\tx" * len(TASKS[task].sentences) + f"\t{label}\n"
+
+
+def read(folder, content, task="sst", split="train"):
+    """Write a file, text or bytes, and read it."""
+    path = folder / "file.csv"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return read_task_file(path, TASKS[task], split)
+
+
+def assert_refused(folder, content, *words, task="sst", split="train"):
+    """The file is refused with a message of one line that has all of `words`."""
+    with pytest.raises(UserError) as error:
+        read(folder, content, task, split)
+    assert "\n" not in str(error.value)
+    assert not [word for word in ("file.csv:", *words) if word not in str(error.value)], error.value
 
 
 @pytest.fixture(scope="module")
@@ -21,244 +55,292 @@ def tokenizer(toy_vocab_folder):
     return BertTokenizer.from_pretrained(toy_vocab_folder)
 
 
-def write(path, header, *rows):
-    """A tab-separated file with csv quoting, as the course's."""
-    with open(path, "w", encoding="utf-8", newline="") as file:
-        csv.writer(file, delimiter="\t", lineterminator="\n").writerows([header, *rows])
-    return path
+# ---------------------------------------------------------------------------------------- reading
+
+# fmt: off
+WRONG_LABELS = {
+    "sst": ["5", "7", "-1", "-100", "2.5", "３", "1_0", "two", "nan", "0x1", "1e0"],
+    "para": ["2", "nan"],
+    "sts": ["nan", "inf", "6", "5.01", "-0.1", "３", "1_0", "1e999", "high"],
+    "cfimdb": ["2"],
+}
+RIGHT_LABELS = {
+    "sst": {"3": 3, " 3.0 ": 3, "3.": 3, "+4": 4},
+    "para": {"1.0": 1, "0": 0},
+    "sts": {"2.875": 2.875, "3.75": 3.75, "1e-1": 0.1, ".5": 0.5, "0.0": 0, "5": 5},
+    "cfimdb": {"1": 1},
+}
+WRONG_IDS = ["=cmd()", "a , b", "", "-x", ".x", "a  b", "a\u00a0b", "é", "a/b", "x" * 81, "a;b"]
+RIGHT_IDS = ["65977 641bc8de-b905-4ae4-a0ee-abea15fbc88e", "x" * 80, "a.b_c-d", "0"]
+OPEN_QUOTES = [  # rows, each with a quote that ends with the file or at a later row's; its line
+    (OPEN + rows(3), 2),
+    (OPEN + '1\tid1\t"quoted"\t2\n' + rows(2), 2),
+    (OPEN + '1\tid1\tin the "middle" of it\t2\n' + rows(2), 2),
+    (OPEN + '1\tid1\tat the end"\t2\n' + rows(2), 2),
+    (OPEN + rows(2) + '1\tidx\tat the end"\t2\n', 2),
+    ('0\tid0\tx\t"3\n1\tid1\ty\t3"\n', 2),
+    ('0\tid0\t"open\n1\tid1\tat the end"\t3\n', 2),
+    ('0\tid0\t"open\n1\tid1\tx\t3\nat the end"\t3\n', 2),
+    ('0\tid0\t"open\nat the end"\tx\t3\n', 2),
+    (rows(1) + '\n\n1\tid9\t"open at the end\n', 5),
+    (rows(1) + '1\tid9\t"open at the end\t3', 3),
+]
+SEVERAL_LINES = '0\ta\t"one\ntwo ""three"" \n\nfour"\t3\n1\tb\t"tab\tin it\nand more"\t2\n'
+LATIN_1 = (SST + "0\ta\tna\xefve\t3\n").encode("latin-1")
+LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:0\n"
+REFUSED = [  # row of the fault table, task, file, words of the message
+    ("08", "sst", LATIN_1, [":2:", "byte 0xef at offset 29 "]),
+    ("08", "sst", BOM + LATIN_1, [":2:", "byte 0xef at offset 32 "]),
+    ("08", "sst", BOM + SST.encode() + b"\xe90\ta\tx\t3\n", [":2:", "byte 0xe9 at offset 26 "]),
+    ("10", "sst", "id\tsentence\na\tx\n", [":1:", "sentiment", "['id', 'sentence']"]),
+    ("10", "sst", "id\tid\tsentence\tsentiment\n", [":1:", "id missing or repeated"]),
+    ("13", "sst", SST + rows(94) + "0\tbad\tx\t\n" * 6, [":96:", "6 of 100 rows"]),
+    ("13", "sst", SST + rows(700) + "0\tbad\tx\t\n" * 8, [":702:", "8 of 708 rows"]),
+    ("13", "sst", SST + "0\tbad\tx\t\n", [":2:", "1 of 1 rows"]),  # no other row is left
+    *(("14", task, labelled(task, text),
+       [f":2: {TASKS[task].label} {text!r}; expected a", f"number from 0 to {TASKS[task].high:g}"])
+      for task, texts in WRONG_LABELS.items() for text in texts),
+    *(("16", "sst", f"{SST}0\t{name}\tx\t3\n", [":2:", "1 to 80 letters"]) for name in WRONG_IDS),
+    *(("18", "sst", SST + text, [f":{line}:", "a quote"]) for text, line in OPEN_QUOTES),
+    ("18", "sts", STS + '0\ta\t"open\tx\t3\nat the end"\tx\t3\n', [":2:", "a quote"]),
+    ("18", "sst", SST + SEVERAL_LINES + "2\tc\tx\t9\n", [":8:"]),  # as an editor counts lines
+    ("22", "sst", b"", ["an empty file"]),
+    ("22", "sst", BOM + b" \n\n", ["an empty file"]),
+    ("22", "sst", SST, ["only a header"]),
+    ("22", "sst", LFS, ["a git-LFS pointer"]),
+    ("22", "sst", "\n<!DOCTYPE html>\n<html><body>404</body></html>", ["an HTML page"]),
+    ("22", "sst", BOM + b"<!-- 404 --><html></html>", ["an HTML page"]),
+]
+QUOTED = SST + '0\ta\t"of ""two""\nlines"\t0\n'
+READ = [  # row of the fault table, task, file, (id, sentences, label) of its rows
+    ("07", "sst", QUOTED, [("a", 'of "two"\nlines', 0)]),
+    ("07", "sst", BOM + QUOTED.encode(), [("a", 'of "two"\nlines', 0)]),
+    ("07", "sst", QUOTED.replace("\n", "\r\n"), [("a", 'of "two"\nlines', 0)]),
+    ("09", "sst", SST + "0\ta\tx\0y\0z\t3\n", [("a", "xyz", 3)]),
+    ("10", "sst", "sentiment\tsentence\tnote\tID \n3\ta film\t?\ta\n", [("a", "a film", 3)]),
+    *(("14", task, labelled(task, text), [("a", *["x"] * len(TASKS[task].sentences), label)])
+      for task, labels in RIGHT_LABELS.items() for text, label in labels.items()),
+    *(("16", "sst", f"{SST}0\t{name}\tx\t3\n", [(name, "x", 3)]) for name in RIGHT_IDS),
+    ("18", "sst", SST + SEVERAL_LINES,
+     [("a", 'one\ntwo "three" \n\nfour', 3), ("b", "tab\tin it\nand more", 2)]),
+    ("19", "sts", STS + '0\ta\t"a ""b""\tc"\tsay "so"\t3\n1\tb\t"x" y\t"""z"""\t2\n',
+     [("a", 'a "b"\tc', 'say "so"', 3), ("b", "x y", '"z"', 2)]),
+]
+# fmt: on
+
+
+@pytest.mark.parametrize(("row", "task", "content", "words"), REFUSED, ids=[f[0] for f in REFUSED])
+def test_fault_08_to_22_refused_files(tmp_path, row, task, content, words):
+    for split in ("train", "dev"):
+        assert_refused(tmp_path, content, *words, task=task, split=split)
+
+
+@pytest.mark.parametrize(("row", "task", "content", "expected"), READ, ids=[f[0] for f in READ])
+def test_fault_07_to_19_files_that_are_read(tmp_path, row, task, content, expected):
+    found = read(tmp_path, content, task)
+    assert [(e.id, *e.sentences, e.label) for e in found.examples] == expected
+    assert found.warnings == ([f"{found.path}: 2 NUL characters removed"] if row == "09" else [])
+
+
+def test_fault_11_the_odd_test_header(tmp_path):
+    """Labels in a test file, right or wrong, are not read."""
+    for text in ("0\t\tid\tsentence\n1\t0.0\ta\t A film .\n", f"{SST}0\ta\t A film .\t77\n"):
+        assert read(tmp_path, text, split="test").examples == [Example("a", (" A film .",), None)]
+
+
+@pytest.mark.parametrize("bad", ["0\tbad\tx\n", "0\tbad\tx\t3\t4\n", "0\tbad\tx\t\n", "0\n"])
+def test_fault_12_skipped_rows(tmp_path, bad):
+    found = read(tmp_path, SST + rows(700) + bad * 6)
+    assert (len(found.examples), found.rows) == (700, 706)
+    (warning,) = found.warnings
+    assert "6 of 706 rows skipped" in warning
+    assert [f":{line}:" in warning for line in range(701, 708)] == [False, *[True] * 5, False]
+    assert_refused(tmp_path, SST + "0\n", ":2:", "1 fields; expected 4", split="test")
+
+
+def test_fault_15_repeated_ids(tmp_path):
+    other = SST + rows(3) + "3\tid1\tanother sentence\t3\n"
+    same = SST + rows(3) + "3\tid1\tsentence 1\t3\n"
+    for split in ("dev", "test"):
+        assert_refused(tmp_path, other, ":5:", "id id1 on lines 3 and 5", split=split)
+    for text, split, count in ((same, "dev", 3), (same, "train", 4), (other, "train", 4)):
+        found = read(tmp_path, text, split=split)
+        assert (len(found.examples), found.rows) == (count, 4)
+        assert ":5: id id1 again, first on line 3" in found.warnings[0]
+
+
+ODD = ["", "  ", "😀 👩‍👩‍👧", "x" * 101, "a [SEP] b [CLS] [PAD]", "\u200b\ufffd\U0010ffff", "漢字"]
+
+
+def test_fault_17_and_21_empty_and_odd_text_gives_finite_vectors(tmp_path, tokenizer, tiny_config):
+    """Its markers, written out, are text: there is one real [CLS] and [SEP] each."""
+    file = read(tmp_path, SST + "".join(f"0\tid{i}\t{text}\t3\n" for i, text in enumerate(ODD)))
+    assert [e.sentences for e in file.examples] == [(text,) for text in ODD]
+    for ids in TaskDataset(file, TASKS["sst"], tokenizer, 40).sentences[0]:
+        assert [list(ids).count(i) for i in (tokenizer.cls_id, tokenizer.sep_id)] == [1, 1]
+        row = torch.tensor(ids[None]).long()
+        assert BertModel(tiny_config)(row, torch.ones_like(row))["pooler_output"].isfinite().all()
+
+
+def as_the_course_reads(path, task, split):
+    """The rows of a file by `csv` alone, without those that have no label."""
+    with open(path, encoding="utf-8", newline="") as file:
+        records = list(csv.DictReader(file, delimiter="\t"))
+    labels = [None if split == "test" else record[task.label] for record in records]
+    return [
+        Example(
+            record["id"], tuple(record[name] for name in task.sentences), label and float(label)
+        )
+        for record, label in zip(records, labels, strict=True)
+        if label != ""
+    ]
+
+
+@pytest.mark.parametrize("folder", [SAMPLE, REAL_DATA], ids=["sample", "real"])
+@pytest.mark.parametrize("split", ["train", "dev", "test"])
+@pytest.mark.parametrize("name", TASKS)
+def test_fault_19_files_are_read_as_the_course_reads_them(folder, name, split):
+    """The real Quora file has two rows without a label (row 12)."""
+    task = TASKS[name]
+    path = folder / task.file_name(split)
+    if not path.exists():
+        pytest.skip(f"no real data in {folder}; name its folder in REAL_DATA_DIR")
+    found = read_task_file(path, task, split)
+    assert found.examples == as_the_course_reads(path, task, split)
+    skipped = 2 if (folder, name, split) == (REAL_DATA, "para", "train") else 0
+    assert (found.rows - len(found.examples), len(found.warnings)) == (skipped, skipped // 2)
+
+
+def test_fault_20_a_sentence_of_10_mb(tmp_path, tokenizer):
+    began = time.monotonic()
+    file = read(tmp_path, f"{SST}9\tbig\t{'great film ' * 900_000}\t4\n")
+    assert TaskDataset(file, TASKS["sst"], tokenizer, 40).longest() == 40
+    assert time.monotonic() - began < 20
+
+
+@pytest.mark.parametrize(
+    ("make", "problem"),
+    [
+        (Path.mkdir, "a folder"),
+        (lambda path: path.symlink_to("nowhere"), "a dangling link to nowhere"),
+        (os.mkfifo, "a pipe or a device"),
+        (Path.exists, "no such file; fetch the data with: python data/prepare.py"),
+    ],
+)
+def test_fault_22_paths_that_are_no_file(tmp_path, make, problem):
+    make(tmp_path / "x.csv")
+    with pytest.raises(UserError, match=f"x.csv: {problem}"):
+        read_task_file(tmp_path / "x.csv", TASKS["sst"], "train")
+
+
+# ------------------------------------------------------------------------------ examples to batches
 
 
 def made_up(name, count, tokenizer, words=lambda i: 1 + i % 7):
-    """A dataset of `count` examples; example i has `words(i)` words a sentence."""
+    """A dataset of `count` examples; each sentence of example i has `words(i)` words."""
     task = TASKS[name]
     sentences = [("good " * words(i),) * len(task.sentences) for i in range(count)]
     examples = [Example(f"id{i}", s, float(i % 2)) for i, s in enumerate(sentences)]
     return TaskDataset(TaskFile(Path(name), examples, [], count), task, tokenizer, 40)
 
 
-# -------------------------------------------------------------------------------------- reading
-
-
-@pytest.mark.parametrize("name", TASKS)
-@pytest.mark.parametrize("split", ["train", "dev", "test"])
-def test_every_row_of_the_sample_is_read_as_the_courses_reader_reads_it(name, split):
-    task = TASKS[name]
-    path = SAMPLE / task.file_name(split)
-    with open(path, encoding="utf-8", newline="") as file:
-        header, *rows = csv.reader(file, delimiter="\t")
-    header = [column.strip().lower() for column in header]
-    found = read_task_file(path, task, split)
-    assert (found.rows, len(found.examples), found.warnings) == (len(rows), len(rows), [])
-    for example, row in zip(found.examples, rows, strict=True):
-        values = dict(zip(header, row, strict=True))
-        assert example.id == values["id"]
-        assert example.sentences == tuple(values[column] for column in task.sentences)
-        assert example.label == (None if split == "test" else float(values[task.label]))
-
-
-def test_similarity_labels_keep_their_decimals(tmp_path):
-    """The starter cuts them to integers."""
-    header = ["id", "sentence1", "sentence2", "similarity"]
-    rows = [["a", "x", "y", "3.75"], ["b", "x", "y", "0.0"], ["c", "x", "y", "5"]]
-    found = read_task_file(write(tmp_path / "x.csv", header, *rows), TASKS["sts"], "train")
-    assert [example.label for example in found.examples] == [3.75, 0.0, 5.0]
-
-
-def test_columns_go_by_name_in_any_order_and_others_are_left_aside(tmp_path):
-    header = ["sentiment", "sentence", "note", "ID "]
-    path = write(tmp_path / "x.csv", header, ["3", "a film", "?", "q1"], ["0.0", "b", "", "q2"])
-    found = read_task_file(path, TASKS["sst"], "dev")
-    assert found.examples == [Example("q1", ("a film",), 3.0), Example("q2", ("b",), 0.0)]
-
-
-def test_the_courses_odd_test_header_is_read(tmp_path):
-    path = write(tmp_path / "x.csv", ["0", "", "id", "sentence"], ["1", "0.0", "a1", " A film ."])
-    found = read_task_file(path, TASKS["sst"], "test")
-    assert found.examples == [Example("a1", (" A film .",), None)]
-
-
-def test_labels_in_a_test_file_are_left_aside(tmp_path):
-    path = write(tmp_path / "x.csv", ["id", "sentence", "sentiment"], ["a", "x", "77"])
-    assert read_task_file(path, TASKS["sst"], "test").examples[0].label is None
-
-
-def test_quoted_fields_may_hold_tabs_quotes_and_line_breaks(tmp_path):
-    text = 'a "good"\tfilm\nand more'
-    path = write(tmp_path / "x.csv", ["id", "sentence", "sentiment"], ["a", text, "1"])
-    assert read_task_file(path, TASKS["sst"], "train").examples[0].sentences == (text,)
-
-
-@pytest.mark.parametrize(
-    ("name", "text", "value"),
-    [
-        ("sst", "3", 3.0), ("sst", " 3.0 ", 3.0), ("sst", "+4", 4.0), ("para", "1.0", 1.0),
-        ("sts", "2.875", 2.875), ("sts", "1e-1", 0.1), ("sts", ".5", 0.5), ("cfimdb", "1", 1.0),
-    ],
-)  # fmt: skip
-def test_labels_that_are_right(name, text, value):
-    assert parse_label(text, TASKS[name]) == value
-
-
-@pytest.mark.parametrize(
-    ("name", "text"),
-    [
-        ("sst", "5"), ("sst", "-1"), ("sst", "2.5"), ("sst", "３"), ("sst", "1_0"), ("sst", "two"),
-        ("para", "2"), ("para", "nan"), ("sts", "nan"), ("sts", "inf"), ("sts", "5.01"),
-        ("sts", "-0.1"), ("cfimdb", "2"),
-    ],
-)  # fmt: skip
-def test_labels_that_are_wrong(name, text):
-    with pytest.raises(ValueError, match="expected a"):
-        parse_label(text, TASKS[name])
-
-
-def test_a_missing_file_says_how_to_get_it(tmp_path):
-    with pytest.raises(UserError, match=r"no such file.*prepare\.py"):
-        read_task_file(tmp_path / "x.csv", TASKS["sst"], "train")
-
-
-# ---------------------------------------------------------------------------- examples to batches
-
-
-def test_a_batch_holds_what_was_asked_for_in_that_order(tokenizer):
-    pairs = made_up("para", 6, tokenizer)
-    batch = pairs.batch([4, 1])
-    assert batch.ids == ["id4", "id1"]
-    assert [len(ids) for ids in batch.first] == [len(ids) for ids in batch.second] == [7, 4]
-    assert batch.labels.tolist() == [0.0, 1.0]
-    assert batch.labels.dtype == torch.float32
-    assert made_up("sst", 3, tokenizer).batch([0]).second is None
-
-
-def test_a_test_file_has_no_labels(tokenizer):
-    examples = [Example("a", ("good",), None), Example("b", ("bad",), None)]
-    dataset = TaskDataset(TaskFile(Path("x"), examples, [], 2), TASKS["sst"], tokenizer, 40)
-    assert dataset.labels is None
-    assert dataset.batch([1]).labels is None
-
-
 @pytest.fixture
 def batches(tokenizer):
-    """Training batches of 4 from tasks of 10, 7 and 3 examples."""
-    sizes = {"sst": 10, "para": 7, "sts": 3}
+    """Training batches of 4 from tasks of 10, 10 and 3 examples."""
+    sizes = {"sst": 10, "para": 10, "sts": 3}
     return MultitaskBatches({n: made_up(n, k, tokenizer) for n, k in sizes.items()}, 4, seed=5)
 
 
-def test_order_is_a_pure_function_of_seed_and_step(batches):
-    """A continued run begins in the middle: it has to meet the very batches of an unbroken one."""
-    steps = [{name: batches.rows(name, step).tolist() for name in batches.datasets}
-             for step in range(12)]  # fmt: skip
-    fresh = MultitaskBatches(batches.datasets, 4, seed=5)
-    for step in (11, 0, 7, 7, 3):
-        assert {name: fresh.rows(name, step).tolist() for name in fresh.datasets} == steps[step]
-    other = MultitaskBatches(batches.datasets, 4, seed=6)
-    assert other.rows("sst", 0).tolist() != steps[0]["sst"]
+def test_a_batch_holds_the_rows_asked_for_in_that_order(tokenizer):
+    batch = made_up("para", 6, tokenizer).batch([4, 1])
+    assert batch.ids == ["id4", "id1"]
+    assert [len(ids) for ids in batch.first] == [len(ids) for ids in batch.second] == [7, 4]
+    assert batch.labels.dtype == torch.float32
+    assert batch.labels.tolist() == [0.0, 1.0]
+    file = TaskFile(Path("x"), [Example("a", ("good",), None)], [], 1)  # a test file of sentences
+    batch = TaskDataset(file, TASKS["sst"], tokenizer, 40).batch([0])
+    assert (batch.second, batch.labels) == (None, None)
 
 
-def test_torchs_and_numpys_generators_do_not_touch_the_order(batches):
-    expected = batches.rows("sst", 3).tolist()
+def test_the_order_is_a_pure_function_of_seed_and_step(batches):
+    """A resumed run starts in the middle and must meet the batches of an unbroken one."""
+
+    def at(batches, step):
+        return {name: batches.rows(name, step).tolist() for name in batches.datasets}
+
+    steps = [at(batches, step) for step in range(12)]
     torch.manual_seed(1)
     np.random.seed(1)
-    assert MultitaskBatches(batches.datasets, 4, seed=5).rows("sst", 3).tolist() == expected
+    fresh = MultitaskBatches(batches.datasets, 4, seed=5)
+    assert [at(fresh, step) for step in (11, 0, 7, 7, 3)] == [steps[i] for i in (11, 0, 7, 7, 3)]
+    assert at(MultitaskBatches(batches.datasets, 4, seed=6), 0)["sst"] != steps[0]["sst"]
+    assert steps[0]["sst"] != steps[0]["para"]  # tasks of one size have different orders,
+    alone = MultitaskBatches({"para": batches.datasets["para"]}, 4, seed=5)
+    assert at(alone, 7)["para"] == steps[7]["para"]  # whatever the other tasks are
 
 
 @pytest.mark.parametrize("name", ["sst", "para", "sts"])
 def test_each_pass_sees_every_example_once_in_a_fresh_order(batches, name):
+    """A batch at the end of a pass is filled from the next one: none is short, no row is lost."""
     size = len(batches.datasets[name])
-    rows = np.concatenate([batches.rows(name, step) for step in range(size)])  # 4 passes
-    passes = rows.reshape(4, size)
-    assert all(sorted(one) == list(range(size)) for one in passes.tolist())
-    assert len({tuple(one) for one in passes.tolist()}) > 1
+    steps = [batches.rows(name, step) for step in range(size)]  # 4 passes
+    assert {len(rows) for rows in steps} == {4}
+    passes = np.concatenate(steps).reshape(4, size).tolist()
+    assert passes == [batches.permutation(name, number).tolist() for number in range(4)]
+    assert all(sorted(one) == list(range(size)) for one in passes)
+    assert len({tuple(one) for one in passes}) > 1
 
 
-def test_a_batch_over_the_end_of_a_pass_goes_on_with_the_next(batches):
-    """All batches are of one size; none is cut short, nothing is left out."""
-    last = batches.rows("sst", 2).tolist()
-    assert last == [*batches.permutation("sst", 0)[8:], *batches.permutation("sst", 1)[:2]]
-    assert all(len(batches.rows(name, step)) == 4 for name in batches.datasets for step in range(9))
-    assert sorted(batches.rows("sts", 0)[:3].tolist()) == [0, 1, 2]  # a task smaller than a batch
+@pytest.mark.parametrize(
+    "sizes", [{"sst": 4, "para": 4, "sts": 4}, {"sst": 4, "para": 7, "sts": 1}]
+)
+def test_a_step_has_one_batch_of_each_task_in_its_own_size(batches, sizes):
+    """Each task passes through its own permutations, in pieces of its own size."""
+    mixed = MultitaskBatches(batches.datasets, sizes, seed=5)
+    assert {name: len(batch.ids) for name, batch in mixed[2].items()} == sizes
+    order = np.concatenate([batches.permutation("para", number) for number in range(3)])
+    rows = np.concatenate([mixed.rows("para", step) for step in range(4)])
+    assert rows.tolist() == order[: len(rows)].tolist()
+    assert mixed[1]["sst"].ids == [f"id{row}" for row in mixed.rows("sst", 1)]
+    assert mixed.largest() == 3  # sst: 10 in pieces of 4
 
 
-def test_tasks_are_shuffled_apart_and_by_their_own_name(tokenizer):
-    datasets = {name: made_up(name, 30, tokenizer) for name in ("sst", "para")}
-    both = MultitaskBatches(datasets, 4, seed=5)
-    assert both.permutation("sst", 0).tolist() != both.permutation("para", 0).tolist()
-    alone = MultitaskBatches({"para": datasets["para"]}, 4, seed=5)
-    assert alone.rows("para", 2).tolist() == both.rows("para", 2).tolist()
-
-
-def test_a_step_has_one_batch_of_each_task(batches):
-    step = batches[1]
-    assert {name: len(batch.ids) for name, batch in step.items()} == {"sst": 4, "para": 4, "sts": 4}
-    assert step["sst"].ids == [f"id{row}" for row in batches.rows("sst", 1)]
-
-
-def test_tasks_may_have_batches_of_their_own_size(batches):
-    """Each task still goes through its own permutations, in pieces of its own size."""
-    sizes = {"sst": 4, "para": 5, "sts": 1}
-    own = MultitaskBatches(batches.datasets, sizes, seed=5)
-    assert {name: len(batch.ids) for name, batch in own[2].items()} == sizes
-    order = np.concatenate([batches.permutation("para", number) for number in (0, 1, 2)])
-    rows = np.concatenate([own.rows("para", step) for step in range(4)])
-    assert rows.tolist() == order[:20].tolist()
-    assert own.largest() == 3  # sst: 10 in pieces of 4, sts: 3 in pieces of 1
-
-
-def test_shares_of_several_processes_are_the_whole_batch(batches):
-    whole = batches[3]
-    shares = [
-        MultitaskBatches(batches.datasets, 4, 5, dict.fromkeys(whole, slice(start, start + 2)))[3]
-        for start in (0, 2)
-    ]
-    for name, batch in whole.items():
-        assert [i for share in shares for i in share[name].ids] == batch.ids
-
-
-def test_largest_is_the_number_of_batches_of_the_largest_task(batches):
-    assert batches.largest() == 3  # 10 examples in batches of 4
+def test_the_shares_of_several_processes_are_the_whole_batch(batches):
+    slices = (slice(0, 2), slice(2, 4))
+    parts = [MultitaskBatches(batches.datasets, 4, 5, dict.fromkeys(TASKS, s)) for s in slices]
+    for name, batch in batches[3].items():
+        assert [i for part in parts for i in part[3][name].ids] == batch.ids
+        rows = {int(row) for step in range(3) for row in batches.rows(name, step)[:2]}
+        assert parts[0].rows_until(name, 3).tolist() == sorted(rows)
 
 
 @pytest.mark.parametrize("name", ["sst", "para"])
 @pytest.mark.parametrize("budget", [1, 20, 64, 10_000])
 def test_batches_of_tokens_cover_every_row_once_within_the_budget(tokenizer, name, budget):
-    """Each as large as the budget lets it: the next example would not have fitted."""
+    """Each is as large as the budget allows: the next example would not have fitted."""
     dataset = made_up(name, 53, tokenizer, words=lambda i: 1 + (i * i) % 17)
-    parts, before = [], None
+    parts, before = [], budget
     for rows, batch in dataset.batches_of(budget):
-        lengths = dataset.lengths()[rows]
+        pairs = zip(batch.first, batch.second or [[]] * len(rows), strict=True)
+        lengths = [len(first) + len(second) for first, second in pairs]
         assert batch.ids == [f"id{row}" for row in rows]
-        assert len(rows) == 1 or lengths.sum() <= budget
-        assert before is None or before + lengths[0] > budget
-        before = lengths.sum()
+        assert len(rows) == 1 or sum(lengths) <= budget
+        assert before + lengths[0] > budget
+        before = sum(lengths)
         parts.append(rows.tolist())
-    seen = [row for rows in parts for row in rows]
-    assert sorted(seen) == list(range(53))
+    assert sorted(row for rows in parts for row in rows) == list(range(53))
     assert [rows.tolist() for rows, _ in dataset.batches_of(budget)] == parts  # the same each time
 
 
 def test_batches_of_tokens_mix_lengths(tokenizer):
     """Sorted ones would leave the rows of `bert.pack` half empty: two of 40 tokens share none."""
     dataset = made_up("sst", 200, tokenizer, words=lambda i: 3 + i // 10)
-    lengths = [dataset.lengths()[rows] for rows, _ in dataset.batches_of(400)]
-    assert all(of_batch.max() - of_batch.min() > 8 for of_batch in lengths[:-1])
+    lengths = [[len(ids) for ids in batch.first] for _, batch in dataset.batches_of(400)]
+    assert all(max(of_batch) - min(of_batch) > 8 for of_batch in lengths[:-1])
 
 
-def test_batches_of_tokens_of_some_rows_alone(tokenizer):
+def test_batches_of_tokens_of_chosen_rows(tokenizer):
     dataset = made_up("sst", 10, tokenizer, words=lambda i: 3)  # 5 tokens each
     batches = [rows.tolist() for rows, _ in dataset.batches_of(20, np.array([9, 1, 4, 5, 7]))]
     assert [len(rows) for rows in batches] == [4, 1]
     assert sorted(np.concatenate(batches).tolist()) == [1, 4, 5, 7, 9]
-
-
-def test_lengths_count_both_sentences(tokenizer):
-    examples = [Example("a", ("good", "good bad"), 1.0)]
-    pair = TaskDataset(TaskFile(Path("x"), examples, [], 1), TASKS["para"], tokenizer, 40)
-    assert pair.lengths().tolist() == [3 + 4]
-
-
-def test_examples_are_frozen(tokenizer):
-    """A batch that changed an example would change every later pass."""
-    example = Example("a", ("good",), 1.0)
-    assert replace(example, id="b") != example
-    with pytest.raises(AttributeError):
-        example.label = 2.0

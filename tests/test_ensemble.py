@@ -1,4 +1,4 @@
-"""`evaluation.py --checkpoint A B C`: the average of several finished runs, and what it refuses."""
+"""`evaluation.py --checkpoint A B C`: the average of several finished runs, and its errors."""
 
 import json
 
@@ -7,52 +7,49 @@ import pytest
 
 import evaluation
 from config import TASKS, UserError
-from evaluation import TaskResult, read_scores, score_files, scores_to_predictions
-from run_folder import write_files
+from reporting.results import read_scores, result_of_scores, score_files
+from runtime.files import write_files
 
 TASK_NAMES = ("sst", "para", "sts")
 EXAMPLES = 40
 
 
-def make_result(name, seed, noise, split="dev"):
+def make_result(name, seed, split):
     """Random probabilities or scores around random labels; labels do not depend on the seed."""
-    task, shared = TASKS[name], np.random.default_rng(len(name))
-    random = np.random.default_rng(seed)
-    labels = shared.integers(0, int(task.high) + 1, EXAMPLES).astype(np.float32)
+    task, random = TASKS[name], np.random.default_rng(seed)
+    labels = np.random.default_rng(len(name)).integers(0, int(task.high) + 1, EXAMPLES)
     if task.kind == "classes":
-        logits = 2 * np.eye(task.num_classes)[labels.astype(int)]
-        logits = np.exp(logits + noise * random.normal(size=logits.shape))
-        scores = logits / logits.sum(1, keepdims=True)
+        scores = random.random((EXAMPLES, task.num_classes)) + np.eye(task.num_classes)[labels] / 2
+        scores /= scores.sum(1, keepdims=True)
     else:
-        scores = labels + noise * random.normal(size=EXAMPLES) * task.high / 2
-        scores = scores.clip(task.low, task.high)[:, None]
-    scores = scores.astype(np.float32)
+        scores = labels[:, None] + 0.75 * task.high * random.normal(size=(EXAMPLES, 1))
+        scores = scores.clip(task.low, task.high)
     ids = [f"{split}{row}" for row in range(EXAMPLES)]
-    labels = labels if split == "dev" else None
-    return TaskResult(ids, scores_to_predictions(task, scores), scores, labels)
+    labels = labels.astype(np.float32) if split == "dev" else None
+    return result_of_scores(task, ids, scores.astype(np.float32), labels)
 
 
-def make_run(folder, seed, tasks=TASK_NAMES, splits=("dev", "test"), noise=1.5):
-    """A finished run's folder with what an ensemble reads of it; no model."""
+def make_run(folder, seed, tasks=TASK_NAMES, splits=("dev", "test")):
+    """The files that an ensemble reads of a finished run; no model."""
     folder.mkdir()
     data = {name: {"dev": {"path": f"data/sample/{name}.csv"}} for name in tasks}
     description = {"args": {"tasks": list(tasks)}, "command": "python multitask_classifier.py"}
     description |= {"precision": "fp32", "encoder": {"substituted": False}, "data": data}
     (folder / "run.json").write_text(json.dumps(description), encoding="utf-8")
     for split in splits:
-        results = {name: make_result(name, seed, noise, split) for name in tasks}
+        results = {name: make_result(name, seed, split) for name in tasks}
         write_files(score_files(folder / "predictions", results, split))
     return folder
 
 
 def scores_in(folder, name, split="dev"):
-    """Scores of a run's file read with no code of the program's, (examples, columns)."""
+    """Scores of a run's file, (examples, columns), read with no code of the program's."""
     lines = (folder / f"predictions/{name}-{split}-scores.tsv").read_text("utf-8").splitlines()[1:]
     return np.array([line.split("\t")[3:] for line in lines], dtype=float)
 
 
 def predicted(folder, name, split="dev"):
-    """The predictions in a file of the course's format, (examples,)."""
+    """The predictions (examples,) in a file of the course's format."""
     lines = (folder / f"{name}-{split}-output.csv").read_text("utf-8").splitlines()[1:]
     return np.array([float(line.split(" , ")[1]) for line in lines])
 
@@ -68,39 +65,30 @@ def ensemble(runs, out):
     evaluation.main(["--checkpoint", *map(str, runs), "--predictions_dir", str(out)])
 
 
-def test_predictions_are_those_of_the_averages_by_hand(runs, tmp_path):
-    ensemble(runs, tmp_path / "out")
+# --------------------------------------------------------------------------------------- averaging
+
+
+def test_each_task_is_averaged_over_the_runs_that_have_it(tmp_path, capsys):
+    """The predictions are those of mean probabilities and scores, which are no votes."""
+    tasks = [TASK_NAMES, TASK_NAMES, TASK_NAMES, ("sts",)]
+    runs = [make_run(tmp_path / f"run{seed}", seed, of) for seed, of in enumerate(tasks)]
+    out = tmp_path / "out"
+    ensemble(runs, out)
+    assert "ensemble of 4 runs (sst of 3, para of 3, sts of 4)" in capsys.readouterr().out
+    assert len(list(out.iterdir())) == 6
     for split in ("dev", "test"):
-        mean = {n: np.mean([scores_in(r, n, split) for r in runs], axis=0) for n in TASK_NAMES}
-        assert (predicted(tmp_path / "out", "sst", split) == mean["sst"].argmax(1)).all()
-        assert (predicted(tmp_path / "out", "para", split) == (mean["para"][:, 0] > 0.5)).all()
-        similarity = predicted(tmp_path / "out", "sts", split)
-        np.testing.assert_allclose(similarity, mean["sts"][:, 0], rtol=1e-6)
-
-
-def test_probabilities_are_averaged_and_not_votes(tmp_path):
-    """Two weak votes against a sure one: the average follows the sure one."""
-    runs = [make_run(tmp_path / name, 1, ("para",), ("dev",)) for name in "abc"]
-    for run, probability in zip(runs, (0.45, 0.45, 0.99), strict=True):
-        result = read_scores(run / "predictions", "para", "dev")
-        result.scores[:] = probability
-        result.predictions = result.scores[:, 0].round()
-        write_files(score_files(run / "predictions", {"para": result}, "dev"))
-    ensemble(runs, tmp_path / "out")
-    assert (predicted(tmp_path / "out", "para") == 1).all()
-
-
-def test_the_files_are_the_courses_format(runs, tmp_path):
-    ensemble(runs, tmp_path / "out")
-    assert len(list((tmp_path / "out").iterdir())) == 6
-    lines = (tmp_path / "out/para-test-output.csv").read_text("utf-8").split("\n")
-    assert lines[0] == "id \t Predicted_Is_Paraphrase " and len(lines) == EXAMPLES + 2
-    assert lines[1] in ("test0 , 0.0 ", "test0 , 1.0 ")
-    assert (tmp_path / "out/sst-dev-output.csv").read_text("utf-8").split("\n")[1][:7] == "dev0 , "
+        sst, para = (
+            np.mean([scores_in(run, name, split) for run in runs[:3]], axis=0)
+            for name in ("sst", "para")
+        )
+        sts = np.mean([scores_in(run, "sts", split) for run in runs], axis=0)
+        assert (predicted(out, "sst", split) == sst.argmax(1)).all()
+        assert (predicted(out, "para", split) == (para[:, 0] > 0.5)).all()
+        np.testing.assert_allclose(predicted(out, "sts", split), sts[:, 0], rtol=1e-6)
 
 
 def test_dev_tables_of_each_run_and_of_the_ensemble_are_printed(runs, tmp_path, capsys):
-    """And averaging independent errors beats every member, or it is no average."""
+    """And averaging independent errors beats every member."""
     ensemble(runs, tmp_path / "out")
     said = capsys.readouterr().out
     assert all(str(run) in said for run in runs) and "ensemble of 3 runs" in said
@@ -109,77 +97,54 @@ def test_dev_tables_of_each_run_and_of_the_ensemble_are_printed(runs, tmp_path, 
     assert len(members) == 3 and together > max(members)
 
 
-def test_a_run_alone_among_copies_of_itself_is_unchanged(tmp_path):
+def test_copies_of_one_run_predict_what_it_predicts(tmp_path):
     """The average of equal scores is the run: nothing is scaled, re-ordered or rounded."""
     runs = [make_run(tmp_path / name, 7) for name in "ab"]
     ensemble(runs, tmp_path / "out")
     for name in TASK_NAMES:
-        own = read_scores(runs[0] / "predictions", name, "dev").predictions
-        np.testing.assert_array_equal(predicted(tmp_path / "out", name).astype(np.float32), own)
+        alone = read_scores(runs[0] / "predictions", name, "dev").predictions
+        np.testing.assert_array_equal(predicted(tmp_path / "out", name).astype(np.float32), alone)
 
 
-def edit(run, name, change, split="dev"):
-    """Rewrite a run's scores file by `change(lines)`."""
-    path = run / f"predictions/{name}-{split}-scores.tsv"
-    path.write_text("\n".join(change(path.read_text("utf-8").splitlines())) + "\n", "utf-8")
+# ------------------------------------------------------------------------------------------ errors
 
 
-@pytest.mark.parametrize("split", ["dev", "test"])
 @pytest.mark.parametrize(
-    "change",
+    ("split", "change", "message"),
     [
-        lambda lines: [lines[0], lines[2], lines[1], *lines[3:]],  # another order
-        lambda lines: lines[:-1],  # a row fewer
-        lambda lines: [*lines[:-1], "x" + lines[-1]],  # another id
+        ("dev", lambda x: [x[0], x[2], x[1], *x[3:]], "ids differ"),  # another order
+        ("dev", lambda x: x[:-1], "ids differ"),  # a row fewer
+        ("dev", lambda x: [*x[:-1], "x" + x[-1]], "ids differ"),  # another id
+        ("test", lambda x: [x[0], x[2], x[1], *x[3:]], "ids differ"),
+        ("dev", lambda x: [x[0], x[1].replace("\t", "\t9", 1), *x[2:]], "labels"),
     ],
-    ids=["order", "fewer", "other"],
 )
-def test_other_ids_are_refused_before_anything_is_averaged(runs, tmp_path, change, split):
+def test_other_ids_or_labels_are_refused(runs, tmp_path, split, change, message):
     """Averaging row by row would give wrong predictions without a word."""
-    edit(runs[1], "sts", change, split)
-    with pytest.raises(UserError, match=r"run2.*sts.*ids differ"):
+    path = runs[1] / f"predictions/sts-{split}-scores.tsv"
+    path.write_text("\n".join(change(path.read_text("utf-8").splitlines())) + "\n", "utf-8")
+    with pytest.raises(UserError, match=rf"run2.*sts.*{message}"):
         ensemble(runs, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
-def test_other_labels_are_refused(runs, tmp_path):
-    """Equal ids with other labels are another version of the data."""
-    edit(runs[2], "sst", lambda lines: [lines[0], lines[1].replace("\t", "\t9", 1), *lines[2:]])
-    with pytest.raises(UserError, match=r"run3.*sst labels"):
-        ensemble(runs, tmp_path / "out")
-
-
-def test_each_task_is_averaged_over_the_runs_that_have_it(tmp_path, capsys):
-    """Runs of single tasks make one set of files, and the name says how many each task has."""
-    tasks = [("sst", "sts"), ("sts",), ("para", "sts")]
-    runs = [make_run(tmp_path / f"of{'-'.join(of)}", seed, of) for seed, of in enumerate(tasks)]
-    ensemble(runs, tmp_path / "out")
-    assert "ensemble of 3 runs (sst of 1, para of 1, sts of 3)" in capsys.readouterr().out
-    for split in ("dev", "test"):
-        own = scores_in(runs[0], "sst", split).argmax(1)
-        assert (predicted(tmp_path / "out", "sst", split) == own).all()
-        own = scores_in(runs[2], "para", split)[:, 0] > 0.5
-        assert (predicted(tmp_path / "out", "para", split) == own).all()
-        mean = np.mean([scores_in(run, "sts", split)[:, 0] for run in runs], axis=0)
-        np.testing.assert_allclose(predicted(tmp_path / "out", "sts", split), mean, rtol=1e-6)
-
-
-def test_a_test_split_that_only_some_have_is_refused(runs, tmp_path):
-    """It would be averaged over fewer runs than the dev split, whose scores are shown."""
-    runs.append(make_run(tmp_path / "untested", 4, splits=("dev",)))
-    with pytest.raises(UserError, match=r"untested: no test predictions for para, sst, sts"):
+@pytest.mark.parametrize(
+    ("splits", "message"),
+    [
+        (("dev",), "last: no test predictions for para, sst, sts"),
+        ((), "not finished.*`python multitask_classifier.py --resume`"),
+    ],
+)
+def test_a_run_without_all_scores_is_refused(runs, tmp_path, splits, message):
+    """Its test split would be averaged over fewer runs than the dev split, which is shown."""
+    runs.append(make_run(tmp_path / "last", 4, splits=splits))
+    with pytest.raises(UserError, match=message):
         ensemble(runs, tmp_path / "out")
     assert not (tmp_path / "out").exists()
-
-
-def test_an_unfinished_run_is_refused_with_the_command_that_finishes_it(runs, tmp_path):
-    runs.append(make_run(tmp_path / "unfinished", 4, splits=()))
-    with pytest.raises(UserError, match=r"not finished.*python multitask_classifier.py --resume"):
-        ensemble(runs, tmp_path / "out")
 
 
 def test_a_run_named_twice_is_refused(runs, tmp_path):
-    """It would count twice, which is no ensemble of that many runs."""
+    """It would count twice."""
     with pytest.raises(UserError, match="twice"):
         ensemble([runs[0], runs[1], f"{runs[0]}/"], tmp_path / "out")
 
@@ -197,7 +162,7 @@ def test_a_run_named_twice_is_refused(runs, tmp_path):
 )
 def test_flags_that_do_not_go_together_are_refused(given, message):
     with pytest.raises(UserError, match=message):
-        evaluation.get_args(given)
+        evaluation.main(given)
 
 
 def test_one_run_is_still_evaluated_by_its_model(tmp_path):

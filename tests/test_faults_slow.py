@@ -1,4 +1,4 @@
-"""The long ones of the table of faults: see tests/test_faults.py.
+"""The long tests of the table of faults; tests/test_faults.py has the others.
 
     python -m pytest -m slow tests/test_faults_slow.py
 
@@ -14,12 +14,24 @@ import re
 import shlex
 import signal
 import socket
+import statistics
 import subprocess
 import sys
 import time
+from functools import partial
 
 import pytest
-from fault_hooks import REPOSITORY, leftovers, newest_state, outcome
+from fault_hooks import (
+    ONE_THREAD,
+    REPOSITORY,
+    checkpoints,
+    finish,
+    kill_at,
+    leftovers,
+    outcome,
+    run,
+    start,
+)
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -32,163 +44,151 @@ KILLS = 30
 SEED = int(os.environ.get("FAULTS_SEED", 11711))
 
 
-def command(argv):
-    """The command line as a user types it."""
-    script = REPOSITORY / "multitask_classifier.py"
-    return shlex.join([sys.executable, str(script), *map(str, argv)])
+# ------------------------------------------------------------------------------ kills and signals
 
 
-# ----------------------------------------------------------------------------------------- kills
+def test_32_30_kills_at_random_moments(tiny, expected, writing_calls, tmp_path):
+    """Half at a random time, half at a random call that writes; resumed runs are killed too.
 
-
-def test_32_30_kills_at_random_moments(program, tiny, expected, writing_calls, tmp_path):
-    """Half at a random time, half at a random call that writes; continuing is killed too.
-
-    All of them end as the run that was never broken. A run counts when it was really killed.
+    All end as the run that was never broken. Only those that were really killed count.
     """
     moments = random.Random(SEED)
-    began = time.monotonic()
     (tmp_path / "timed").mkdir()
-    assert program.run(tmp_path / "timed", tiny.argv()).code == 0
+    began = time.monotonic()
+    assert run(tmp_path / "timed", tiny.argv()).code == 0
     duration = time.monotonic() - began
     kills = number = 0
     while kills < KILLS:
         number += 1
         folder = tmp_path / str(number)
         folder.mkdir()
-        for attempt in range(3):
-            argv = tiny.argv(*(["--resume"] if attempt else []))
+        for more in ([], ["--resume"], ["--resume"]):
             if number % 2:
-                pid = program.start(folder, argv)
-                time.sleep(moments.uniform(0, duration))
-                os.kill(pid, signal.SIGKILL)
-                done = program.wait(pid, folder)
+                process = start(folder, tiny.argv(*more))
+                process.join(moments.uniform(0, duration))
+                process.kill()
+                done = finish(process, folder)
             else:
                 call = moments.randrange(1, writing_calls)
-                done = program.run(folder, argv, [("kill_at", {"number": call})])
+                done = run(folder, tiny.argv(*more), partial(kill_at, call))
+            assert done.code in (0, -signal.SIGKILL), done
             kills += done.code == -signal.SIGKILL
-            if done.code == 0:
-                break
-            assert done.code == -signal.SIGKILL, done
-        done = program.run(folder, tiny.argv("--resume"))
+        done = run(folder, tiny.argv("--resume"))
         assert done.code == 0, (number, done)
         assert outcome(folder) == expected, number
         assert not leftovers(folder), number
     print(f"\n{kills} kills in {number} runs: all ended bitwise as the unbroken one (seed {SEED})")
 
 
-def test_33_signals_at_random_moments(program, tiny, expected, tmp_path):
-    """From outside, whenever: the run ends in good order, or had ended before."""
+def test_33_signals_at_random_moments(tiny, expected, tmp_path):
+    """From outside, at any time: the run ends in good order, or had ended before."""
     moments = random.Random(SEED)
     codes = []
     for number in range(12):
         folder = tmp_path / str(number)
         folder.mkdir()
-        pid = program.start(folder, tiny.argv())
-        time.sleep(moments.uniform(0.05, 0.8))
+        process = start(folder, tiny.argv())
+        process.join(moments.uniform(0.05, 0.8))
         stop = (signal.SIGTERM, signal.SIGINT)[number % 2]
-        os.kill(pid, stop)
-        done = program.wait(pid, folder)
+        os.kill(process.pid, stop)
+        done = finish(process, folder)
         codes.append(done.code)
         assert done.code in (0, 128 + stop), done
         assert "Traceback" not in done.stderr
-        assert program.run(folder, tiny.argv("--resume")).code == 0
+        assert run(folder, tiny.argv("--resume")).code == 0
         assert outcome(folder) == expected, number
     assert any(codes)
 
 
-def test_35_a_real_pipe(tiny, expected, tmp_path):
-    """`2>&1 | head -1` of the real command; bash gives the exit code of the first in the pipe."""
-    line = f"set -o pipefail; {command(tiny.argv())} 2>&1 | head -1"
-    env = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-    done = subprocess.run(
-        ["bash", "-c", line], cwd=tmp_path, env=env, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done
-    assert len(done.stdout.splitlines()) == 1
-    assert not done.stderr
+# ----------------------------------------------------------------------- the command, as it is typed
+
+
+def words(argv):
+    """The words of the command line."""
+    return [sys.executable, str(REPOSITORY / "multitask_classifier.py"), *map(str, argv)]
+
+
+def shell(line, folder):
+    """Run a command line with bash: the exit code is that of the first command that failed."""
+    bash = ["bash", "-o", "pipefail", "-c", line]
+    env = os.environ | ONE_THREAD
+    return subprocess.run(bash, cwd=folder, env=env, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize(("redirection", "lines"), [("2>&1 | head -1", 1), ("> /dev/full", 0)])
+def test_35_a_closed_pipe_and_a_full_disk_as_standard_output(
+    tiny, expected, tmp_path, redirection, lines
+):
+    """The output is lost, the run is not."""
+    done = shell(f"{shlex.join(words(tiny.argv()))} {redirection}", tmp_path)
+    assert (done.returncode, len(done.stdout.splitlines())) == (0, lines), done
+    assert lines == 0 or not done.stderr
     assert outcome(tmp_path) == expected
 
 
-def test_35_a_full_disk_behind_standard_output(tiny, expected, tmp_path):
-    """`> /dev/full`: what is said is lost, the run is not."""
-    env = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-    line = f"{command(tiny.argv())} > /dev/full"
-    done = subprocess.run(
-        ["bash", "-c", line], cwd=tmp_path, env=env, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done
-    assert outcome(tmp_path) == expected
-
-
-def test_33_the_real_command_and_ctrl_c(tiny, expected, tmp_path):
-    env = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-    argv = shlex.split(command(tiny.argv()))
+def test_33_ctrl_c(tiny, expected, tmp_path):
+    env = os.environ | ONE_THREAD
     process = subprocess.Popen(
-        argv, cwd=tmp_path, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        words(tiny.argv()),
+        cwd=tmp_path,
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
     for line in process.stdout:
         if line.startswith("step 3/"):
             process.send_signal(signal.SIGINT)
             break
     _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130, errors
-    assert errors.startswith("stopped by SIGINT")
-    assert len(errors.splitlines()) == 1
-    subprocess.run([*argv, "--resume"], cwd=tmp_path, env=env, capture_output=True, check=True)
+    assert (process.returncode, errors) == (130, "stopped by SIGINT; continue with --resume\n")
+    assert shell(shlex.join(words(tiny.argv("--resume"))), tmp_path).returncode == 0
     assert outcome(tmp_path) == expected
 
 
-# ------------------------------------------------------------------------------------------ disk
+# -------------------------------------------------------------------------- disk, network and costs
 
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A file system of 2 MiB of its own, where this process may mount one."""
+    """A file system of 2 MiB, if this process may mount one."""
     folder = tmp_path / "disk"
     folder.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=2m", "none", str(folder)]
     try:
-        done = subprocess.run(mount, capture_output=True, text=True, check=False)
-    except OSError as error:
+        subprocess.run(mount, capture_output=True, check=True)
+    except (OSError, subprocess.CalledProcessError) as error:
         pytest.skip(f"no small file system: {error}")
-    if done.returncode:
-        pytest.skip(f"no small file system: {done.stderr.strip()}")
     yield folder
     subprocess.run(["umount", folder], check=True)
 
 
-def test_36_a_disk_that_is_really_full(program, tiny, expected, small_disk):
-    """Filled up with someone else's file; with room again, continuing is bitwise."""
-    other = small_disk / "somebody-else's"
+def test_36_a_disk_that_is_really_full(tiny, expected, small_disk):
+    """It is full of another file. With room again, resuming is bitwise."""
+    other = small_disk / "another"
     for taken in range(1800, 900, -100):  # KiB
         other.write_bytes(b"x" * 1024 * taken)
-        done = program.run(small_disk, tiny.argv("--resume"))
+        done = run(small_disk, tiny.argv("--resume"))
         if done.code == 0:
             break
         assert done.code == 1, done
-        assert "not written" in done.stderr
-        assert "bytes free" in done.stderr
-        assert len(done.stderr.splitlines()) == 1
+        assert re.fullmatch("error: .*not written.*bytes free.*\n", done.stderr)
         assert not list(small_disk.rglob(".tmp-*"))
     other.unlink()
-    assert program.run(small_disk, tiny.argv("--resume")).code == 0
+    assert run(small_disk, tiny.argv("--resume")).code == 0
     assert outcome(small_disk) == expected
     assert not leftovers(small_disk)
 
 
-# --------------------------------------------------------------------------------------- network
-
-
-def test_25_a_hub_that_does_not_answer(program, tiny, tmp_path):
-    """Connections are taken and nothing comes back."""
-    with socket.create_server(("127.0.0.1", 0)) as server:  # the system takes them, nobody else
+def test_25_a_hub_that_does_not_answer(tiny, tmp_path):
+    """It takes connections and sends nothing."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
         env = {
             "HF_ENDPOINT": f"http://127.0.0.1:{server.getsockname()[1]}",
             "HF_HOME": str(tmp_path / "cache"),
         }
         began = time.monotonic()
-        done = program.run(tmp_path, tiny.argv("--pretrained", "someone/something"), env=env)
+        done = run(tmp_path, tiny.argv("--pretrained", "someone/something"), env=env)
         seconds = time.monotonic() - began
     assert done.code == 2, done
     assert done.stderr.startswith("error: encoder someone/something: ")
@@ -196,44 +196,48 @@ def test_25_a_hub_that_does_not_answer(program, tiny, tmp_path):
     assert seconds < 30
 
 
-# -------------------------------------------------------------------------------------- cost
-
-
-def test_saving_costs_less_than_one_percent_of_an_epoch(tmp_path, bundled_folder):
-    """The bundled encoder, all of it trained: one state against an epoch of 2,000 steps of 8."""
-    script = f"""
+TIMED_SAVES = """
 import sys, time
-sys.path.insert(0, {str(REPOSITORY)!r})
-import multitask_classifier as program, run_folder
-save, times = run_folder.RunFolder.save_state, []
+sys.path.insert(0, sys.argv.pop(1))
+from training.run_folder import RunFolder
+import multitask_classifier
+
+save = RunFolder.save_checkpoint
 def timed(*args):
     began = time.perf_counter()
     save(*args)
-    times.append(time.perf_counter() - began)
-run_folder.RunFolder.save_state = timed
-program.main({["--pretrained", "bundled", "--data_dir", str(REPOSITORY / "data/sample"),
-               "--epochs", "1", "--steps_per_epoch", "20", "--save_every", "5"]!r})
-print("saved", *times)
+    print("saved in", time.perf_counter() - began)
+
+RunFolder.save_checkpoint = timed
+multitask_classifier.main()
 """
+
+
+def test_saving_costs_less_than_one_percent_of_an_epoch(tmp_path, bundled_folder):
+    """The bundled encoder, fully trained: one checkpoint against 2,000 steps of 8."""
+    flags = "--pretrained bundled --epochs 1 --steps_per_epoch 20 --save_every 5 --data_dir"
+    command = [sys.executable, "-c", TIMED_SAVES, REPOSITORY, *flags.split()]
     done = subprocess.run(
-        [sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=True
+        [*command, REPOSITORY / "data/sample"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=True,
     )
-    lines = [json.loads(x) for x in (tmp_path / "runs/full-model/metrics.jsonl").open()]
+    folder = tmp_path / "runs/full-model"
+    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
     (speed,) = [line["sentences_per_s"] for line in lines if line["kind"] == "train"]
     sentences = 8 * (1 + 2 + 2)  # of a step: a sentence of sst, two each of para and sts
     epoch = 2000 * sentences / speed
-    times = [float(x) for x in done.stdout.splitlines()[-1].split()[1:]]
-    size = sum(f.stat().st_size for f in newest_state(tmp_path / "runs/full-model").iterdir())
-    share = sorted(times)[len(times) // 2] / epoch
-    print(
-        f"\na state of {size / 2**20:.0f} MiB: median {sorted(times)[len(times) // 2]:.2f} s of "
-        f"{len(times)} ({', '.join(f'{t:.2f}' for t in times)}); an epoch of 2,000 steps "
-        f"{epoch:.0f} s at {speed:.0f} sentences/s: {share:.2%}"
-    )
+    saves = [float(x) for x in re.findall("saved in (.*)", done.stdout)]
+    share = statistics.median_high(saves) / epoch
+    mib = checkpoints(folder)[-1].stat().st_size / 2**20
+    print(f"\n{len(saves)} checkpoints of {mib:.0f} MiB: {statistics.median_high(saves):.2f} s")
+    print(f"an epoch of 2,000 steps at {speed:.0f} sentences/s: {epoch:.0f} s; {share:.2%}")
     assert share < 0.01
 
 
-# --------------------------------------------------------------------------------------- fuzz
+# ------------------------------------------------------------------------------------------- fuzz
 
 ORIGINAL = [
     "\tid\tsentence\tsentiment",
@@ -249,8 +253,8 @@ ORIGINAL = [
     "9\tid9\tthe last one 😀\t1",
 ]
 WHOLE = {line for line in ORIGINAL[1:] if "\n" not in line}
-PIECES = [b'"', b'""', b"\t", b"\n", b"\r", b"\r\n", b"\0", b"\xff", b"\xef\xbb\xbf", b"7", b"-",
-          b" ", b'\t"', b'"\t', b"id1", b"\xe2\x80\xa8", b"\xc2\x85", b",", b"\t\t"]  # fmt: skip
+PIECES = [b'"', b'""', b"\t", b"\n", b"\r", b"\r\n", b"\0", b"\xff", b"\xef\xbb\xbf", b"7", b"-"]
+PIECES += [b" ", b'\t"', b'"\t', b"id1", b"\xe2\x80\xa8", b"\xc2\x85", b",", b"\t\t"]
 
 
 @st.composite
@@ -282,30 +286,8 @@ def mangled(draw):
     return bytes(content)
 
 
-def count_records(text):
-    """Records of a tab-separated text with default csv quoting, blank lines left out: an own
-    reading, letter by letter."""
-    records, inside, field_begins, blank = 0, False, True, True
-    i = 0
-    while i < len(text):
-        letter = text[i]
-        if inside:
-            if letter == '"' and text[i + 1 : i + 2] == '"':
-                i += 1
-            elif letter == '"':
-                inside = False
-        elif letter in "\r\n":
-            records += not blank
-            blank, field_begins = True, True
-        else:
-            inside = letter == '"' and field_begins
-            field_begins, blank = letter == "\t", False
-        i += 1
-    return records + (not blank)
-
-
 def check(path, content, split):
-    """Read a file: it ends in one clean error, or every row of it is accounted for."""
+    """Read a file: it ends in one clear error, or every row of it is accounted for."""
     path.write_bytes(content)
     began = time.monotonic()
     try:
@@ -317,14 +299,14 @@ def check(path, content, split):
     finally:
         assert time.monotonic() - began < 2
     text = content.decode("utf-8-sig").replace("\0", "")
-    assert found.rows == count_records(text) - 1
+    header, *rows = filter(None, csv.reader(io.StringIO(text, newline=""), delimiter="\t"))
+    assert found.rows == len(rows)
     warnings = "\n".join(found.warnings)
     skipped = sum(int(n) for n in re.findall(r"(\d+) of \d+ rows skipped", warnings))
     written_once = found.rows - skipped - len(found.examples)
     assert written_once == 0 or (split == "dev" and "written once" in warnings)
     assert written_once >= 0
     ids = {example.id for example in found.examples}
-    header = next(filter(None, csv.reader(io.StringIO(text, newline=""), delimiter="\t")))
     place = [name.strip(" ").lower() for name in header].index("id")
     for line in re.split(r"\r\n?|\n", text):
         if line in WHOLE:  # an undamaged row is never swallowed by its neighbour
@@ -333,14 +315,12 @@ def check(path, content, split):
 
 
 @pytest.mark.parametrize("split", ["train", "dev"])
-def test_fuzz_of_the_task_files(tmp_path, split):
+def test_07_to_19_mangled_files_are_read_or_refused(tmp_path, split):
     ends = {"read": 0, "refused": 0}
     examples = int(os.environ.get("FUZZ_EXAMPLES", 2000)) // 2
+    slow = [HealthCheck.too_slow]
 
-    @settings(
-        max_examples=examples, deadline=None, database=None,
-        suppress_health_check=[HealthCheck.too_slow],
-    )  # fmt: skip
+    @settings(max_examples=examples, deadline=None, database=None, suppress_health_check=slow)
     @given(mangled())
     def fuzz(content):
         ends[check(tmp_path / "file.csv", content, split)] += 1

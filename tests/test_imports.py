@@ -1,92 +1,131 @@
-"""Imports run one way, and the program imports the packages of `requirements.txt` alone."""
+"""Structure: imports run downward, packages are the agreed ones, functions stay small."""
 
 import ast
+import re
 import subprocess
 import sys
-from pathlib import Path
+from graphlib import TopologicalSorter
 
 import pytest
+from conftest import REPOSITORY
 
-REPOSITORY = Path(__file__).resolve().parents[1]
-MODULES = {path.stem: path for path in sorted(REPOSITORY.glob("*.py"))}
-PACKAGES = {
-    "torch", "numpy", "tqdm", "sklearn", "tokenizers", "safetensors", "huggingface_hub",
-    "matplotlib",
-}  # fmt: skip
-
-# From the bottom up: a module may import those of the lines above its own, never one below.
+FOLDERS = ("runtime", "training", "reporting", "studies", "benchmarks")
+PATHS = [*REPOSITORY.glob("*.py"), *(p for f in FOLDERS for p in (REPOSITORY / f).glob("*.py"))]
+MODULES = {".".join(p.relative_to(REPOSITORY).with_suffix("").parts): p for p in sorted(PATHS)}
+PROGRAM = [name for name in MODULES if not name.startswith(("studies", "benchmarks"))]
+# From the bottom up: a module or folder imports only from lower lines, or from its own folder.
 LAYERS = (
-    {"config"},
-    {"tokenizer", "simcse", "gradient_surgery", "device", "distributed"},
-    {"base_bert", "script"},
-    {"bert", "lora", "run_folder", "monitor"},
-    {"multitask_bert", "datasets", "arguments"},
-    {"figures", "saved_models"},
-    {"report"},
+    {"config", "simcse", "gradient_surgery"},
+    {"tokenizer", "datasets", "runtime"},
+    {"base_bert"},
+    {"bert", "lora"},
+    {"multitask_bert"},
+    {"training"},
+    {"reporting"},
     {"evaluation"},
-    {"preparation"},
     {"multitask_classifier"},
+    {"studies", "benchmarks"},
 )
-# What is to know little: exactly these modules of the project at most.
-NARROW = {
-    "config": set(),
+OURS = set().union(*LAYERS)
+NARROW = {  # of the lower lines, these may import only so much
     "tokenizer": {"config"},
-    "base_bert": {"config", "tokenizer"},
+    "base_bert": {"config", "tokenizer", "runtime"},
     "bert": {"base_bert"},
     "lora": {"config", "base_bert"},
-    "simcse": set(),
-    "gradient_surgery": set(),
 }
+PACKAGES = {"torch", "numpy", "tqdm", "sklearn", "scipy", "tokenizers", "safetensors"}
+PACKAGES |= {"huggingface_hub", "filelock", "matplotlib"}
 
 
-def imported(path):
-    """Top-level names that a file imports, wherever in it the import stands."""
+def text(name):
+    """The source of a module."""
+    return MODULES[name].read_text(encoding="utf-8")
+
+
+def imported(name):
+    """The dotted names that a module imports, wherever in it the import stands."""
     names = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in ast.walk(ast.parse(text(name))):
         if isinstance(node, ast.Import):
-            names |= {alias.name.split(".")[0] for alias in node.names}
+            names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path.name}:{node.lineno}: a relative import"
-            names.add(node.module.split(".")[0])
+            assert node.level == 0, f"{name}:{node.lineno}: a relative import"
+            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
     return names
 
 
-@pytest.mark.parametrize("name", MODULES)
-def test_a_module_imports_downwards_only(name):
-    """A module that no line of LAYERS has is a new one: it needs its place there."""
-    level = next((i for i, layer in enumerate(LAYERS) if name in layer), None)
-    assert level is not None, f"{name}.py has no place in LAYERS"
-    below = set().union(*LAYERS[:level])
-    assert imported(MODULES[name]) & set(MODULES) <= below
-
-
-@pytest.mark.parametrize("name", NARROW)
-def test_the_encoder_and_its_parts_know_nothing_of_the_tasks(name):
-    assert imported(MODULES[name]) & set(MODULES) <= NARROW[name]
+def top(names):
+    """The first parts of dotted names: root modules, folders and packages."""
+    return {name.split(".")[0] for name in names}
 
 
 @pytest.mark.parametrize("name", MODULES)
-def test_only_the_agreed_packages_are_imported(name):
-    allowed = PACKAGES | set(MODULES) | set(sys.stdlib_module_names)
-    assert imported(MODULES[name]) <= allowed
+def test_imports_run_downward_only(name):
+    """A new module of the root needs a place in LAYERS."""
+    (own,) = top([name])
+    assert own in OURS, f"{own} has no place in LAYERS"
+    level = next(i for i, layer in enumerate(LAYERS) if own in layer)
+    assert top(imported(name)) & OURS <= NARROW.get(own, {own}.union(*LAYERS[:level]))
 
 
-@pytest.mark.parametrize("name", MODULES)
-def test_nothing_reads_a_pickle(name):
-    text = MODULES[name].read_text(encoding="utf-8")
-    assert not imported(MODULES[name]) & {"pickle", "shelve", "joblib", "dill", "marshal"}
-    assert "torch.load(" not in text
-    assert "allow_pickle" not in text
+def test_no_module_imports_itself_through_others():
+    graph = {name: (imported(name) & set(MODULES)) - {name} for name in MODULES}
+    TopologicalSorter(graph).prepare()  # raises CycleError
 
 
-def test_importing_the_script_loads_no_reference_library_and_no_data():
-    """They cost seconds at every start; `report` and `matplotlib` are for reports alone."""
-    heavy = ["transformers", "peft", "sentence_transformers", "matplotlib", "sklearn", "scipy"]
-    program = (
-        "import sys, multitask_classifier; "
-        f"print([name for name in {heavy} if name in sys.modules])"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", program], cwd=REPOSITORY, capture_output=True, text=True, check=True
-    )
-    assert done.stdout.strip() == "[]"
+def test_the_encoder_knows_no_method_and_no_task_and_the_runtime_no_task():
+    assert not re.search("lora|simcse|task", text("bert"), re.IGNORECASE)
+    for name in PROGRAM:
+        known = {"config.TASKS", "config.BertConfig", "config.LoRAConfig"} & imported(name)
+        assert not known or not name.startswith("runtime.")
+
+
+@pytest.mark.parametrize("name", PROGRAM)
+def test_only_the_agreed_packages_are_imported_and_nothing_reads_a_pickle(name):
+    library = sys.stdlib_module_names - {"pickle", "shelve", "marshal"}
+    assert top(imported(name)) <= PACKAGES | OURS | library
+    assert not re.search(r"torch\.load\(|allow_pickle", text(name))
+
+
+@pytest.mark.parametrize(
+    ("modules", "absent"),
+    [
+        ("training.flags, training.plan, training.run_folder", {"torch", "numpy"}),
+        (
+            "multitask_classifier, evaluation",
+            {"transformers", "peft", "sentence_transformers", "matplotlib", "sklearn", "scipy"},
+        ),
+    ],
+)
+def test_what_takes_seconds_to_import_waits_until_it_is_needed(modules, absent):
+    """Wrong flags are answered without torch; only metrics and reports need the others."""
+    program = f"import sys, {modules}; print(*({absent} & sys.modules.keys()))"
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    assert done.stdout == "\n"
+
+
+# --------------------------------------------------------------------------------------- functions
+
+
+def functions(name):
+    """All functions of a module."""
+    return [node for node in ast.walk(ast.parse(text(name))) if isinstance(node, ast.FunctionDef)]
+
+
+@pytest.mark.parametrize("name", PROGRAM)
+def test_no_function_takes_more_than_six_parameters(name):
+    """But the static `forward` of an autograd function, which takes the tensors of its formula."""
+    for function in functions(name):
+        named = {node.arg for node in ast.walk(function.args) if isinstance(node, ast.arg)}
+        is_static_forward = function.name == "forward" and "self" not in named
+        few = len(named - {"self", "cls", "ctx"}) <= 6
+        assert few or is_static_forward, f"{name}:{function.lineno}: {function.name}"
+
+
+@pytest.mark.parametrize(("name", "most"), [("train", 60), ("main", 50)])
+def test_train_and_main_are_short_and_hold_no_function(name, most):
+    (found,) = (f for f in functions("multitask_classifier") if f.name == name)
+    assert found.end_lineno - found.lineno + 1 <= most
+    inner = [node for node in ast.walk(found) if isinstance(node, ast.FunctionDef | ast.Lambda)]
+    assert inner == [found]

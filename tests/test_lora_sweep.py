@@ -22,9 +22,9 @@ from matplotlib.figure import Figure
 from bert import BertModel
 from config import TASKS, UserError
 from evaluation import finished_run
-from report import Run
-from run_folder import RunFolder
-from script import NotFinite
+from reporting.report import Run
+from training.run_folder import RunFolder
+from runtime.script import NotFinite
 from tokenizer import BertTokenizer
 
 SCRIPT = REPOSITORY / "benchmarks" / "lora_sweep.py"

@@ -1,7 +1,8 @@
-"""On which hardware, in which precision, from which random numbers does a run compute?"""
+"""Hardware: device, precision, random numbers, memory."""
 
 import contextlib
 import ctypes
+import os
 import resource
 import sys
 
@@ -10,12 +11,44 @@ import torch
 
 from config import UserError
 
-PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+BATCH_TOKENS = {"cpu": 4096, "cuda": 65536, "mps": 16384}  # tokens of one evaluation batch
+
+
+class OutOfMemory(Exception):
+    """The memory of the device, or of the machine, did not suffice."""
+
+    exit_code = 1
+
+
+class Compute:
+    """How a run computes: device, precision, autocast and gradient scaler.
+
+    `precision` is one of `config.PRECISIONS`; `warning` says if the hardware lacks it, else None.
+    """
+
+    def __init__(self, device, precision="auto", deterministic=False):
+        self.device = torch.device(device)
+        self.precision, self.warning = select_precision(precision, self.device)
+        self.batch_tokens = BATCH_TOKENS[self.device.type]
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
+        keep_freed_memory()
+        if deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+            torch.use_deterministic_algorithms(True)
+
+    def autocast(self):
+        """The context of forward passes: autocast, or nothing in fp32."""
+        if self.precision == "fp32":
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, dtype=DTYPES[self.precision])
+
+    def __str__(self):
+        return f"{device_name(self.device)}, {self.precision}"
 
 
 def select_device(use_gpu=False):
-    """`cuda`, else `mps`, else `cpu`; with `use_gpu` a `UserError` where there is only a CPU."""
+    """`cuda`, else `mps`, else `cpu`. With `use_gpu` a `UserError` where there is only a CPU."""
     if torch.cuda.is_available():
         return torch.device("cuda")
     if torch.backends.mps.is_available():
@@ -26,12 +59,12 @@ def select_device(use_gpu=False):
 
 
 def seed_everything(*numbers):
-    """Seed dropout's generators from numbers such as (seed, step): nothing else needs saving."""
+    """Seed torch's generators from numbers such as (seed, step), so that none needs saving."""
     torch.manual_seed(int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1))
 
 
 def keep_freed_memory():
-    """Have the C library keep freed memory for the next tensor, in place of returning it.
+    """Let the C library keep freed memory for the next tensor instead of returning it.
 
     A returned page comes back zeroed, one fault for each 4 KiB: 5 to 7 % of a training step on a
     CPU. Glibc's settings M_MMAP_MAX and M_TRIM_THRESHOLD; other C libraries stay as they are.
@@ -44,7 +77,7 @@ def keep_freed_memory():
 def select_precision(asked, device):
     """The precision to compute in, "fp32", "bf16" or "fp16", and a warning or None.
 
-    `auto` takes bf16 where the hardware has it, fp16 on older CUDA GPUs, else fp32.
+    `auto` is bf16 if the hardware has it, fp16 on older CUDA GPUs, else fp32.
     """
     has_bf16 = _has_bf16(device)
     if asked == "auto":
@@ -68,13 +101,6 @@ def _has_bf16(device):
     return False
 
 
-def autocast(device, precision):
-    """The context in which forward passes run: autocast, or none for fp32."""
-    if precision == "fp32":
-        return contextlib.nullcontext()
-    return torch.autocast(device.type, dtype=DTYPES[precision])
-
-
 def device_name(device):
     """A name for people, such as "NVIDIA H200" or "cpu, 2 threads"."""
     if device.type == "cuda":
@@ -88,3 +114,17 @@ def peak_memory_mib(device):
         return round(torch.cuda.max_memory_allocated(device) / 2**20)
     unit = 2**20 if sys.platform == "darwin" else 2**10  # ru_maxrss is in bytes on macOS
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit)
+
+
+@contextlib.contextmanager
+def memory_errors(device, load, remedy="end what else uses its memory, or take another device"):
+    """Turn exhausted memory into an `OutOfMemory` that names the load and the remedy."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:  # torch's CPU allocator: a plain RuntimeError
+        signs = ("out of memory", "allocate memory", "not enough memory", "unable to mmap")
+        if not isinstance(error, MemoryError) and not any(s in str(error).lower() for s in signs):
+            raise
+        raise OutOfMemory(
+            f"out of memory on {device} with {load}; peak {peak_memory_mib(device):,} MiB; {remedy}"
+        ) from error

@@ -1,0 +1,1 @@
+"""What is read after training: results and their files, ensembles, reports, figures."""

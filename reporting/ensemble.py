@@ -1,0 +1,136 @@
+"""Finished runs: their saved scores, and ensembles of several runs."""
+
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from config import TASKS, UserError
+from reporting.results import (
+    format_table,
+    overall_score,
+    read_scores,
+    result_of_scores,
+    write_predictions,
+)
+from runtime.hub import STOOD_IN
+from training.run_folder import RunFolder
+from training.setup import uses_sample
+
+
+@dataclass
+class Run:
+    """What tables and figures need of a finished run."""
+
+    path: str
+    description: dict  # run.json
+    lines: list  # of metrics.jsonl
+    dev: dict  # task -> `TaskResult` of the best model
+    overall: float  # its score on dev
+    row: str = ""  # label of its row in the tables, which runs of several seeds share
+
+    @property
+    def name(self):
+        """The folder's name."""
+        return Path(self.path).resolve().name
+
+    @property
+    def args(self):
+        """Every flag of the run."""
+        return self.description["args"]
+
+    def logged(self, key):
+        """Values of `key` in the training lines that have it."""
+        return [line[key] for line in self.lines if line["kind"] == "train" and key in line]
+
+
+def finished_run(run):
+    """The `Run` of a `RunFolder`. Raises `UserError` if dev scores or evaluations are missing."""
+    dev, lines = read_run_scores(run, "dev"), run.metrics()
+    evaluated = [set(line.get("dev", ())) for line in lines if line.get("kind") == "eval"]
+    if not any(set(dev) <= tasks for tasks in evaluated):
+        raise UserError(f"{run.metrics_file}: no evaluation of all tasks; the run is unfinished")
+    return Run(str(run.path), run.description(), lines, dev, overall_score(dev))
+
+
+def read_run_scores(run, split):
+    """Results of a finished run by task, from its `predictions/` alone; test files may be missing.
+
+    Raises `UserError` where the run has no scores of the dev set.
+    """
+    description, folder = run.description(), run.path / "predictions"
+    found = {}
+    for name in description["args"]["tasks"]:
+        path = folder / f"{name}-{split}-scores.tsv"
+        if path.exists():
+            found[name] = read_scores(folder, name, split)
+        elif split == "dev":
+            raise UserError(
+                f"{path}: no such file, so the run is not finished; finish it with "
+                f"`{description['command']} --resume`"
+            )
+    return found
+
+
+def print_caveats(run):
+    """Warn if a run used a substitute encoder, or the generated sample as its data."""
+    description = run.description()
+    if description["encoder"]["substituted"]:
+        print(f"warning: {run.path}: {STOOD_IN}")
+    if uses_sample(description):
+        print(f"warning: {run.path}: its data is the small generated sample")
+
+
+def average_results(runs):
+    """The ensemble of several runs' results: mean probabilities and scores, task by task.
+
+    `runs` maps a run's name to its results (task -> `TaskResult`); each task is averaged over the
+    runs that have it. Raises `UserError` where ids or labels differ.
+    """
+    averaged = {}
+    for name, task in TASKS.items():
+        members = {run: results[name] for run, results in runs.items() if name in results}
+        if not members:
+            continue
+        (first_run, first), *others = members.items()
+        for run, result in others:
+            if result.ids != first.ids:
+                raise UserError(f"{run}: other {name} examples than {first_run}; ids differ")
+            if not np.array_equal(result.labels, first.labels):
+                raise UserError(f"{run}: other {name} labels than {first_run}")
+        scores = np.mean([result.scores for result in members.values()], axis=0, dtype=np.float64)
+        averaged[name] = result_of_scores(task, first.ids, scores.astype(np.float32), first.labels)
+    return averaged
+
+
+def evaluate_ensemble(paths, predictions_dir):
+    """Print the dev scores of several runs and of their ensemble; write its prediction files.
+
+    Raises `UserError` where a run is unfinished or does not fit the others.
+    """
+    runs = {str(path): RunFolder(path) for path in paths}
+    if len({run.path.resolve() for run in runs.values()}) < len(paths):
+        raise UserError("--checkpoint: a run is named twice; expected different runs")
+    dev = {name: read_run_scores(run, "dev") for name, run in runs.items()}
+    test = {name: read_run_scores(run, "test") for name, run in runs.items()}
+    averaged = {"dev": average_results(dev), "test": average_results(test)}
+    for name in runs:
+        if missing := sorted(set(dev[name]) & set(averaged["test"]) - set(test[name])):
+            raise UserError(
+                f"{name}: no test predictions for {', '.join(missing)}, which other runs have"
+            )
+    for run in runs.values():
+        print_caveats(run)
+    for name, results in {**dev, name_ensemble(dev): averaged["dev"]}.items():
+        print(f"{name}\n{format_table(results)}\n")
+    write_predictions(predictions_dir, averaged)
+
+
+def name_ensemble(runs):
+    """Name of an ensemble: its number of runs, and that of each task where they differ."""
+    counts = Counter(task for results in runs.values() for task in results)
+    name = f"ensemble of {len(runs)} runs"
+    if set(counts.values()) == {len(runs)}:
+        return name
+    return f"{name} ({', '.join(f'{task} of {counts[task]}' for task in TASKS if task in counts)})"

@@ -1,0 +1,383 @@
+"""Tables and figures of finished runs, from their folders alone: no model is loaded.
+
+    python evaluation.py --report runs/LoRA runs/full-model
+
+Writes report/report.md with the paper's tables 1 to 5, its figures 1 to 4 and two new ones. Scores
+come from a run's `predictions/`, times and losses from `metrics.jsonl`, the rest from `run.json`.
+"""
+
+import argparse
+import json
+import re
+import shlex
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from config import RECIPES, TASKS, UserError, overall_tasks
+from datasets import read_task_file
+from reporting.figures import cosine_pictures, loss_pictures, scatter_picture, write_pictures
+from reporting.results import accuracy, mean_score, pearson
+from runtime.files import file_sha256, write_file
+from training.flags import FREE_WHEN_RESUMING, OF_ONE_COMMAND, default_flags
+from training.plan import make_plan
+from training.setup import identity, uses_sample
+
+ERRORS_SHOWN = 8
+LONGEST_TEXT = 160  # characters of a sentence in a table
+# Flags in which the runs of one row may differ: names and paths. The files' content is compared.
+MAY_DIFFER = {"seed", "model_file_suffix", "recipe", "pretrained"}
+MAY_DIFFER |= FREE_WHEN_RESUMING | OF_ONE_COMMAND
+# Flags of the training budget: a run that differs in these alone is still that row of the paper.
+BUDGET = {"epochs", "steps_per_epoch", "patience", "batch_size", "task_batch_sizes", "accumulate"}
+BUDGET |= {"lr", "head_lr", "precision", "deterministic", "calibration_examples"}
+
+
+class Table(NamedTuple):
+    """A table: plain cells; caption and notes are Markdown."""
+
+    caption: str
+    header: list
+    cells: list
+    notes: tuple = ()
+
+
+# ------------------------------------------------------------------------------- rows and captions
+
+
+def recipe_of(run):
+    """Name of a run's recipe; None without one, or if other flags make it another strategy."""
+    name = run.args["recipe"]
+    if name is None:
+        return None
+    recipe, expected = RECIPES[name].flags, default_flags() | RECIPES[name].flags
+    compared = recipe.keys() | (expected.keys() - MAY_DIFFER - BUDGET)
+    return name if all(run.args[flag] == expected[flag] for flag in compared) else None
+
+
+def group_runs(runs):
+    """The rows of the tables: label -> runs that differ only in seed and name."""
+    groups = {}
+    for run in runs:
+        flags = {name: value for name, value in run.args.items() if name not in MAY_DIFFER}
+        key = json.dumps([flags, identity(run.description)], sort_keys=True)
+        groups.setdefault(key, []).append(run)
+    recipes = [recipe_of(group[0]) for group in groups.values()]
+    rows = {}
+    for group, recipe in zip(groups.values(), recipes, strict=True):
+        label = group[0].name
+        if recipe and recipes.count(recipe) == 1:
+            label = recipe
+        elif len(group) > 1:
+            label = re.sub(r"[-_.]?(seed|s)?\d+$", "", label)
+        label = group[0].path if label in rows else label
+        rows[label] = group
+        for run in group:
+            run.row = label
+    return rows
+
+
+def by_value(runs, describe):
+    """`describe(run)` of all runs as text: once if all are equal, else each with its runs."""
+    found = {}
+    for run in runs:
+        found.setdefault(describe(run), []).append(run.name)
+    if len(found) == 1:
+        return next(iter(found))
+    return "; ".join(f"{value} ({', '.join(names)})" for value, names in found.items())
+
+
+def provenance(runs):
+    """The end of every caption: the encoder, substituted or not, and the data, sample or not."""
+    return f"Encoder: {by_value(runs, describe_encoder)}. Data: {by_value(runs, describe_data)}."
+
+
+def describe_encoder(run):
+    """Name of a run's encoder, and whether it is a substitute."""
+    encoder, how = run.description["encoder"], "as asked for"
+    if encoder["substituted"]:
+        how = "**substituted**, since bert-base-uncased could not be reached"
+    return f"`{encoder['name']}` ({how})"
+
+
+def describe_data(run):
+    """Whether a run's data is the generated sample, and its number of training examples."""
+    kind, data = "the files named in `run.json`, not the sample", run.description["data"]
+    if uses_sample(run.description):
+        kind = "the **generated sample**"
+    counts = ", ".join(f"{name} {data[name]['train']['examples']:,}" for name in data)
+    return f"{kind}; training examples: {counts}"
+
+
+def paraphrase_notes(runs):
+    """Notes that belong beside every paraphrase score."""
+    runs, notes = [run for run in runs if "para" in run.dev], []
+    seen = {run.description["data"]["para"]["train"]["examples"] for run in runs}
+    if few := sorted(number for number in seen if number < 200_000):
+        counts = " and ".join(f"{number:,}" for number in few)
+        notes.append(f"Paraphrase: trained on {counts} pairs; the paper had about 283,000.")
+    if any("MiniLM" in run.description["encoder"]["name"] for run in runs):
+        notes.append(
+            "all-MiniLM-L6-v2 was itself trained contrastively on Quora duplicates (its model "
+            "card), which raises its paraphrase score by an unknown amount."
+        )
+    return tuple(notes)
+
+
+# ---------------------------------------------------------------------------- tables 1 and 2: runs
+
+
+def bootstrap_interval(results, draws=1000, seed=224):
+    """95 % interval, an array (2,), of the overall score when dev examples are drawn anew.
+
+    The percentile bootstrap (Efron 1979) over `draws` draws of each task's examples.
+    """
+    from scipy.stats import bootstrap
+
+    # SciPy wants two rows or more: a single example is drawn as two copies of itself.
+    counts = [len(results[name].labels) for name in overall_tasks(results)]
+    rows = [np.arange(max(count, 2), dtype=np.int32) % count for count in counts]
+    settings = {"method": "percentile", "n_resamples": draws, "vectorized": False}
+    settings["rng"] = np.random.default_rng(seed)
+    drawn = bootstrap(rows, partial(overall_of_rows, results), **settings)
+    return np.array(drawn.confidence_interval)
+
+
+def overall_of_rows(results, *rows):
+    """Overall score of some dev examples: `rows` are an array of row numbers for each task."""
+    scores = {}
+    for name, chosen in zip(overall_tasks(results), rows, strict=True):
+        metric = pearson if TASKS[name].kind == "score" else accuracy
+        scores[name] = metric(results[name].predictions[chosen], results[name].labels[chosen])
+    return mean_score(scores)
+
+
+def spread(values, form="{:.3f}"):
+    """One value, or mean ± standard deviation (n - 1) of several; a dash if one is missing."""
+    if not values or None in values:
+        return "–"
+    mean = form.format(np.mean(values))
+    return mean if len(values) == 1 else f"{mean} ± {form.format(np.std(values, ddof=1))}"
+
+
+def scores_table(rows):
+    """Table 1: dev scores by strategy, beside the paper's overall score."""
+    runs = [run for group in rows.values() for run in group]
+    tasks = [name for name in TASKS if any(name in run.dev for run in runs)]
+    cells, notes = [], list(paraphrase_notes(runs))
+    for label, group in rows.items():
+        scores = [[r.dev[n].score(n) if n in r.dev else None for r in group] for n in tasks]
+        overall, interval, paper = spread([run.overall for run in group]), "–", "–"
+        if len(group) == 1:
+            interval = "{:.3f} to {:.3f}".format(*bootstrap_interval(group[0].dev))
+        if recipe := RECIPES.get(recipe_of(group[0])):
+            paper = f"{recipe.paper:.3f}" if recipe.paper else "–"
+            notes.append(f"*{escape(label)}*: {recipe.reading}.")
+        cells.append([label, str(len(group)), *map(spread, scores), overall, interval, paper])
+    if len({tuple(overall_tasks(run.dev)) for run in runs}) > 1:
+        notes.append("Overall scores of rows with different tasks are not comparable.")
+    metrics = [f"{name} {TASKS[name].metric}" for name in tasks]
+    header = ["strategy", "runs", *metrics, "overall", "95 % interval", "paper's overall"]
+    caption = (
+        "Dev scores by strategy. Overall: mean of the accuracies and (1 + correlation) / 2. "
+        "Several runs: mean ± standard deviation over seeds. A single run: 95 % bootstrap interval "
+        "of its overall score, its dev examples drawn anew. The paper used bert-base-uncased and "
+        "the course's full training data; its best scores are 0.732 on dev and 0.740 on test. "
+    )
+    return Table(caption + provenance(runs), header, cells, tuple(notes))
+
+
+# Columns of table 2 that are averaged over seeds: a run's value, None if unknown, and its format.
+COSTS = {
+    "minutes": (lambda run: minutes(run), "{:.1f}"),
+    "sentences/s": (lambda run: median(run.logged("sentences_per_s")) or None, "{:,.0f}"),
+    "tokens/s": (lambda run: median(run.logged("tokens_per_s")) or None, "{:,.0f}"),
+    "peak memory (MiB)": (lambda run: max(run.logged("peak_memory_mib"), default=None), "{:,.0f}"),
+}
+
+
+def cost_table(rows):
+    """Table 2: time, speed, memory and trained parameters."""
+    cells = []
+    for label, group in rows.items():
+        steps = max(line["step"] for line in group[0].lines)
+        costs = [spread([cost(run) for run in group], form) for cost, form in COSTS.values()]
+        parameters = [f"{group[0].description['parameters'][key]:,}" for key in ("trained", "all")]
+        hardware = by_value(group, lambda run: "{device}, {precision}".format(**run.description))
+        batch = examples_per_step(group[0].args)
+        cells.append([label, f"{steps:,}", batch, *costs, *parameters, hardware])
+    header = ["strategy", "steps", "batch", *COSTS, "trained parameters", "of all", "hardware"]
+    caption = (
+        "Cost of training. Batch: examples of each task in an optimiser step. Minutes: from the "
+        "start to the last logged line, evaluations included. Speeds: medians of the logged lines, "
+        "without padding; each encoded sequence counts, a jointly encoded pair as one; a dash if a "
+        "frozen encoder's sentences were all encoded before the first step. Peak memory: allocated "
+        "on a GPU, else of the whole process. "
+    )
+    caption += provenance([run for group in rows.values() for run in group])
+    return Table(caption, header, cells)
+
+
+def examples_per_step(args):
+    """Examples of each task in an optimiser step, as text: one number if all are equal."""
+    sizes = make_plan(argparse.Namespace(**args), {}).batch_sizes
+    sizes = {name: size * args["accumulate"] for name, size in sizes.items()}
+    if len(set(sizes.values())) == 1:
+        return str(next(iter(sizes.values())))
+    return ", ".join(f"{size} {name}" for name, size in sizes.items())
+
+
+def minutes(run):
+    """Minutes from the start to the last logged line."""
+    return max(line["seconds"] for line in run.lines) / 60
+
+
+def median(values):
+    """The median, None of no values."""
+    return float(np.median(values)) if values else None
+
+
+# -------------------------------------------------------------------------- tables 3 to 5: errors
+
+
+def worst_errors(task, result):
+    """The most confident errors, worst first: (row, probability of the wrong answer).
+
+    For a score these are the largest distances from the label.
+    """
+    scores = result.scores
+    if task.kind == "score":
+        wrong = np.abs(result.predictions - result.labels)
+    else:
+        sure = scores.max(1) if task.kind == "classes" else np.maximum(scores, 1 - scores)[:, 0]
+        wrong = np.where(result.predictions == result.labels, 0, sure)
+    order = [row for row in np.argsort(-wrong, kind="stable") if wrong[row] > 0]
+    return [(int(row), float(wrong[row])) for row in order[:ERRORS_SHOWN]]
+
+
+def dev_texts(run, name):
+    """Sentences by id from the run's dev file, None if it is missing or has changed."""
+    file = run.description["data"][name]["dev"]
+    try:
+        if file_sha256(file["path"]) == file["sha256"]:
+            examples = read_task_file(file["path"], TASKS[name], "dev").examples
+            return {example.id: example.sentences for example in examples}
+    except (OSError, UserError):
+        pass
+    return None
+
+
+def error_table(run, name):
+    """The most confident dev errors of one task: text, prediction, truth."""
+    task, result, texts = TASKS[name], run.dev[name], dev_texts(run, name)
+    worst, distance, digits = "most confident", "probability", 0
+    if task.kind == "score":
+        worst, distance, digits = "largest", "off by", 2
+    cells = []
+    for row, by in worst_errors(task, result):
+        example = result.ids[row]
+        shown = map(shorten, texts[example] if texts else [example])
+        predicted = f"{result.predictions[row]:.{digits}f}"
+        cells.append([*shown, predicted, f"{result.labels[row]:.3g}", f"{by:.2f}"])
+    missing = (
+        ""
+        if texts
+        else " The dev file is missing or has changed, so ids are shown instead of texts."
+    )
+    caption = f"The {worst} dev errors of `{run.name}` in {task.title} (`{name}`).{missing}"
+    header = [*(task.sentences if texts else ["id"]), "predicted", "truth", distance]
+    notes = paraphrase_notes([run]) if name == "para" else ()
+    return Table(f"{caption} {provenance([run])}", header, cells, notes)
+
+
+def confusion_table(run, name):
+    """Truth by prediction for a task of several classes, counts."""
+    from sklearn.metrics import confusion_matrix
+
+    task, result = TASKS[name], run.dev[name]
+    classes = range(task.num_classes)
+    counts = confusion_matrix(result.labels, result.predictions, labels=classes)
+    recalls = counts.diagonal() / counts.sum(1).clip(1)
+    cells = [
+        [f"truth {label}", *map(str, counts[label]), f"{recalls[label]:.2f}"] for label in classes
+    ]
+    caption = (
+        f"Confusion matrix of `{run.name}` in {task.title} (`{name}`) on dev: examples by label "
+        f"(rows) and prediction (columns), 0 the most negative. {provenance([run])}"
+    )
+    return Table(caption, ["", *map(str, classes), "recall"], cells)
+
+
+def shorten(text):
+    """A text on one line, of bounded length."""
+    text = " ".join(text.split())
+    return text if len(text) <= LONGEST_TEXT else text[: LONGEST_TEXT - 1].rstrip() + "…"
+
+
+# ------------------------------------------------------------------------------------ the document
+
+
+def escape(cell):
+    """A cell's text with its Markdown signs escaped."""
+    return re.sub(r"([\\|*_`<>\[\]~$#&])", r"\\\1", cell)
+
+
+def format_table(number, table):
+    """A table as Markdown, with caption and notes; columns of numbers are aligned right."""
+    columns = zip(*table.cells, strict=True) if table.cells else [[]] * len(table.header)
+    numeric = [all(re.match(r"[-–\d]", cell) for cell in column) for column in columns]
+    rule = "|" + "|".join("---:" if is_number else "---" for is_number in numeric) + "|"
+    lines = ["| " + " | ".join(map(escape, row)) + " |" for row in [table.header, *table.cells]]
+    notes = [f"\n{note}" for note in table.notes]
+    caption = f"**Table {number}.** {table.caption}"
+    return "\n".join([caption, "", lines[0], rule, *lines[1:], *notes, ""])
+
+
+def format_picture(number, picture, runs):
+    """A picture as Markdown, linked to its PDF, with caption."""
+    return (
+        f"[![{picture.alt}]({picture.name}.png)]({picture.name}.pdf)\n\n"
+        f"**Figure {number}.** {picture.caption} {provenance(runs)}\n"
+    )
+
+
+def best_run(runs, name):
+    """Of the runs with task `name` and the most tasks, the one with the best overall score."""
+    having = [run for run in runs if name in run.dev]
+    return max(having, key=lambda run: (len(run.dev), run.overall))
+
+
+def write_report(runs, folder):
+    """Write the report of `runs` (a list of `Run`) into `folder`; returns `report.md`'s path."""
+    runs = list({Path(run.path).resolve(): run for run in runs}.values())
+    folder, rows = Path(folder), group_runs(runs)
+    tasks = [name for name in TASKS if any(name in run.dev for run in runs)]
+    best = {name: best_run(runs, name) for name in tasks}
+    pictures = loss_pictures(runs)
+    pictures += [scatter_picture(r, n) for n, r in best.items() if TASKS[n].kind == "score"]
+    pictures += cosine_pictures(runs)
+    write_pictures(pictures, folder)
+
+    tables = [scores_table(rows), cost_table(rows)]
+    tables += [error_table(run, name) for name, run in best.items()]
+    tables += [confusion_table(r, n) for n, r in best.items() if TASKS[n].kind == "classes"]
+    scores, cost, *errors = (format_table(*numbered) for numbered in enumerate(tables, start=1))
+    images = [format_picture(number, p, runs) for number, p in enumerate(pictures, start=1)]
+    names = ", ".join(dict.fromkeys(f"`{run.name}`" for run in best.values()))
+    command = shlex.join(["python", "evaluation.py", "--report", *(run.path for run in runs)])
+    described = (run.description for run in runs)
+    commands = [about["expanded_command"] or about["command"] for about in described]
+    parts = [
+        f"# Report\n\nMade by `{command}`. Each picture links to its PDF.\n",
+        f"## Scores\n\n{scores}",
+        "\n    ".join(["Commands of the runs:\n", *commands]) + "\n",
+        f"## Cost\n\n{cost}",
+        "## Figures\n",
+        *images,
+        f"## Errors\n\nErrors of the run with the best overall dev score: {names}.\n",
+        *errors,
+    ]
+    write_file(folder / "report.md", "\n".join(parts))
+    return folder / "report.md"

@@ -1,0 +1,105 @@
+"""Files that appear whole or not at all: written beside their names, flushed to disk, renamed."""
+
+import contextlib
+import hashlib
+import os
+import shutil
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+TEMPORARY = ".tmp-"  # how the names of unfinished files and folders begin
+
+
+class OutputError(Exception):
+    """A file could not be written."""
+
+    exit_code = 1
+
+
+def file_sha256(path):
+    """SHA-256 of a file's content, in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextlib.contextmanager
+def output_errors(path):
+    """Turn the errors of a full or read-only disk into an `OutputError` that names the path."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        free = ""
+        with contextlib.suppress(OSError):
+            place = next(p for p in (Path(path), *Path(path).absolute().parents) if p.exists())
+            free = f" ({shutil.disk_usage(place).free:,} bytes free)"
+        raise OutputError(f"{path}: not written: {reason}{free}") from error
+
+
+def flush_to_disk(path):
+    """Wait until a file's content, or a folder's list of names, is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def remove(places):
+    """Remove files and folders. A folder is renamed first, so that it never lacks a part."""
+    for place in list(places):
+        if place.is_symlink() or not place.is_dir():
+            place.unlink(missing_ok=True)
+            continue
+        if not place.name.startswith(TEMPORARY):
+            doomed = place.with_name(f"{TEMPORARY}{place.name}")
+            shutil.rmtree(doomed, ignore_errors=True)
+            place = place.rename(doomed)
+        shutil.rmtree(place, ignore_errors=True)
+
+
+def _remove_leftovers(folder):
+    """Remove the unfinished files of processes that no longer run."""
+    for path in folder.glob(f"{TEMPORARY}[0-9]*-*"):
+        try:
+            os.kill(int(path.name.split("-")[1]), 0)  # signal 0 only asks whether it runs
+        except ProcessLookupError:
+            path.unlink(missing_ok=True)
+        except (ValueError, OSError):  # not a name of ours, or another user's process
+            continue
+
+
+def write_file(path, text):
+    """Write a text file; an earlier file of that name stays until the new one is complete."""
+    write_files({path: text})
+
+
+def write_files(texts):
+    """Write text files, a dict from path to text. All are written before the first is renamed.
+
+    So a disk that fills up leaves every earlier file as it was. Of two spellings of one path the
+    last counts. Raises `OutputError`.
+    """
+    texts = {Path(path).parent.resolve() / Path(path).name: (path, texts[path]) for path in texts}
+    ready = []
+    try:
+        for target, (path, text) in texts.items():
+            with output_errors(path):
+                target.parent.mkdir(parents=True, exist_ok=True)
+                _remove_leftovers(target.parent)
+                temporary = target.with_name(f"{TEMPORARY}{os.getpid()}-{target.name}")
+                ready.append((temporary, target, path))
+                temporary.write_text(text, encoding="utf-8", newline="")
+                flush_to_disk(temporary)
+        for temporary, target, path in ready:
+            with output_errors(path):
+                os.replace(temporary, target)
+        for folder in {target.parent for target in texts}:
+            with output_errors(folder):
+                flush_to_disk(folder)
+    except BaseException:
+        for temporary, *_ in ready:
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
+        raise

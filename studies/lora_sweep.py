@@ -1,0 +1,365 @@
+"""LoRA's rank r and scale α against scores and cost: the future work of the paper.
+
+    python -m studies.lora_sweep --ranks 1 4 16 32 64 -- --epochs 2 --steps_per_epoch 250
+
+Trains each rank twice, with a fixed α and with a fixed α/r, one run after the other. Flags after
+`--` go to multitask_classifier.py. Writes lora-sweep.md, .png and .pdf from the runs' own files.
+The same command continues an interrupted sweep: it keeps finished runs and resumes an unfinished
+one.
+"""
+
+import shlex
+import subprocess
+import sys
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from config import REPOSITORY, TASKS, UserError
+from reporting.ensemble import Run, finished_run, read_run_scores
+from reporting.figures import COLOURS, LEGEND, Picture, write_pictures
+from reporting.report import (
+    Table,
+    bootstrap_interval,
+    by_value,
+    format_picture,
+    format_table,
+    median,
+    minutes,
+    paraphrase_notes,
+    provenance,
+    spread,
+)
+from runtime.files import file_sha256, write_file
+from runtime.script import NotFinite, run_script, say
+from training.flags import (
+    FREE_WHEN_RESUMING,
+    OF_ONE_COMMAND,
+    SCRIPT,
+    FlagParser,
+    parse_command,
+)
+from training.plan import number
+from training.run_folder import RunFolder, run_path
+from training.setup import data_paths, identity
+
+# Flags that the sweep itself sets; prediction files stay in the runs' own folders.
+OWN_FLAGS = {f"--{task}_{split}_out" for task in TASKS for split in ("dev", "test")}
+OWN_FLAGS |= {"--fine-tune-mode", "--LoRA_r", "--LoRA_alpha", "--model_file_suffix"}
+OWN_FLAGS |= {"--runs_dir", "--predictions_dir", "--resume", "--overwrite"}
+INTERVAL = 2 * 1.96  # standard errors in a 95 % interval
+# Marker, its fill and its size (points) by scheme: of two points in one place, both can be seen.
+LOOKS = (("o", "full", 6), ("s", "none", 10))
+
+
+class RunFailed(Exception):
+    """A training run ended with an exit code other than 0, which becomes the sweep's."""
+
+    def __init__(self, run, code):
+        super().__init__(f"{run.path}: ended with exit code {code}; the same command resumes it")
+        self.exit_code = code
+
+
+class Combination(NamedTuple):
+    """A rank and an alpha to train with."""
+
+    r: int
+    alpha: float
+    schemes: list  # labels of the curves that it is a point of
+
+    @property
+    def suffix(self):
+        """Suffix of the run's folder."""
+        return f"r{self.r}-a{self.alpha:g}"
+
+
+class Point(NamedTuple):
+    """A finished run of the sweep."""
+
+    combination: Combination
+    run: Run
+    error: float  # standard error of its overall score
+
+
+# -------------------------------------------------------------------------------- what to train
+
+
+def combinations(ranks, alpha, scaling):
+    """Each rank with `alpha` and with alpha = `scaling` × rank, once if the two are equal."""
+    found = {}
+    for r in sorted(set(ranks)):
+        for scheme, value in ((f"α = {alpha:g}", alpha), (f"α/r = {scaling:g}", scaling * r)):
+            found.setdefault((r, float(f"{value:g}")), []).append(scheme)
+    return [Combination(*pair, schemes) for pair, schemes in found.items()]
+
+
+def plan_run(combination, runs_dir, passed):
+    """The flags of a combination's training command, and its `RunFolder`; writes nothing.
+
+    Raises `UserError` for flags that the training script would refuse, and if the folder holds a
+    run of other flags or data.
+    """
+    words = ["--fine-tune-mode", "LoRA", *passed, "--LoRA_r", str(combination.r)]
+    words += ["--LoRA_alpha", f"{combination.alpha:g}", "--runs_dir", str(runs_dir)]
+    words += ["--model_file_suffix", combination.suffix]
+    flags = parse_command([*words, "--overwrite"]).flags  # an earlier run may exist: only read
+    run = RunFolder(run_path(flags))
+    if run.holds_run() and (differences := list(find_differences(flags, run.description()))):
+        raise UserError(
+            f"{run.path} holds another run: {'; '.join(differences)}; name another --runs_dir, or "
+            f"remove the folder"
+        )
+    return [*words, "--predictions_dir", str(run.path / "predictions")], run
+
+
+def find_differences(flags, description):
+    """Yield how the flags and data files asked for differ from those of a run, as texts."""
+    for name, earlier in description["args"].items():
+        is_free = name in OF_ONE_COMMAND | FREE_WHEN_RESUMING
+        if not is_free and getattr(flags, name) != earlier:
+            yield f"--{name} is {getattr(flags, name)}, was {earlier}"
+    paths = data_paths(flags)
+    for name, of_task in description["data"].items():
+        for split, file in of_task.items():
+            path = paths.get(name, {}).get(split)  # other tasks: their flag differs, see above
+            if path and (not path.is_file() or file_sha256(path) != file["sha256"]):
+                yield f"{path} is not the {name} {split} file of the run"
+
+
+def is_finished(run):
+    """Whether a run has the scores that are written at its end."""
+    try:
+        return bool(read_run_scores(run, "dev"))
+    except UserError:
+        return False
+
+
+# ------------------------------------------------------------------------------------- training
+
+
+def train(words, run):
+    """Start the training script, or resume its run; returns its exit code.
+
+    If this process is told to stop, so is the run, which may save its state first.
+    """
+    command = [sys.executable, str(REPOSITORY / SCRIPT), *words]
+    command += ["--resume"] if run.holds_run() else []
+    process = subprocess.Popen(command, start_new_session=True)  # the terminal's Ctrl-C comes here
+    try:
+        return process.wait()
+    except BaseException:
+        process.terminate()
+        process.wait()
+        raise
+    finally:
+        process.kill()  # no effect if it has ended; else a second signal broke the waiting
+
+
+def train_all(planned):
+    """Train what is not finished of `planned`: (Combination, flags, RunFolder) each.
+
+    Yields each combination with its `Run`, or with None if its numbers did not stay finite. Raises
+    `RunFailed` if a run fails otherwise.
+    """
+    for place, (combination, words, run) in enumerate(planned, start=1):
+        name, code = f"{run.path} ({place} of {len(planned)})", 0
+        if is_finished(run):
+            say(f"{name}: already finished")
+        else:
+            say(f"{name}: resumed" if run.holds_run() else name)
+            code = train(words, run)
+        if code not in (0, NotFinite.exit_code):
+            raise RunFailed(run, code if code > 0 else 128 - code)
+        yield combination, None if code else finished_run(run)
+
+
+def check_comparable(runs):
+    """Raise `UserError` if encoder, data or precision differ: such runs share no table."""
+    first, *others = runs
+    for run in others:
+        ours, theirs = identity(run.description), identity(first.description)
+        for name in ours | theirs:
+            if ours.get(name) != theirs.get(name):
+                raise UserError(f"{run.path}: not comparable with {first.path}: other {name}")
+
+
+# ----------------------------------------------------------------------------- table and picture
+
+
+def standard_error(run):
+    """Standard error of the overall score that comes from the size of the dev sets."""
+    return float(np.ptp(bootstrap_interval(run.dev))) / INTERVAL
+
+
+def seconds_per_step(run):
+    """Median seconds of an optimiser step between logged lines; None if there are no two.
+
+    Pairs of lines with an evaluation between them do not count.
+    """
+    return median(
+        [
+            (after["seconds"] - before["seconds"]) / (after["step"] - before["step"])
+            for before, after in pairwise(run.lines)
+            if before["kind"] == after["kind"] == "train"
+        ]
+    )
+
+
+def sweep_table(points):
+    """A row for each combination: what was trained, its dev scores, what it cost."""
+    runs = [point.run for point in points]
+    tasks = [name for name in TASKS if name in runs[0].dev]
+    header = ["r", "α", "α/r", "trained parameters", *(f"{n} {TASKS[n].metric}" for n in tasks)]
+    header += ["overall", "minutes", "sentences/s", "seconds/step"]
+    cells = []
+    for (r, alpha, _), run, _ in points:
+        scores = [*(run.dev[name].score(name) for name in tasks), run.overall]
+        trained, speed = run.description["parameters"]["trained"], run.logged("sentences_per_s")
+        cells.append([str(r), f"{alpha:g}", f"{alpha / r:.4g}", f"{trained:,}"])
+        cells[-1] += [*(f"{score:.3f}" for score in scores), f"{minutes(run):.1f}"]
+        cells[-1] += [spread([median(speed)], "{:,.0f}"), spread([seconds_per_step(run)])]
+    hardware = by_value(runs, lambda run: "{device}, {precision}".format(**run.description))
+    caption = (
+        f"LoRA's rank r and scale α: dev scores of the best model, and cost of each run. "
+        f"{uncertainty(points)} Trained parameters: adapters and heads. Minutes: from the start to "
+        f"the last logged line, evaluations included; they mean little if the machine did other "
+        f"work. Speeds: medians of the logged lines, seconds/step without evaluations. Hardware: "
+        f"{hardware}. {provenance(runs)}"
+    )
+    return Table(caption, header, cells, (best_note(points), *paraphrase_notes(runs)))
+
+
+def uncertainty(points):
+    """Sentences on how large a difference of two overall scores may be by chance."""
+    runs, errors = [point.run for point in points], [f"{point.error:.4f}" for point in points]
+    error = " to ".join(sorted({min(errors), max(errors)}))
+    sizes = ", ".join(f"{name} {len(result.ids):,}" for name, result in runs[0].dev.items())
+    seed = by_value(runs, lambda run: f"{run.args['seed']}")
+    return (
+        f"One seed ({seed}): another one would move each figure too. The standard error of an "
+        f"overall score that comes from the size of the dev sets ({sizes} examples) is {error} "
+        f"(bootstrap)."
+    )
+
+
+def best_note(points):
+    """Which row has the highest overall score, and how many lie within its standard error."""
+    best = max(points, key=lambda point: point.run.overall)
+    near = sum(point.run.overall >= best.run.overall - best.error for point in points)
+    return (
+        f"Highest overall score: r {best.combination.r}, α {best.combination.alpha:g}; {near} of "
+        f"{len(points)} rows, including it, lie within one standard error of it."
+    )
+
+
+def schemes_of(points):
+    """Labels of the curves."""
+    return list(dict.fromkeys(scheme for point in points for scheme in point.combination.schemes))
+
+
+def draw_sweep(figure, points):
+    """Overall score against rank (left) and minutes (right), a colour for each scheme."""
+    left, right = figure.subplots(1, 2, sharey=True)
+    for scheme, colour, look in zip(schemes_of(points), COLOURS, LOOKS, strict=False):
+        look = dict(zip(("marker", "fillstyle", "markersize"), look, strict=True))
+        look |= {"color": colour, "markeredgewidth": 1.6}
+        shown = [point for point in points if scheme in point.combination.schemes]
+        ranks, scores, errors, times = zip(
+            *((p.combination.r, p.run.overall, p.error, minutes(p.run)) for p in shown), strict=True
+        )
+        # Caps of different sizes: of two runs of one rank, both bars' ends can be told apart.
+        bars = {"linewidth": 1.4, "elinewidth": 1, "capsize": 0.6 * look["markersize"]}
+        left.errorbar(ranks, scores, errors, label=scheme, **bars, **look)
+        right.plot(times, scores, linestyle="none", **look)
+        beside = {"xytext": (8, 5), "textcoords": "offset points", "fontsize": 9, "color": "0.2"}
+        for r, *place in zip(ranks, times, scores, strict=True):
+            right.annotate(f"r {r}", place, **beside)
+    ranks = sorted({point.combination.r for point in points})
+    left.set_xscale("log", base=2)
+    left.set_xticks(ranks, labels=map(str, ranks))
+    left.minorticks_off()
+    left.set(xlabel="rank r (logarithmic)", ylabel="overall dev score (0 to 1)")
+    right.set(xlabel="minutes of the run, evaluations included")
+    right.margins(x=0.12)
+    figure.legend(**LEGEND)
+
+
+def sweep_picture(points):
+    """The picture of the sweep."""
+    schemes = " and ".join(schemes_of(points))
+    caption = (
+        f"Overall dev score by rank r (left) and by the run's minutes (right), with {schemes}; "
+        f"where the two are equal, it is one run. Bars: ± one standard error. {uncertainty(points)} "
+        f"All runs are judged on the same dev examples, so these errors are not independent."
+    )
+    alt = "Overall dev score against LoRA's rank, and against minutes, one curve per choice of α"
+    return Picture("lora-sweep", alt, caption, (11, 5.2), partial(draw_sweep, points=points))
+
+
+def write_sweep(points, diverged, folder, command):
+    """Write `lora-sweep.md`, `.png` and `.pdf` into `folder`; returns the document's path.
+
+    `diverged` are the combinations whose numbers did not stay finite.
+    """
+    folder, runs = Path(folder), [point.run for point in points]
+    picture, table = sweep_picture(points), sweep_table(points)
+    if diverged:
+        names = ", ".join(f"r {c.r} with α {c.alpha:g}" for c in diverged)
+        table = table._replace(notes=(*table.notes, f"Not finite, without figures: {names}."))
+    write_pictures([picture], folder)
+    parts = ["# LoRA: rank and scale\n", f"Made by `{command}`. The picture links to its PDF.\n"]
+    parts += [format_table(1, table), format_picture(1, picture, runs), "The runs' commands:\n"]
+    parts += [*(f"    {run.description['command']}" for run in runs), ""]
+    write_file(folder / "lora-sweep.md", "\n".join(parts))
+    return folder / "lora-sweep.md"
+
+
+# ----------------------------------------------------------------------------------- the command
+
+
+def parse_flags(argv):
+    """The command line: `(flags, flags after "--")`."""
+    parser = FlagParser(
+        prog="python -m studies.lora_sweep",
+        description=__doc__.splitlines()[0],
+        epilog="Flags after -- go to multitask_classifier.py: -- --epochs 2 --data_dir data",
+    )
+    add, rate, rank = parser.add_argument, number(float, 0, above=True), number(int, 1)
+    ranks = [1, 4, 16, 32, 64]
+    add("--ranks", nargs="+", type=rank, default=ranks, help="(default: 1 4 16 32 64)")
+    add("--alpha", type=rate, default=16.0, help="α of all ranks (default: %(default)g)")
+    add("--scaling", type=rate, default=0.5, help="α/r of all ranks (default: %(default)g)")
+    add("--runs_dir", default="runs/sweep", help="folder of the runs (default: %(default)s)")
+    add("--out", default="report/sweep", help="folder of the results (default: %(default)s)")
+    add("--debug", action="store_true", help="show the traceback of an error")
+    end = argv.index("--") if "--" in argv else len(argv)
+    flags, passed = parser.parse_args(argv[:end]), argv[end + 1 :]
+    for word in passed:
+        if word.split("=")[0] in OWN_FLAGS:
+            raise UserError(f"{word} after --: the sweep sets it (--help lists its flags)")
+    return flags, passed
+
+
+def main(argv=None):
+    """Train what is missing of a sweep, then write its table and picture."""
+    argv = sys.argv[1:] if argv is None else argv
+    flags, passed = parse_flags(argv)
+    wanted = combinations(flags.ranks, flags.alpha, flags.scaling)
+    planned = [
+        (combination, *plan_run(combination, flags.runs_dir, passed)) for combination in wanted
+    ]
+    done = list(train_all(planned))
+    points = [Point(combination, run, standard_error(run)) for combination, run in done if run]
+    if not points:
+        raise NotFinite("no run kept finite numbers; try a lower --lr")
+    check_comparable([point.run for point in points])
+    diverged = [combination for combination, run in done if not run]
+    command = shlex.join(["python", "-m", "studies.lora_sweep", *argv])
+    print(f"wrote {write_sweep(points, diverged, flags.out, command)}")
+
+
+if __name__ == "__main__":
+    sys.exit(run_script(main))

@@ -1,0 +1,362 @@
+"""The command line: its flags, the plan that follows from them, and what is refused.
+
+Numbers in test names are rows of the project's table of faults.
+"""
+
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import REPOSITORY, SAMPLE
+
+import evaluation
+import multitask_classifier
+from bert import BertModel
+from config import LEARNING_RATES, LORA_TARGETS, RECIPES, TASKS, UserError
+from tokenizer import BertTokenizer
+from training.flags import make_parser, parse_command
+from training.plan import make_plan
+from training.run_folder import RunFolder, run_path
+from training.setup import check_output_paths, data_paths
+
+LORA, FROZEN = "--fine-tune-mode LoRA", "--fine-tune-mode last-linear-layer"
+PAIRS, SIMCSE = "--pair_encoding", "--unsupervised_simcse"
+
+
+@pytest.fixture(autouse=True)
+def workplace(tmp_path, monkeypatch):
+    """An empty working directory: no runs, no data. Pytest keeps its own signal handlers."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+
+
+def parse(command):
+    """The flags of a command line, checked as far as no file is needed."""
+    flags = parse_command(shlex.split(command)).flags
+    check_output_paths(flags, {})
+    return flags
+
+
+def refused(command, pattern, program=parse):
+    """Check that a command is the user's mistake: code 2, one line, and every file is as before."""
+    before = {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()}
+    with pytest.raises(UserError, match=pattern) as caught:
+        program(command)
+    assert caught.value.exit_code == 2 and "\n" not in str(caught.value)
+    assert before == {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()}
+
+
+def a_run(command):
+    """Leave a run of this command line, whose precision `auto` came to fp32."""
+    flags = parse(command)
+    values = dict.fromkeys(("command", "encoder", "data")) | {"precision": "fp32"}
+    run_path(flags).mkdir(parents=True)
+    (run_path(flags) / "run.json").write_text(json.dumps(values | {"args": vars(flags)}))
+
+
+# fmt: off
+STARTER = """
+    --sst_train a --sst_dev b --sst_test c --para_train d --para_dev e --para_test f --sts_train g
+    --sts_dev h --sts_test i --seed 11711 --epochs 10 --fine-tune-mode full-model --use_gpu
+    --sst_dev_out j --sst_test_out k --para_dev_out l --para_test_out m --sts_dev_out n
+    --sts_test_out o --batch_size 8 --hidden_dropout_prob 0.3 --lr 1e-5
+"""
+FLAGS = {
+    STARTER: {
+        "sst_train": "a", "para_dev": "e", "sts_test": "i", "sst_dev_out": "j", "sts_test_out": "o",
+        "seed": 11711, "epochs": 10, "batch_size": 8, "use_gpu": True, "hidden_dropout_prob": 0.3,
+        "lr": 1e-5, "fine_tune_mode": "full-model",
+    },
+    "": {
+        "fine_tune_mode": "full-model", "epochs": 10, "batch_size": 8, "weight_decay": 1e-3,
+        "LoRA_r": 32, "LoRA_alpha": 16, "LoRA_targets": list(LORA_TARGETS), "pooling": "mean",
+        "hidden_dropout_prob": None, "tasks": ["sst", "para", "sts"], "gradient_surgery": None,
+        "sst_head": "ffn", "para_head": "features", "sts_head": "cosine",
+    },
+    "--epoch=100": {"epochs": 100},
+    "--tasks sts sst sts": {"tasks": ["sst", "sts"]},
+    "--tasks sst para sts cfimdb": {"tasks": list(TASKS)},
+    f"{LORA} --LoRA_targets value query value": {"LoRA_targets": ["query", "value"]},
+    "--gradient_surgery": {"gradient_surgery": "sum"},
+    "--gradient_surgery mean": {"gradient_surgery": "mean"},
+    "--resume": {"resume": True},  # nothing to resume is no error
+    # what looks like a contradiction and is none
+    f"{FROZEN} --tasks sts --sts_head linear": {"sts_head": "linear"},
+    f"{FROZEN} --tasks sts {PAIRS} joint": {"tasks": ["sts"]},
+    f"{SIMCSE} --batch_size 2 --simcse_tasks sst": {"batch_size": 2},
+    f"{SIMCSE} --simcse_tasks para --task_batch_sizes sst=1": {"simcse_tasks": ["para"]},
+    "--supervised_simcse --task_batch_sizes sst=1": {"supervised_simcse": True},
+    "--gradient_surgery --accumulate 1": {"accumulate": 1},
+    "--recipe best --swap_pairs": {"swap_pairs": True},
+}
+PLANS = {  # for 21 examples of sst and 33 of para
+    **{f"--fine-tune-mode {mode}": {"encoder_lr": rates[0], "head_lr": rates[1]}
+       for mode, rates in LEARNING_RATES.items()},
+    "--lr 1e-4 --head_lr 3e-3": {"encoder_lr": 1e-4, "head_lr": 3e-3},
+    "--lr 1e-4": {"encoder_lr": 1e-4, "head_lr": 5e-4},  # the heads, new, keep the mode's rate
+    f"{FROZEN} --lr 0.01": {"encoder_lr": 0.0, "head_lr": 0.01},
+    "": {"joint": (), "both": (), "simcse_tasks": ()},
+    f"{PAIRS} joint": {"joint": ("para", "sts"), "both": ()},
+    f"{PAIRS} both": {"joint": (), "both": ("para", "sts")},
+    f"{PAIRS} para=joint sts=separate": {"joint": ("para",), "both": ()},
+    f"{PAIRS} para=both sts=joint": {"joint": ("sts",), "both": ("para",)},
+    f"{PAIRS} joint para=separate": {"joint": ("sts",), "both": ()},
+    f"{PAIRS} joint --tasks sst sts": {"joint": ("sts",), "both": ()},
+    "--batch_size 16": {"batch_sizes": {"sst": 16, "para": 16, "sts": 16}},
+    "--tasks sst para --task_batch_sizes para=64": {"batch_sizes": {"sst": 8, "para": 64}},
+    "--epochs 3 --task_batch_sizes sst=4": {"steps_per_epoch": 6, "total_steps": 18},
+    "--accumulate 4": {"steps_per_epoch": 2, "total_steps": 20},
+    "--steps_per_epoch 3000 --epochs 2": {"steps_per_epoch": 3000, "total_steps": 6000},
+    "--loss_weights sts=0": {"loss_weights": {"sst": 1.0, "para": 1.0, "sts": 0.0}},
+    f"{SIMCSE} --tasks sst para --supervised_simcse --r_drop sst para --loss_weights para=2 "
+    "simcse_sst=0.1 r_drop_sst=0.5 simcse_para_supervised=3": {"loss_weights": {
+        "sst": 1.0, "para": 2.0, "r_drop_sst": 0.5, "r_drop_para": 1.0, "simcse_sst": 0.1,
+        "simcse_para": 1.0, "simcse_para_supervised": 3.0,
+    }},
+}
+NEAREST = {
+    "--LoRA_rank": "--LoRA_r", "--lora_r": "--LoRA_r", "--lora-alpha": "--LoRA_alpha",
+    "--batchsize": "--batch_size", "--fine_tune_mode": "--fine-tune-mode", "--epocs": "--epochs",
+    "--sst_trian": "--sst_train", "--unsupervised-simcse": "--unsupervised_simcse",
+    # as other scripts call them
+    "--learning-rate": "--lr", "--learning_rate": "--lr", "--rank": "--LoRA_r",
+    "--alpha": "--LoRA_alpha", "--wd": "--weight_decay", "--dropout": "--hidden_dropout_prob",
+    "--bs": "--batch_size", "--steps": "--steps_per_epoch", "--name": "--model_file_suffix",
+    "--gradient_accumulation_steps": "--accumulate", "--device": "--use_gpu",
+    "--output_dir": "--runs_dir",
+    # abbreviations
+    "--batch": "--batch_size", "--fine-tune": "--fine-tune-mode", "--weight": "--weight_decay",
+}
+OUT_OF_RANGE = {
+    "--lr": "nan -1 inf 0 x 1e-999", "--head_lr": "nan", "--hidden_dropout_prob": "1.5 -0.1 nan",
+    "--batch_size": "0 1.5 " + 400 * "9", "--epochs": "-1 1.5 " + 400 * "9", "--warmup": "2",
+    "--layer_decay": "0 1.1", "--weight_decay": "-1 nan inf", "--clip": "-1", "--accumulate": "0",
+    "--seed": "-1", "--steps_per_epoch": "0", "--max_length": "2", "--patience": "-1",
+    "--log_every": "0", "--save_every": "x", "--LoRA_r": "0 -4 2.5", "--LoRA_alpha": "0 -1",
+    "--LoRA_dropout": "1", "--pair_encoding": "all sst=joint para=yes joint=para =joint=",
+    "--task_batch_sizes": "64 para para=0 para=-1 para=1.5 cfimdb=8 =8",
+    "--loss_weights": "para para=much para=-1 para=nan stss=2 simcse_sst=5",
+}
+REFUSED = {
+    **{f"01 {flag} 4": f"unknown argument {flag}; did you mean {near}.*--help"
+       for flag, near in NEAREST.items()},
+    "01 --verbose": r"unknown argument --verbose \(--help",
+    "01 --hidden 0.1": "unknown argument --hidden",
+    "01 --fine-tune-mode lora": "invalid choice: 'lora'.*last-linear-layer.*full-model.*LoRA",
+    "01 --recipe simcse_lora": "invalid choice: 'simcse_lora'.*baseline.*simcse-lora.*best",
+    "01 --tasks sst nli": "invalid choice: 'nli'.*cfimdb",
+    "01 --para_head linear": "invalid choice.*features",
+    "01 --precision fp8": "invalid choice.*bf16",
+    "01 --r_drop sts": "invalid choice: 'sts'.*para",
+    "01 --r_drop para --tasks sst": "--r_drop para: not among --tasks sst",
+    f"01 {FROZEN} --r_drop sst": "its two passes would be one",
+    "01 --r_drop sst --swap_pairs": "--swap_pairs: only with --r_drop para",
+    "01 --simcse_tasks sst": "only with --unsupervised_simcse",
+    f"01 {SIMCSE} --simcse_tasks cfimdb": "not among --tasks",
+    f"01 {SIMCSE} --simcse_tasks sst --loss_weights simcse_sts=5": "losses .* simcse_sst",
+    "01 --supervised_simcse --loss_weights r_drop_sst=5": "losses .* simcse_para_supervised",
+    "01 --supervised_simcse --tasks sst sts": "needs the task para",
+    f"01 {FROZEN} {SIMCSE}": "the encoder is frozen",
+    f"01 {FROZEN} --supervised_simcse": "the encoder is frozen",
+    f"01 {FROZEN} --gradient_surgery": "the encoder is frozen",
+    f"01 {FROZEN} --tasks sts": "nothing to train",
+    f"01 {FROZEN} --freeze_word_embeddings": "only in full-model",
+    f"01 {FROZEN} --layer_decay 0.9": "none of its layers learns",
+    f"01 {FROZEN} --lr 1e-3 --head_lr 1e-3": "both are the heads' rate",
+    f"01 {LORA} --freeze_word_embeddings": "only in full-model",
+    "01 --gradient_surgery --accumulate 2": "not with --accumulate",
+    "01 --resume": "--resume and --overwrite exclude each other",
+    "01 --sst_dev_out x --para_test_out ./x": "x: one file for several.*sst dev, para test",
+    "01 --sts_dev_out predictions/sst-test-output.csv": "for several.*sst test, sts dev",
+    **{f"02 {flag} {value}": f"{flag}.*expected"
+       for flag, values in OUT_OF_RANGE.items() for value in values.split()},
+    "02 --pair_encoding sst=joint": "expected separate, joint or both, or TASK=.* para, sts",
+    "02 --task_batch_sizes para=0": "expected TASK=N with TASK of sst, para, sts",
+    "02 --loss_weights stss=2": "expected LOSS=WEIGHT with LOSS of this run's .* sst, para, sts",
+    "02 --pooling": "--pooling: expected one argument",
+    f"02 {SIMCSE} --batch_size 1": "--batch_size 1 of sst.*at least 2",
+    f"02 {SIMCSE} --task_batch_sizes sts=1": "1 of sts: SimCSE needs other examples",
+    "02 --supervised_simcse --task_batch_sizes para=1": "1 of para: SimCSE needs other examples",
+    "04 --LoRA_r 0": "--LoRA_r: '0'; expected a whole number of at least 1",
+    "04 --LoRA_alpha 0": "--LoRA_alpha: '0'; expected a number above 0",
+    "04 --LoRA_targets query qury": "invalid choice: 'qury'.*attention_output",
+    "04 --LoRA_r 4": "--LoRA_r: only with --fine-tune-mode LoRA, not full-model",
+    "04 --recipe simcse-lora --fine-tune-mode full-model --LoRA_r 4": "--LoRA_r: only with",
+    f"04 {FROZEN} --LoRA_targets query": "--LoRA_targets: only with --fine-tune-mode LoRA",
+    **{f"39 '--model_file_suffix={suffix}'": "--model_file_suffix.*expected 1 to 100 letters"
+       for suffix in ("../../x", "/etc/x", "a/b", "x" * 300, "a b", ".hidden", "-x", "x\n", "~")},
+}
+ANOTHER_MODEL = {
+    f"{LORA} --LoRA_r 5": "--LoRA_r is 5, was 4$",
+    f"{LORA} --LoRA_alpha 8": "--LoRA_alpha is 8.0, was 16.0$",
+    f"{LORA} --LoRA_targets query": r"--LoRA_targets is \['query'\], was \['query', 'key', .*'\]$",
+    f"{LORA} --tasks sst": r"--tasks is \['sst'\], was \['sst', 'para', 'sts'\]$",
+    f"{LORA} --task_batch_sizes para=64": r"--task_batch_sizes is \['para=64'\], was \[\]$",
+    f"{LORA} --precision bf16": "--precision is bf16, was auto or fp32$",
+    f"{LORA} --LoRA_r 8 --epochs 3 --seed 5 --lr 1":
+        "--LoRA_r is 8, was 4; --lr is 1.0, was not given; --seed is 5, was 11711$",
+    "--fine-tune-mode full-model": "--fine_tune_mode is full-model, was LoRA$",
+}
+# fmt: on
+
+
+@pytest.mark.parametrize("command", FLAGS)
+def test_flags_and_their_defaults(command):
+    flags = vars(parse(command))
+    assert {name: flags[name] for name in FLAGS[command]} == FLAGS[command]
+
+
+@pytest.mark.parametrize("command", PLANS)
+def test_what_follows_from_the_flags(command):
+    flags = parse(command)
+    examples = {name: n for name, n in (("sst", 21), ("para", 33)) if name in flags.tasks}
+    plan = make_plan(flags, examples)
+    assert {name: getattr(plan, name) for name in PLANS[command]} == PLANS[command]
+
+
+def test_an_epoch_has_at_most_2000_steps():
+    assert make_plan(parse(""), {"sst": 10**6}).steps_per_epoch == 2000
+
+
+def test_every_flag_is_described():
+    assert all(action.help for action in make_parser()._actions)
+
+
+def test_the_run_is_named_by_mode_and_suffix():
+    assert str(run_path(parse(f"{LORA} --model_file_suffix r4.x_1"))) == "runs/LoRA-r4.x_1"
+    assert str(run_path(parse("--runs_dir elsewhere"))) == "elsewhere/full-model"
+
+
+# ------------------------------------------------------------------------------ what is refused
+
+
+@pytest.mark.parametrize("command", REFUSED)
+def test_01_02_04_39_flags_that_are_refused(command):
+    """A run of the same name stays, though `--overwrite` would replace it."""
+    a_run("")
+    refused(f"{command[3:]} --overwrite", REFUSED[command])
+
+
+def test_01_the_other_script_names_the_nearest_flag_too():
+    refused("--chekpoint x", "mean --checkpoint?", lambda c: evaluation.parse_flags(c.split()))
+
+
+def test_01_the_script_answers_before_it_loads_torch(tmp_path):
+    """A wrong flag ends it with code 2 and one line, `--help` with code 0."""
+    (tmp_path / "torch.py").write_text("raise SystemExit('torch was imported')")
+    command = [sys.executable, REPOSITORY / "multitask_classifier.py"]
+    setting = {"capture_output": True, "text": True, "env": os.environ | {"PYTHONPATH": "."}}
+    wrong = subprocess.run([*command, "--LoRA_rank=4"], **setting)
+    message = "error: unknown argument --LoRA_rank=4; did you mean --LoRA_r? (--help lists all)\n"
+    assert (wrong.returncode, wrong.stderr) == (2, message)
+    shown = subprocess.run([*command, "--help"], **setting)
+    assert (shown.returncode, shown.stderr, shown.stdout.count("usage:")) == (0, "", 1)
+    right = subprocess.run(command, **setting)
+    assert right.stderr == "torch was imported\n"  # else this test would prove nothing
+
+
+@pytest.mark.parametrize("command", ANOTHER_MODEL)
+def test_28_a_run_resumed_as_another_lists_every_difference(command):
+    """And nothing that is as it was."""
+    a_run(f"{LORA} --LoRA_r 4 --epochs 3")
+    if "LoRA" not in command:
+        Path("runs/LoRA").rename("runs/full-model")
+    expected = f"^--resume: not the run that was begun: {ANOTHER_MODEL[command]}"
+    refused(f"{command} --resume", expected)
+
+
+def test_a_resumed_run_takes_its_own_flags_though_its_recipe_has_changed(monkeypatch):
+    command = "--recipe simcse-lora --LoRA_r 4"
+    a_run(f"{command} --epochs 3 --pair_encoding para=joint --loss_weights para=2")
+    changed = RECIPES["simcse-lora"].flags | {"pooling": "cls"}
+    monkeypatch.setitem(RECIPES, "simcse-lora", replace(RECIPES["simcse-lora"], flags=changed))
+    assert parse(f"{command} --overwrite").pooling == "cls"
+    plan = make_plan(parse(f"{command} --resume --save_every 5 --precision fp32"), {})
+    assert (plan.flags.epochs, plan.flags.save_every, plan.flags.pooling) == (3, 5, "mean")
+    assert (plan.lora.r, plan.joint, plan.loss_weights["para"]) == (4, ("para",), 2.0)
+
+
+def test_a_run_is_neither_resumed_nor_replaced_unasked():
+    a_run("--epochs 3")
+    for way in ("--resume", "--overwrite"):
+        refused("--epochs 3", f"`python multitask_classifier.py --epochs 3 {way}`")
+        parse(f"--epochs 3 {way}")
+
+
+# ------------------------------------------------- what the encoder or the hardware cannot do
+
+
+@pytest.fixture
+def main(tiny_config, toy_vocab_folder):
+    """Runs the training script with a tiny random encoder on the sample, for no epochs."""
+    tokenizer = BertTokenizer.from_pretrained(toy_vocab_folder)
+    BertModel(tiny_config).save_pretrained("encoder", tokenizer)
+    base = ["--pretrained", "encoder", "--data_dir", str(SAMPLE), "--epochs", "0"]
+    base += ["--calibration_examples", "0"]
+    return lambda command: multitask_classifier.main([*base, *command.split()])
+
+
+@pytest.mark.parametrize(
+    ("flags", "pattern"),
+    [
+        ("--max_length 41", "--max_length 41: this encoder has 40 positions"),
+        (f"{LORA} --LoRA_r 33 --overwrite", "--LoRA_r 33: .*1 to 32"),
+        ("--use_gpu", "--use_gpu: no GPU here; the only device is cpu"),
+    ],
+)
+def test_02_04_05_limits_are_told_before_weights_load(main, flags, pattern):
+    """The weights are none, which is what any other command would end with."""
+    Path("encoder/model.safetensors").write_bytes(b"no weights")
+    a_run(LORA)
+    refused(flags, pattern, main)
+    with pytest.raises(UserError, match=r"model\.safetensors"):
+        main("")
+
+
+def test_03_06_no_epochs_only_evaluate_and_without_bf16_in_fp32(main, monkeypatch, capsys):
+    """Resumed, it does the same again. What the recipe stands for is printed and kept."""
+    for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+        monkeypatch.setattr(torch.cpu, name, lambda: False, raising=False)
+    run, predictions = RunFolder("runs/full-model-cosine"), []
+    for flags in ("", "--resume"):
+        main(f"--recipe cosine --precision bf16 {flags}")
+        assert [line["kind"] for line in run.metrics()] == ["eval"]
+        predictions.append({p.name: p.read_bytes() for p in Path("predictions").iterdir()})
+    assert predictions[0] == predictions[1] and len(predictions[0]) == 6
+    description, printed = run.description(), capsys.readouterr().out
+    assert "warning: --precision bf16: this cpu has no bf16" in printed
+    assert description["precision"] == "fp32"
+    assert "--sst_head linear" in description["expanded_command"]
+    assert f"--recipe cosine is: {description['expanded_command']}" in printed
+
+
+# -------------------------------------------------------------------------------------------- data
+
+
+@pytest.mark.parametrize(
+    ("flags", "file", "sst_train", "folders"),
+    [
+        ("--tasks sst para sts cfimdb", None, SAMPLE / "ids-sst-train.csv", {SAMPLE}),
+        ("", "data/sts-dev.csv", Path("data/ids-sst-train.csv"), {Path("data")}),
+        ("--data_dir nowhere", None, Path("nowhere/ids-sst-train.csv"), {Path("nowhere")}),
+        ("--sst_train mine.csv", None, Path("mine.csv"), {Path("."), Path("data")}),
+    ],
+)
+def test_one_file_of_the_courses_or_a_named_path_rules_out_the_sample(
+    flags, file, sst_train, folders, capsys
+):
+    """There is never a mixture with it, and it is said where it is used."""
+    if file:
+        Path(file).parent.mkdir()
+        Path(file).touch()
+    paths = data_paths(parse(flags))
+    assert paths["sst"]["train"] == sst_train
+    assert {path.parent for of_task in paths.values() for path in of_task.values()} == folders
+    assert ("sample" in capsys.readouterr().out) == (folders == {SAMPLE})

@@ -1,0 +1,316 @@
+"""The command line: its flags, their checks, and the flags of a run that is resumed.
+
+The flags of the course starter and of the paper keep their names. Nothing here needs torch, so
+that `--help` and a wrong flag are answered at once.
+"""
+
+import argparse
+import difflib
+import shlex
+import sys
+from dataclasses import dataclass
+
+from config import (
+    LEARNING_RATES,
+    LORA_TARGETS,
+    MODES,
+    PRECISIONS,
+    RECIPES,
+    TASKS,
+    LoRAConfig,
+    UserError,
+)
+from runtime.script import launch_command
+from training.plan import check_flags, number
+from training.run_folder import RunFolder, run_path
+
+SCRIPT = "multitask_classifier.py"
+SPLITS = ("train", "dev", "test")
+# Flags of one command: never compared when a run is resumed.
+OF_ONE_COMMAND = {"resume", "overwrite", "debug", "runs_dir"}
+# Flags that may differ when a run is resumed: training does not depend on them. The content of the
+# data files is compared, wherever they lie.
+FREE_WHEN_RESUMING = {
+    *("save_every", "log_every", "use_gpu", "predictions_dir", "require_test", "data_dir"),
+    *(f"{task}_{what}" for task in TASKS for what in (*SPLITS, "dev_out", "test_out")),
+}
+# What other training scripts call a flag.
+OTHER_NAMES = {"learning_rate": "lr", "rank": "lora_r", "alpha": "lora_alpha", "wd": "weight_decay"}
+OTHER_NAMES |= {"dropout": "hidden_dropout_prob", "bs": "batch_size", "steps": "steps_per_epoch"}
+OTHER_NAMES |= {"gradient_accumulation_steps": "accumulate", "name": "model_file_suffix"}
+OTHER_NAMES |= {"device": "use_gpu", "output_dir": "runs_dir"}
+
+
+class FlagParser(argparse.ArgumentParser):
+    """An argument parser without abbreviations. Its errors are `UserError`s."""
+
+    def __init__(self, **settings):
+        super().__init__(allow_abbrev=False, **settings)
+
+    def parse_args(self, args=None, namespace=None):
+        """As argparse's; the error for an unknown flag names the nearest one."""
+        namespace, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            plain = {flag.strip("-").lower().replace("-", "_"): flag for flag in self.all_flags()}
+            wanted = unknown[0].split("=")[0].strip("-").lower().replace("-", "_")
+            near = difflib.get_close_matches(OTHER_NAMES.get(wanted, wanted), plain, n=1)
+            hint = f"; did you mean {plain[near[0]]}?" if near else ""
+            self.error(f"unknown argument {unknown[0]}{hint}")
+        return namespace
+
+    def all_flags(self):
+        """Every flag, as it is typed."""
+        return list(self._option_string_actions)
+
+    def error(self, message):
+        """Raise `UserError`."""
+        raise UserError(f"{message} (--help lists all)")
+
+
+# fmt: off
+def make_parser():
+    """All flags, by group."""
+    parser = FlagParser(
+        usage="%(prog)s [FLAG ...]",
+        description="Fine-tune a hand-written BERT on several sentence tasks at once.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="python %(prog)s --fine-tune-mode LoRA --LoRA_r 32\n"
+        "python %(prog)s --pretrained bundled --recipe best\n"
+        "then: python evaluation.py",
+    )
+    positive, natural = number(int, 1), number(int, 0)
+    rate, share = number(float, 0, above=True), number(float, 0, 1)
+
+    add = parser.add_argument_group("what is trained").add_argument
+    add("--recipe", choices=RECIPES, metavar="NAME", help="preset flags, a row of the paper's "
+        f"Table 1 or ours, 'best': {', '.join(RECIPES)}; a flag given beside it overrides it")
+    add("--fine-tune-mode", choices=MODES, default="full-model", help="what is trained: the heads "
+        "alone, everything, or LoRA adapters and the heads (default: %(default)s)")
+    add("--tasks", nargs="+", choices=TASKS, metavar="TASK",
+        default=[name for name, task in TASKS.items() if task.default],
+        help=f"of {', '.join(TASKS)} (default: all but cfimdb)")
+    add("--pretrained", metavar="ENCODER", help="folder, hub name, or 'bundled' (default: "
+        "bert-base-uncased; if the hub is out of reach, the bundled MiniLM)")
+
+    add = parser.add_argument_group("LoRA (only with --fine-tune-mode LoRA)").add_argument
+    add("--LoRA_r", type=positive, default=LoRAConfig.r, metavar="R",
+        help="rank (default: %(default)s)")
+    add("--LoRA_alpha", type=rate, default=LoRAConfig.alpha, metavar="A",
+        help="the low-rank path is scaled by A/R (default: %(default)g)")
+    add("--LoRA_dropout", type=number(float, 0, 0.99), default=LoRAConfig.dropout, metavar="P",
+        help="dropout on the input of the low-rank path (default: %(default)g)")
+    add("--LoRA_targets", nargs="+", choices=LORA_TARGETS, metavar="LAYER",
+        default=list(LORA_TARGETS), help=f"linear layers (default: all): {', '.join(LORA_TARGETS)}")
+
+    add = parser.add_argument_group("heads and losses").add_argument
+    for name, task in TASKS.items():
+        add(f"--{name}_head", choices=task.heads, default=task.heads[0],
+            help=f"{task.title} head (default: %(default)s)")
+    add("--pooling", choices=("mean", "cls"), default="mean",
+        help="a sentence's vector: mean over its tokens (default) or the first token")
+    add("--pair_encoding", nargs="+", default=["separate"], metavar="[TASK=]HOW",
+        help="'separate' (bi-encoder, default), 'joint' (cross-encoder: a pair is one sequence) or "
+        "'both', for all pair tasks or as para=both sts=separate")
+    add("--unsupervised_simcse", action="store_true", help="contrastive loss on sentences")
+    add("--supervised_simcse", action="store_true", help="contrastive loss on paraphrase pairs")
+    add("--simcse_tasks", nargs="+", choices=TASKS, metavar="TASK",
+        help="tasks with the unsupervised loss (default: all of --tasks)")
+    add("--r_drop", nargs="*", choices=[n for n, t in TASKS.items() if t.kind != "score"],
+        default=[], metavar="TASK", help="R-Drop on these tasks: penalise different predictions "
+        "under two dropout masks (default: none)")
+    add("--swap_pairs", action="store_true",
+        help="R-Drop's second pass has the two sentences of a pair in the other order")
+    add("--loss_weights", nargs="+", default=[], metavar="LOSS=W",
+        help="weights of the summed losses, as para=2, with SimCSE simcse_sst=0.1 (default: 1)")
+    add("--calibration_examples", type=natural, default=2000, metavar="N",
+        help="before each evaluation, fit each head's offset on N training examples of its task, "
+        "since dropout shifts its outputs; 0 for none (default: %(default)s)")
+    add("--gradient_surgery", nargs="?", choices=("sum", "mean"), const="sum", default=None,
+        help="project conflicting task gradients (PCGrad), then sum (default) or average them")
+
+    add = parser.add_argument_group("optimisation").add_argument
+    add("--epochs", "--epoch", type=natural, default=10,
+        help="of --steps_per_epoch each; 0 only evaluates (default: %(default)s)")
+    add("--steps_per_epoch", type=positive, metavar="N", help="optimiser steps per epoch (default: "
+        "the batches of the task that has most of them, over --accumulate, at most 2000)")
+    add("--batch_size", type=positive, default=8,
+        help="examples of each task per batch, over all processes (default: %(default)s)")
+    add("--task_batch_sizes", nargs="+", default=[], metavar="TASK=N",
+        help="other sizes for single tasks, such as para=64")
+    add("--accumulate", type=positive, default=1, metavar="N",
+        help="batches per optimiser step; in-batch negatives stay those of one batch "
+        "(default: %(default)s)")
+    add("--lr", type=rate, help="peak learning rate of the encoder (heads in last-linear-layer; "
+        f"default: {', '.join(f'{m} {r[0] or r[1]:g}' for m, r in LEARNING_RATES.items())})")
+    add("--head_lr", type=rate, help="peak learning rate of the newly initialised heads (default: "
+        f"{LEARNING_RATES['full-model'][1]:g} beside a trained encoder, "
+        f"{LEARNING_RATES['last-linear-layer'][1]:g} beside a frozen one)")
+    add("--layer_decay", type=number(float, 0.01, 1), default=1.0, metavar="D",
+        help="each encoder layer learns at D times the rate of the layer above it, the embeddings "
+        "at D times that of the lowest (default: %(default)g)")
+    add("--freeze_word_embeddings", action=argparse.BooleanOptionalAction, default=False,
+        help="full-model: train all but the word vectors, half of a small encoder's weights; "
+        "--no-freeze_word_embeddings overrides a recipe that freezes them")
+    add("--warmup", type=share, default=0.1, metavar="SHARE",
+        help="share of the steps with rising learning rate, then linear decay "
+        "(default: %(default)g)")
+    add("--weight_decay", type=number(float, 0), default=1e-3,
+        help="AdamW's, not on biases and LayerNorm (default: %(default)g)")
+    add("--clip", type=number(float, 0), default=1.0, metavar="NORM",
+        help="clip the gradient's norm to this; 0 for no limit (default: %(default)g)")
+    add("--hidden_dropout_prob", type=number(float, 0, 0.99), metavar="P",
+        help="dropout of the encoder and the heads (default: the encoder's own)")
+    add("--max_length", type=number(int, 3), metavar="TOKENS",
+        help="longest sequence (default: the encoder's limit)")
+    add("--patience", type=natural, default=0, metavar="N",
+        help="stop after N evaluations without a better overall score; 0 for never "
+        "(default: %(default)s)")
+    add("--seed", type=number(int, 0, 2**31), default=11711,
+        help="seed of initial weights, data order and dropout (default: %(default)s)")
+
+    add = parser.add_argument_group("the run").add_argument
+    add("--model_file_suffix", metavar="NAME", help="the run is runs/<mode>-NAME")
+    add("--runs_dir", default="runs", metavar="DIR",
+        help="folder of all runs (default: %(default)s)")
+    add("--predictions_dir", default="predictions", metavar="DIR",
+        help="folder of the prediction files (default: %(default)s)")
+    add("--resume", action="store_true", help="resume the run from its last checkpoint")
+    add("--overwrite", action="store_true", help="remove an earlier run of the same name")
+    add("--save_every", type=natural, default=0, metavar="N",
+        help="also save a checkpoint every N steps; 0: after each epoch only "
+        "(default: %(default)s)")
+    add("--log_every", type=positive, default=50, metavar="N",
+        help="log every N steps (default: %(default)s)")
+    add("--debug", action="store_true", help="show the traceback of an error")
+
+    add = parser.add_argument_group("hardware").add_argument
+    add("--use_gpu", action="store_true",
+        help="fail without a GPU; by default the best device there is is used")
+    add("--precision", choices=PRECISIONS, default="auto",
+        help="%(default)s (default): bf16 if the hardware has it")
+    add("--deterministic", action="store_true", help="the same bits on every run on CUDA; slower")
+
+    add = parser.add_argument_group("data").add_argument
+    add("--data_dir", metavar="DIR",
+        help="folder of the data files (default: data, or the sample in data/sample)")
+    add("--require_test", action="store_true", help="fail if a test file is missing")
+    for name in TASKS:
+        for split in SPLITS:
+            add(f"--{name}_{split}", metavar="FILE", help=f"{name} {split} file")
+        for split in ("dev", "test"):
+            add(f"--{name}_{split}_out", metavar="FILE", help=f"{name} {split} predictions")
+    return parser
+# fmt: on
+
+
+def default_flags():
+    """Every flag's default by name."""
+    return vars(make_parser().parse_args([]))
+
+
+# --------------------------------------------------------------------------------- the command line
+
+
+@dataclass(frozen=True)
+class Command:
+    """A checked command line: every flag, the words typed, and the names of the flags in them."""
+
+    flags: argparse.Namespace
+    argv: list
+    given: set
+
+    def words(self):
+        """The command that starts the run again, without --resume and --overwrite."""
+        kept = [word for word in self.argv if word not in ("--resume", "--overwrite")]
+        return [*launch_command(SCRIPT), *kept]
+
+    def expanded(self):
+        """The command with the recipe's flags written out, as text; None without a recipe."""
+        if self.flags.recipe is None:
+            return None
+        recipe = []
+        for name in RECIPES[self.flags.recipe].flags:
+            value = getattr(self.flags, name)
+            is_unused = name.startswith("LoRA_") and self.flags.fine_tune_mode != "LoRA"
+            if name not in self.given and not is_unused and value not in (None, False, []):
+                values = value if isinstance(value, list) else [] if value is True else [value]
+                flag = "fine-tune-mode" if name == "fine_tune_mode" else name
+                recipe += [f"--{flag}", *map(str, values)]
+        script = len(launch_command(SCRIPT))
+        words = self.words()
+        return shlex.join([*words[:script], *recipe, *words[script:]])
+
+
+def parse_command(argv=None):
+    """Parse and check the command line (`sys.argv` by default); returns a `Command`.
+
+    With `--resume`, flags that are not given come from the run's `run.json`. Raises `UserError`.
+    """
+    argv = sys.argv[1:] if argv is None else list(argv)
+    parser = make_parser()
+    recipe = parser.parse_args(argv).recipe
+    if recipe:
+        parser.set_defaults(**RECIPES[recipe].flags)
+    flags = parser.parse_args(argv)
+    given = names_given(parser, argv)
+    flags.tasks = [name for name in TASKS if name in flags.tasks]
+    flags.LoRA_targets = [name for name in LORA_TARGETS if name in flags.LoRA_targets]
+    drop_inapplicable_flags(flags, given)
+    if flags.resume and flags.overwrite:
+        raise UserError("--resume and --overwrite exclude each other")
+    run = RunFolder(run_path(flags))
+    if flags.resume and run.holds_run():
+        given = take_flags_of_run(flags, given, run.description())
+    check_flags(flags, given)
+    command = Command(flags, argv, given)
+    if run.holds_run() and not (flags.resume or flags.overwrite):
+        words = shlex.join([*launch_command(SCRIPT), *argv])
+        raise UserError(
+            f"{run.path} holds a run; resume it with `{words} --resume` "
+            f"or replace it with `{words} --overwrite`"
+        )
+    return command
+
+
+def names_given(parser, argv):
+    """Names of the flags that the words of `argv` set."""
+    unset = object()
+    blank = argparse.Namespace(**dict.fromkeys(vars(parser.parse_args(argv)), unset))
+    values = vars(parser.parse_args(argv, namespace=blank))
+    return {name for name, value in values.items() if value is not unset}
+
+
+def drop_inapplicable_flags(flags, given):
+    """Undo what a recipe has set for tasks or for a mode that the user has not chosen."""
+    if flags.recipe and flags.fine_tune_mode != RECIPES[flags.recipe].flags["fine_tune_mode"]:
+        for name, value in (("lr", None), ("freeze_word_embeddings", False)):
+            if name not in given:
+                setattr(flags, name, value)
+    if "r_drop" not in given:
+        trained = flags.tasks if flags.fine_tune_mode != "last-linear-layer" else []
+        flags.r_drop = [name for name in flags.r_drop if name in trained]
+    if "loss_weights" not in given:
+        unused = {f"r_drop_{name}" for name in TASKS if name not in flags.r_drop}
+        flags.loss_weights = [w for w in flags.loss_weights if w.split("=")[0] not in unused]
+    if "pair_encoding" not in given:
+        known = [w for w in flags.pair_encoding if "=" not in w or w.split("=")[0] in flags.tasks]
+        flags.pair_encoding = known or ["separate"]
+
+
+def take_flags_of_run(flags, given, description):
+    """Fill in the flags of the run to resume; raises `UserError` where a given one differs.
+
+    Returns the given names that may differ: the others were checked when the run began.
+    """
+    differences = []
+    for name, value in description["args"].items():
+        if name in OF_ONE_COMMAND or (name in FREE_WHEN_RESUMING and name in given):
+            continue
+        allowed = {value, description["precision"]} if name == "precision" else (value,)
+        if name in given and getattr(flags, name) not in allowed:
+            earlier = "not given" if value is None else " or ".join(sorted(map(str, allowed)))
+            differences.append(f"--{name} is {getattr(flags, name)}, was {earlier}")
+        setattr(flags, name, value)
+    if differences:
+        raise UserError(f"--resume: not the run that was begun: {'; '.join(differences)}")
+    return given & (FREE_WHEN_RESUMING | OF_ONE_COMMAND)

@@ -1,0 +1,161 @@
+"""Training metrics, and diagnosis of losses that are not finite."""
+
+import math
+import re
+import sys
+import time
+from typing import NamedTuple
+
+import torch
+from tqdm import tqdm
+
+from runtime import distributed, script
+from runtime.device import peak_memory_mib, seed_everything
+from runtime.script import NotFinite, bar_size, say
+
+
+class Step(NamedTuple):
+    """The numbers of one step, the same on every process."""
+
+    losses: dict  # name -> mean over the processes
+    norm: float  # of the gradient, before clipping
+    sentences: float  # encoded by all processes together
+    tokens: float
+    is_stopped: bool  # whether a process got a signal
+
+    def is_finite(self, scaler):
+        """Whether training may go on.
+
+        fp16's scaler skips a step whose gradient is not finite and halves its scale, down to 1.
+        """
+        is_skipped = scaler.is_enabled() and scaler.get_scale() >= 1
+        return all(map(math.isfinite, [*self.losses.values(), 0.0 if is_skipped else self.norm]))
+
+
+def read_back(losses, norm, model):
+    """The numbers of a step, averaged over the processes, in one transfer from the device."""
+    counts = [model.encoded_sequences, model.encoded_tokens, script.received["number"] or 0]
+    values = torch.stack([*losses.values(), norm, *norm.new_tensor(counts)])
+    *means, norm, sentences, tokens, signal = distributed.mean_over_processes(values).tolist()
+    processes = distributed.world_size()
+    losses = dict(zip(losses, means, strict=True))
+    return Step(losses, norm, sentences * processes, tokens * processes, signal > 0)
+
+
+class Meter:
+    """Mean losses and speed since the last logged step.
+
+    `totals` maps a value's name to its sum and the number of steps that had it. The dict is shared
+    with the run's progress, so that a checkpoint has it.
+    """
+
+    def __init__(self, totals):
+        self.totals = totals
+        self.seconds = self.sentences = self.tokens = 0
+        self.began = 0.0
+
+    def start(self):
+        """Begin to time a step."""
+        self.began = time.perf_counter()
+
+    def add(self, step, extra):
+        """Count a `Step` and its other values, a dict by name."""
+        for name, value in (step.losses | extra).items():
+            total, steps = self.totals.get(name, (0.0, 0))
+            self.totals[name] = [total + value, steps + 1]
+        self.sentences, self.tokens = self.sentences + step.sentences, self.tokens + step.tokens
+        self.seconds += time.perf_counter() - self.began
+
+    def take(self):
+        """Mean of each value, and sentences and tokens per second; then begin again."""
+        means = {name: total / steps for name, (total, steps) in self.totals.items()}
+        seconds = max(1e-9, self.seconds)
+        speed = {
+            "sentences_per_s": round(self.sentences / seconds, 1),
+            "tokens_per_s": round(self.tokens / seconds),
+        }
+        self.totals.clear()
+        self.seconds = self.sentences = self.tokens = 0
+        return means, speed
+
+
+def progress_bar(run, plan):
+    """tqdm's bar over the steps of the run; none for other processes, or without a terminal."""
+    is_hidden = distributed.rank() > 0 or not sys.stderr.isatty()
+    return tqdm(
+        total=plan.total_steps,
+        initial=run.progress.step,
+        unit="step",
+        disable=is_hidden,
+        smoothing=0.1,
+        **bar_size(),
+    )
+
+
+def log_step(run, meter, optimizer, plan, compute):
+    """Write a line of `metrics.jsonl`; returns the losses and the speed as text."""
+    means, speed = meter.take()
+    losses = {name: value for name, value in means.items() if name in plan.loss_weights}
+    run.log(
+        kind="train",
+        step=run.progress.step,
+        losses=losses,
+        **{name: value for name, value in means.items() if name not in losses},
+        lr=max(group["lr"] for group in optimizer.param_groups),
+        **speed,
+        peak_memory_mib=peak_memory_mib(compute.device),
+        seconds=run.seconds(),
+    )
+    shown = "  ".join(f"{name} {value:.3f}" for name, value in losses.items())
+    return f"{shown}  {speed['sentences_per_s']:.0f} sentences/s"
+
+
+def show(bar, run, plan, text):
+    """Show the log's text at the progress bar, or as a line of its own if there is none."""
+    bar.set_postfix_str(text)
+    if bar.disable:
+        say(f"step {run.progress.step}/{plan.total_steps}  {text}")
+
+
+# ------------------------------------------------------------------------------------- diagnosis
+
+
+def not_finite(model, losses, step_batches, step, plan, compute):
+    """The `NotFinite` of a step: which loss or whose gradient, and the ids of its task's batch."""
+    bad = [name for name, value in losses.items() if not math.isfinite(value)]
+    what = f"loss {', '.join(bad)}"
+    if not bad:
+        bad = bad_gradients(model, step_batches, step, plan, compute)
+        bad = sorted(set(" ".join(distributed.gather_texts(" ".join(bad))).split())) or list(losses)
+        what = f"gradient of the loss {', '.join(bad)}"
+    tasks = {re.sub("^(simcse|r_drop)_|_supervised$", "", name) for name in bad}
+    ids = "; ".join(
+        f"{name}: {' '.join(distributed.gather_texts(' '.join(batch[name].ids)))}"
+        for batch in step_batches
+        for name in batch
+        if name in tasks
+    )
+    return NotFinite(
+        f"step {step + 1}: {what} is not finite; the weights, saved, are those before the step; "
+        f"try a lower --lr; batch {ids}"
+    )
+
+
+def bad_gradients(model, step_batches, step, plan, compute):
+    """Names of the losses with a gradient that is not finite; each is computed again, alone."""
+    bad = set()
+    if plan.flags.gradient_surgery:  # it encodes task by task
+        step_batches = [{name: batch} for name, batch in step_batches[0].items()]
+    for number, batches in enumerate(step_batches):
+        seed_everything(plan.flags.seed, step, number, distributed.rank())
+        with compute.autocast():
+            losses = model(batches)
+        for name, loss in losses.items():
+            if not loss.requires_grad:  # such as a cosine over a frozen encoder
+                continue
+            model.zero_grad()
+            loss.backward(retain_graph=True)
+            gradients = [p.grad for p in model.parameters() if p.grad is not None]
+            if not all(gradient.isfinite().all() for gradient in gradients):
+                bad.add(name)
+    return sorted(bad)

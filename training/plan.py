@@ -1,0 +1,178 @@
+"""The plan of a run: what follows from its flags and the size of its data.
+
+The flags are what the user asked for, and `run.json` stores them as they are. The plan is derived
+from them, once, and never changes.
+"""
+
+import argparse
+import math
+from dataclasses import dataclass
+
+from config import LEARNING_RATES, TASKS, LoRAConfig, UserError
+
+MOST_STEPS = 2000  # of an epoch, unless --steps_per_epoch says otherwise
+
+
+def number(kind, low, high=None, *, above=False):
+    """An argparse type: a finite int or float from `low` (or above it) to `high`."""
+    expected = "a whole number" if kind is int else "a number"
+    expected += " above" if above else " from" if high else " of at least"
+    expected += f" {low:,} to {high:,}" if high else f" {low:,}"
+
+    def parse(text):
+        try:
+            value = kind(text)
+            is_good = math.isfinite(value) and low <= value and not (above and value == low)
+            is_good = is_good and (high is None or value <= high)
+        except (ValueError, OverflowError):  # not a number, or an int beyond all floats
+            is_good = False
+        if not is_good:
+            raise argparse.ArgumentTypeError(f"{text[:40]!r}; expected {expected}")
+        return value
+
+    return parse
+
+
+def pair_encoding(text):
+    """An argparse type: one of the ways to encode a pair."""
+    if text not in ("separate", "joint", "both"):
+        raise argparse.ArgumentTypeError(f"{text[:40]!r}; expected separate, joint or both")
+    return text
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What follows from the flags; `flags` is the parser's namespace, for everything else."""
+
+    flags: argparse.Namespace
+    joint: tuple  # pair tasks encoded as one sequence
+    both: tuple  # pair tasks encoded as one sequence and as two
+    batch_sizes: dict  # task -> examples in a batch, over all processes
+    simcse_tasks: tuple  # tasks with unsupervised SimCSE
+    loss_weights: dict  # every loss of the run -> its weight in the sum
+    encoder_lr: float  # peak learning rates
+    head_lr: float
+    steps_per_epoch: int
+    total_steps: int
+
+    @property
+    def is_frozen(self):
+        """Whether the encoder is frozen and only the heads are trained."""
+        return self.flags.fine_tune_mode == "last-linear-layer"
+
+    @property
+    def lora(self):
+        """The run's `LoRAConfig`, None in the other modes."""
+        flags = self.flags
+        if flags.fine_tune_mode != "LoRA":
+            return None
+        targets = tuple(flags.LoRA_targets)
+        return LoRAConfig(flags.LoRA_r, flags.LoRA_alpha, flags.LoRA_dropout, targets)
+
+
+def make_plan(flags, examples):
+    """Derive the `Plan`. `examples` maps a task to the number of its training examples.
+
+    Raises `UserError` for a value that names no task or loss of the run, or is not a value.
+    """
+    pairs = [name for name in flags.tasks if TASKS[name].is_pair]
+    encodings = dict.fromkeys(pairs, "separate")
+    expected = "separate, joint or both, or TASK=… with TASK of"
+    encodings |= keyed_values(flags, "pair_encoding", pairs, pair_encoding, expected)
+    sizes = dict.fromkeys(flags.tasks, flags.batch_size)
+    size = number(int, 1, 10**7 - 1)
+    sizes |= keyed_values(flags, "task_batch_sizes", flags.tasks, size, "TASK=N with TASK of")
+    simcse_tasks = (flags.simcse_tasks or flags.tasks) if flags.unsupervised_simcse else ()
+    batches = max([math.ceil(n / sizes[name]) for name, n in examples.items()], default=1)
+    encoder_lr, head_lr = LEARNING_RATES[flags.fine_tune_mode]
+    is_frozen = flags.fine_tune_mode == "last-linear-layer"
+    most = min(MOST_STEPS, math.ceil(batches / flags.accumulate))
+    return Plan(
+        flags=flags,
+        joint=tuple(name for name in pairs if encodings[name] == "joint"),
+        both=tuple(name for name in pairs if encodings[name] == "both"),
+        batch_sizes=sizes,
+        simcse_tasks=tuple(simcse_tasks),
+        loss_weights=loss_weights(flags, simcse_tasks),
+        encoder_lr=0.0 if is_frozen else flags.lr or encoder_lr,
+        head_lr=flags.head_lr or (flags.lr if is_frozen else None) or head_lr,
+        steps_per_epoch=flags.steps_per_epoch or most,
+        total_steps=flags.epochs * (flags.steps_per_epoch or most),
+    )
+
+
+def keyed_values(flags, flag, keys, parse, expected):
+    """The words `KEY=VALUE` of a flag as a dict. Only `pair_encoding` may leave the key out."""
+    values = {}
+    for word in getattr(flags, flag):
+        key, _, text = word.rpartition("=")
+        is_known = key in keys or (not key and flag == "pair_encoding")
+        try:
+            value = parse(text)
+        except argparse.ArgumentTypeError:
+            is_known = False
+        if not is_known:
+            raise UserError(f"--{flag} {word}; expected {expected} {', '.join(keys)}")
+        values |= {key: value} if key else dict.fromkeys(keys, value)
+    return values
+
+
+def loss_weights(flags, simcse_tasks):
+    """Every loss of the run -> its weight: 1, unless `--loss_weights` says otherwise."""
+    losses = [*flags.tasks, *(f"r_drop_{name}" for name in flags.r_drop)]
+    losses += [f"simcse_{name}" for name in simcse_tasks]
+    losses += ["simcse_para_supervised"] * flags.supervised_simcse
+    expected = "LOSS=WEIGHT with LOSS of this run's losses"
+    given = keyed_values(flags, "loss_weights", losses, number(float, 0), expected)
+    return dict.fromkeys(losses, 1.0) | given
+
+
+# ---------------------------------------------------------------------------------- contradictions
+
+
+def check_flags(flags, given):
+    """Raise `UserError` for flags that contradict each other; `given` are those of the command."""
+    mode = flags.fine_tune_mode
+    lora_flags = sorted(name for name in given if name.startswith("LoRA_"))
+    if mode != "LoRA" and lora_flags:
+        raise UserError(f"--{lora_flags[0]}: only with --fine-tune-mode LoRA, not {mode}")
+    if mode != "full-model" and flags.freeze_word_embeddings:
+        raise UserError(f"--freeze_word_embeddings: only in full-model; {mode} freezes them anyway")
+    if flags.simcse_tasks and not flags.unsupervised_simcse:
+        raise UserError("--simcse_tasks: only with --unsupervised_simcse")
+    if flags.supervised_simcse and "para" not in flags.tasks:
+        raise UserError("--supervised_simcse: needs the task para")
+    for flag in ("simcse_tasks", "r_drop"):
+        for name in getattr(flags, flag) or []:
+            if name not in flags.tasks:
+                raise UserError(f"--{flag} {name}: not among --tasks {' '.join(flags.tasks)}")
+    if flags.swap_pairs and not any(TASKS[name].is_pair for name in flags.r_drop):
+        raise UserError("--swap_pairs: only with --r_drop para, whose second pass it swaps")
+    if flags.gradient_surgery and flags.accumulate > 1:
+        raise UserError("--gradient_surgery: not with --accumulate; raise --batch_size")
+    plan = make_plan(flags, {})
+    for name in plan.simcse_tasks + ("para",) * flags.supervised_simcse:
+        if plan.batch_sizes[name] < 2:
+            raise UserError(
+                f"--batch_size 1 of {name}: SimCSE needs other examples in the batch, at least 2"
+            )
+    if plan.is_frozen:
+        check_frozen(plan, given)
+
+
+def check_frozen(plan, given):
+    """Raise `UserError` for flags that have no effect on a frozen encoder."""
+    flags = plan.flags
+    frozen = "the encoder is frozen and in eval mode in --fine-tune-mode last-linear-layer"
+    if flags.unsupervised_simcse or flags.supervised_simcse:
+        raise UserError(f"SimCSE: {frozen}; its losses could train nothing")
+    if flags.r_drop:
+        raise UserError(f"--r_drop: {frozen}; its two passes would be one")
+    if flags.gradient_surgery:
+        raise UserError(f"--gradient_surgery: {frozen}; tasks share no trained weights")
+    if flags.layer_decay < 1:
+        raise UserError(f"--layer_decay: {frozen}; none of its layers learns")
+    if {"lr", "head_lr"} <= given:
+        raise UserError(f"--lr and --head_lr: {frozen}; both are the heads' rate")
+    if flags.tasks == ["sts"] and flags.sts_head == "cosine" and not plan.joint + plan.both:
+        raise UserError(f"--sts_head cosine: {frozen}; nothing to train; use --sts_head linear")

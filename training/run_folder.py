@@ -1,0 +1,347 @@
+"""A run's folder: its description, its log, its best model and its checkpoints.
+
+    runs/<mode>[-<suffix>]/
+        run.json                               every flag, data files, encoder, versions
+        metrics.jsonl                          a line per logged step and per evaluation
+        best -> best-<step>-<hash>             the best model by the dev score; a link
+        state/step-<step>-<hash>.safetensors   the last two checkpoints to resume from
+        predictions/                           prediction files, and the scores behind them
+
+Every file appears under its name complete or not at all, and the link is exchanged in one step. A
+checkpoint has its SHA-256 in its name; a best model has a manifest with those of its files. A best
+model is kept while any checkpoint refers to it. Nothing here needs torch until tensors are written.
+"""
+
+import functools
+import json
+import os
+import re
+import shutil
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from config import UserError
+from runtime.files import (
+    TEMPORARY,
+    OutputError,
+    file_sha256,
+    flush_to_disk,
+    output_errors,
+    remove,
+    write_file,
+)
+from runtime.script import is_first, say
+
+CHECKPOINTS_KEPT = 2
+HASH_DIGITS = 16  # of a SHA-256 in a name
+SUFFIX_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+
+
+@dataclass
+class Progress:
+    """How far a run has come: the plain values of a checkpoint."""
+
+    step: int = 0  # optimiser steps done
+    evaluated: int = -1  # step of the last evaluation
+    best: str | None = None  # folder of the best model
+    best_score: float | None = None  # its overall dev score
+    misses: int = 0  # evaluations since then
+    totals: dict = field(default_factory=dict)  # sums of the losses that are not logged yet
+    scaler: dict = field(default_factory=dict)  # of fp16's gradient scaler
+
+    def needs_evaluation(self, plan):
+        """Whether an epoch has ended that was not evaluated yet."""
+        is_epoch_end = self.step > 0 and self.step % plan.steps_per_epoch == 0
+        return self.evaluated < self.step and (is_epoch_end or plan.total_steps == 0)
+
+    def is_finished(self, plan):
+        """Whether nothing is left to train or evaluate, or the patience has run out."""
+        is_at_end = self.step >= plan.total_steps and not self.needs_evaluation(plan)
+        return is_at_end or 0 < plan.flags.patience <= self.misses
+
+
+def run_path(flags):
+    """The folder of a run. Raises `UserError` if the suffix is not fit for a folder's name."""
+    suffix = flags.model_file_suffix or flags.recipe
+    if suffix and not SUFFIX_PATTERN.fullmatch(suffix):
+        raise UserError(
+            f"--model_file_suffix {suffix[:40]!r}; expected 1 to 100 letters, digits, "
+            f"'.', '_' and '-', beginning with a letter or digit"
+        )
+    return Path(flags.runs_dir) / "-".join(filter(None, [flags.fine_tune_mode, suffix]))
+
+
+def newest_run(runs="runs"):
+    """The run whose best model is newest. Raises `UserError` where there is none."""
+    found = [path.parent for path in Path(runs).glob("*/best") if path.exists()]
+    if not found:
+        raise UserError(f"{runs}/: no finished run; train one: python multitask_classifier.py")
+    return max(found, key=lambda path: (path / "best").resolve().stat().st_mtime)
+
+
+def find_damage(folder):
+    """What is wrong with a best model's folder, None if every hash of its manifest is right."""
+    try:
+        hashes = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        for name, digest in hashes.items():
+            if file_sha256(folder / name) != digest:
+                return f"{folder / name}: damaged (SHA-256 differs from manifest.json)"
+    except (OSError, ValueError, AttributeError, TypeError) as error:
+        return f"{folder}: damaged ({error})"
+    return None
+
+
+def only_first_process(method):
+    """Let the first process alone run a method that writes; the others get None."""
+
+    @functools.wraps(method)
+    def guarded(*args, **kwargs):
+        return method(*args, **kwargs) if is_first() else None
+
+    return guarded
+
+
+class RunFolder:
+    """One run's folder, locked while the run lives. `progress` is how far the run has come."""
+
+    def __init__(self, path):
+        self.path = Path(path)
+        self.progress = Progress()
+        self._began = time.perf_counter()  # minus what the run took before it was resumed
+
+    def holds_run(self):
+        """Whether a run was ever started here."""
+        return any((self.path / name).exists() for name in ("run.json", "state", "best"))
+
+    @only_first_process
+    def open(self):
+        """Lock the folder, and remove what a killed process left unfinished.
+
+        Raises `UserError` if another process uses it, `OutputError` if `best` cannot be a link.
+        """
+        with output_errors(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+            owner = self.path / ".owner"
+            self._lock = FileLock(self.path / ".lock")
+            try:
+                self._lock.acquire(timeout=0)  # the lock of a dead process does not count
+            except Timeout:
+                process = owner.read_text() if owner.exists() else "unknown"
+                raise UserError(f"{self.path}: in use by another run (process {process})") from None
+            owner.write_text(str(os.getpid()))
+            remove(self.path.rglob(f"{TEMPORARY}*"))
+        link = self.path / f"{TEMPORARY}link"
+        try:
+            link.symlink_to("best")
+            link.unlink()
+        except OSError as error:
+            raise OutputError(
+                f"{self.path}: no symbolic link can be made here ({error.strerror}), and `best` is "
+                f"one; name a folder on another file system with --runs_dir"
+            ) from error
+
+    @only_first_process
+    def start(self, description):
+        """Begin a run: write `run.json` and remove the files of an earlier run.
+
+        The checkpoints go first. After a kill in between, the new run starts at step 0.
+        """
+        with output_errors(self.path):
+            remove([self.path / "state"])
+            write_file(self.path / "run.json", json.dumps(description, indent=2) + "\n")
+            for name in ("best", "best-*", "metrics.jsonl", "predictions"):
+                remove(self.path.glob(name))
+
+    def description(self):
+        """The values of `run.json`. Raises `UserError` if it is missing or damaged."""
+        path = self.path / "run.json"
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+            missing = {"command", "args", "encoder", "data", "precision"} - set(values)
+        except (OSError, ValueError, TypeError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise UserError(
+                f"{path}: not the description of a run: {reason}; expected a run such as runs/LoRA"
+            ) from error
+        if missing:
+            raise UserError(f"{path}: not the description of a run: no {', '.join(missing)}")
+        return values
+
+    # ---------------------------------------------------------------------------------- the log
+
+    @property
+    def metrics_file(self):
+        """`metrics.jsonl`: one JSON object per line."""
+        return self.path / "metrics.jsonl"
+
+    def seconds(self):
+        """Seconds that the run has taken, without the work that a resumed run does again."""
+        return round(time.perf_counter() - self._began, 1)
+
+    @only_first_process
+    def log(self, **values):
+        """Append one line to the metrics."""
+        with output_errors(self.metrics_file), open(self.metrics_file, "a", encoding="utf-8") as f:
+            f.write(json.dumps(values) + "\n")
+
+    def metrics(self):
+        """All logged lines as dicts, without a last line that a kill cut short.
+
+        Raises `UserError` for a damaged line.
+        """
+        if not self.metrics_file.exists():
+            return []
+        text = self.metrics_file.read_text(encoding="utf-8", errors="replace")
+        lines = []
+        for number, line in enumerate(text.splitlines(keepends=True), start=1):
+            try:
+                lines += [dict(json.loads(line))] if line.endswith("\n") else []
+            except (ValueError, TypeError) as error:
+                raise UserError(
+                    f"{self.metrics_file}:{number}: damaged: {error}; remove this line to resume"
+                ) from error
+        return lines
+
+    @only_first_process
+    def _forget_later_metrics(self):
+        """Drop the lines of steps and evaluations that the resumed run will do again."""
+        last = {"train": self.progress.step, "eval": self.progress.evaluated}
+        kept = [line for line in self.metrics() if line["step"] <= last[line["kind"]]]
+        write_file(self.metrics_file, "".join(json.dumps(line) + "\n" for line in kept))
+        self._began = time.perf_counter() - max([line["seconds"] for line in kept], default=0)
+
+    # --------------------------------------------------------------------------- the best model
+
+    @property
+    def best(self):
+        """The best model: a link to the folder of the step that gave it."""
+        return self.path / "best"
+
+    def describe_best(self):
+        """The best model and its step in words; a copy that followed the link knows no step."""
+        step = re.fullmatch(r"best-(\d+)-.*", self.best.resolve().name)
+        return f"best model of step {int(step[1])}" if step else "best model"
+
+    @only_first_process
+    def save_best(self, write):
+        """Write a model with `write(folder)` and exchange the best model for it."""
+        temporary = self.path / f"{TEMPORARY}best-model"
+        with output_errors(self.path / "best"):
+            remove([temporary])
+            try:
+                temporary.mkdir()
+                write(temporary)
+                files = sorted(file for file in temporary.rglob("*") if file.is_file())
+                hashes = {str(f.relative_to(temporary)): file_sha256(f) for f in files}
+                manifest = temporary / "manifest.json"
+                manifest.write_text(json.dumps(hashes, indent=2) + "\n", encoding="utf-8")
+                for place in (*temporary.rglob("*"), temporary):
+                    flush_to_disk(place)
+                digest = file_sha256(manifest)[:HASH_DIGITS]
+                target = self.path / f"best-{self.progress.step:08d}-{digest}"
+                if find_damage(target):  # else the same model is there, saved before a kill
+                    remove([target])
+                    temporary.rename(target)
+                    flush_to_disk(self.path)
+            finally:
+                shutil.rmtree(temporary, ignore_errors=True)
+        self._link_best(target.name)
+
+    @only_first_process
+    def _link_best(self, name):
+        """Exchange the link `best` for one to the folder `name`, in one step."""
+        with output_errors(self.best):
+            link = self.path / f"{TEMPORARY}best"
+            link.unlink(missing_ok=True)
+            link.symlink_to(name)
+            if not self.best.is_symlink():  # a folder, where a copy of the run followed the link
+                remove([self.best])
+            os.replace(link, self.best)
+            flush_to_disk(self.path)
+        self.progress.best = name
+
+    # -------------------------------------------------------------------------------- checkpoints
+
+    def _checkpoints(self):
+        """The files of all checkpoints, the newest step first."""
+        return sorted((self.path / "state").glob("step-*.safetensors"), reverse=True)
+
+    @only_first_process
+    def save_checkpoint(self, tensors):
+        """Save `progress` and `tensors`, a dict by name, as the newest checkpoint."""
+        from base_bert import write_tensors
+
+        temporary = self.path / "state" / f"{TEMPORARY}checkpoint"
+        with output_errors(temporary.parent):
+            if self.metrics_file.exists():
+                flush_to_disk(self.metrics_file)
+            temporary.parent.mkdir(exist_ok=True)
+            try:
+                write_tensors(temporary, tensors, {"progress": json.dumps(asdict(self.progress))})
+                flush_to_disk(temporary)
+                digest = file_sha256(temporary)[:HASH_DIGITS]
+                name = f"step-{self.progress.step:08d}-{digest}.safetensors"
+                os.replace(temporary, temporary.with_name(name))
+                flush_to_disk(temporary.parent)
+            finally:
+                temporary.unlink(missing_ok=True)
+            self._remove_old(temporary.with_name(name))
+
+    @only_first_process
+    def _remove_old(self, newest):
+        """Keep `newest`, one checkpoint of the step before, and the best models they refer to."""
+        one_per_step = {path.name[:13]: path for path in self._checkpoints()}
+        one_per_step[newest.name[:13]] = newest
+        kept = sorted(one_per_step.values(), reverse=True)[:CHECKPOINTS_KEPT]
+        remove(path for path in self._checkpoints() if path not in kept)
+        names = {self.best.resolve().name, *(_read_progress(path).best for path in kept)}
+        remove(path for path in self.path.glob("best-*") if path.name not in names)
+
+    def load_checkpoint(self):
+        """Read the newest undamaged checkpoint into `progress`; returns its tensors by name.
+
+        Damaged ones are left out, and so are those whose best model is damaged. Returns None if no
+        checkpoint was ever completed; raises `UserError` if all are damaged.
+        """
+        paths = self._checkpoints()
+        for place, path in enumerate(paths):
+            if problem := self._find_problem(path):
+                say(f"warning: {path} is left out: {problem}")
+                continue
+            from base_bert import read_tensors
+
+            self.progress, tensors = _read_progress(path), read_tensors(path)
+            if is_first():
+                remove(paths[:place])
+            if self.progress.best:
+                self._link_best(self.progress.best)
+            self._remove_old(path)
+            self._forget_later_metrics()
+            return tensors
+        if paths:
+            raise UserError(
+                f"{self.path / 'state'}: no undamaged checkpoint among {len(paths)}; "
+                f"start again with --overwrite"
+            )
+        return None
+
+    def _find_problem(self, path):
+        """Why a checkpoint cannot be resumed from, None if it can."""
+        try:
+            if not file_sha256(path).startswith(path.stem.split("-")[2]):
+                return f"{path}: damaged (SHA-256 differs from its name)"
+            best = _read_progress(path).best
+        except (OSError, ValueError, TypeError, LookupError) as error:
+            return f"{path}: damaged ({error})"
+        return best and find_damage(self.path / best)
+
+
+def _read_progress(path):
+    """The `Progress` in a checkpoint's metadata."""
+    from safetensors import safe_open
+
+    with safe_open(path, framework="numpy") as file:
+        return Progress(**json.loads(file.metadata()["progress"]))

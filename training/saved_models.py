@@ -1,0 +1,133 @@
+"""Whole models, encoder and heads, saved and loaded in other tools' formats.
+
+`transformers` and `sentence-transformers` read the encoder, in mode LoRA `peft` reads the adapter.
+The heads lie beside it.
+"""
+
+import argparse
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+from base_bert import load_encoder, load_encoder_of_run, load_strictly, read_tensors, write_tensors
+from bert import BertModel
+from config import MultitaskConfig, UserError
+from lora import apply_lora, load_adapter, save_adapter
+from multitask_bert import MultitaskBERT
+from training.plan import make_plan
+from training.run_folder import find_damage
+
+
+def save_model(model, lora, folder):
+    """Write a `MultitaskBERT` into an empty folder; the README's "The run folder" lists the files.
+
+    With `lora`, a `LoRAConfig`, the adapter is written instead of the whole encoder.
+    """
+    folder = Path(folder)
+    if lora:
+        save_adapter(model.bert, folder, lora, model.bert.origin.name, model.bert.origin.revision)
+        model.tokenizer.save_pretrained(folder)
+    else:
+        model.bert.save_pretrained(folder, model.tokenizer)
+        _write_sentence_transformers_files(folder, model)
+    write_tensors(folder / "heads.safetensors", _heads(model))
+    text = json.dumps(asdict(model.config), indent=2) + "\n"
+    (folder / "heads.json").write_text(text, encoding="utf-8")
+
+
+def _heads(model):
+    """All tensors outside the encoder, by name."""
+    return {n: t for n, t in model.state_dict().items() if not n.startswith("bert.")}
+
+
+def _write_sentence_transformers_files(folder, model):
+    """Describe encoder and pooling, so that `SentenceTransformer(folder)` loads both."""
+    kind = "sentence_transformers.models"
+    modules = [
+        {"idx": 0, "name": "0", "path": "", "type": f"{kind}.Transformer"},
+        {"idx": 1, "name": "1", "path": "1_Pooling", "type": f"{kind}.Pooling"},
+    ]
+    pooling = {
+        "word_embedding_dimension": model.bert.config.hidden_size,
+        "pooling_mode_cls_token": model.config.pooling == "cls",
+        "pooling_mode_mean_tokens": model.config.pooling == "mean",
+    }
+    contents = {
+        "modules.json": modules,
+        "1_Pooling/config.json": pooling,
+        "sentence_bert_config.json": {"max_seq_length": model.config.max_length},
+    }
+    (folder / "1_Pooling").mkdir()
+    for name, content in contents.items():
+        (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def load_weights(model, lora, folder):
+    """Read what `save_model` wrote into a model of the same shape.
+
+    Raises `UserError` for a damaged file, and for a missing, unexpected or differently shaped
+    tensor.
+    """
+    folder = Path(folder)
+    if problem := find_damage(folder):
+        raise UserError(problem)
+    if lora:
+        load_adapter(model.bert, folder, lora)
+    else:
+        path = folder / "model.safetensors"
+        load_strictly(model.bert.state_dict(), read_tensors(path), path)
+    path = folder / "heads.safetensors"
+    load_strictly(_heads(model), read_tensors(path), path)
+    model.vectors.clear()
+
+
+def load_run(run, device):
+    """The best model of a run, a `RunFolder`, in eval mode, and the run's description.
+
+    Raises `UserError` if there is no best model, it is damaged, or the encoder is not the run's.
+    """
+    description = run.description()
+    plan = make_plan(argparse.Namespace(**description["args"]), {})
+    best = run.best.resolve()  # once: a run that still trains may exchange the link meanwhile
+    if not best.exists():
+        raise UserError(f"{run.path}: no best model yet; resume the run with --resume")
+    if problem := find_damage(best):
+        raise UserError(problem)
+    if (best / "adapter_config.json").exists() != bool(plan.lora):
+        kind = "the whole encoder, expected an adapter"
+        kind = kind if plan.lora else "an adapter, expected a model"
+        raise UserError(f"{best}: {kind} of mode {plan.flags.fine_tune_mode}")
+    if plan.lora:
+        encoder, tokenizer = load_encoder_of_run(run.path, description)
+        check_encoder_of_run(run.path, encoder, description["encoder"])
+        bert = apply_lora(BertModel.from_pretrained(encoder), plan.lora)
+    else:
+        encoder, tokenizer = load_encoder(str(best))
+        bert = BertModel.from_pretrained(encoder)
+    config = read_config(best / "heads.json", plan.flags.tasks)
+    model = MultitaskBERT(bert, config, tokenizer, plan.is_frozen)
+    load_weights(model, plan.lora, best)
+    return model.to(device).eval(), description
+
+
+def check_encoder_of_run(path, encoder, recorded):
+    """Raise `UserError` if `encoder` is not the one that the run at `path` recorded."""
+    for key, kind in (("sha256", "weights"), ("settings_sha256", "configuration or vocabulary")):
+        if getattr(encoder, key) != recorded[key]:
+            raise UserError(
+                f"{encoder.folder}: not the encoder of {path}: other {kind} than it had"
+            )
+
+
+def read_config(path, tasks):
+    """The `MultitaskConfig` in a `heads.json`. Raises `UserError` if it is not of these tasks."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        config = MultitaskConfig(
+            **{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+        )
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"{path}: not the settings of a model: {error}") from error
+    if list(config.tasks) != tasks:
+        raise UserError(f"{path}: tasks {' '.join(config.tasks)}; expected {' '.join(tasks)}")
+    return config

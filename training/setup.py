@@ -1,0 +1,416 @@
+"""The set-up of a run: data, model, optimiser, and the record of all that it depends on."""
+
+import os
+import platform
+import re
+import shlex
+import shutil
+import subprocess
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+from base_bert import load_encoder, load_encoder_of_run, load_strictly
+from bert import BertModel
+from config import REPOSITORY, TASKS, BertConfig, MultitaskConfig, UserError
+from datasets import TaskDataset, read_task_file
+from lora import apply_lora
+from multitask_bert import VECTOR_CACHE_MIB, MultitaskBERT
+from runtime import distributed
+from runtime.device import device_name
+from runtime.files import OutputError, file_sha256
+from runtime.hub import STANDS_IN, STOOD_IN
+from runtime.script import say
+from training.flags import SPLITS
+
+PACKAGES = ("torch", "numpy", "tokenizers", "safetensors", "scikit-learn")
+MOVED = "no such file; name the folder of the run's data files with --data_dir"
+
+# ------------------------------------------------------------------------------------------ data
+
+
+def data_paths(flags):
+    """Path of every file, `{task: {split: Path}}`.
+
+    If no file of the data folder exists and none was named, all are the sample's, and this says so.
+    """
+    folder = Path(flags.data_dir or "data")
+    named = any(getattr(flags, f"{name}_{split}") for name in flags.tasks for split in SPLITS)
+    files = [folder / task.file_name(split) for task in TASKS.values() for split in SPLITS]
+    # A dangling link is broken, not missing.
+    is_missing = not any(map(os.path.lexists, files)) and os.path.lexists(folder) == folder.exists()
+    if is_missing and not flags.data_dir and not named:
+        say(
+            f"warning: none of the course's files is in {folder}/: using the small generated "
+            f"sample in data/sample instead, good for a first run only (python data/prepare.py "
+            f"fetches them)"
+        )
+        folder = REPOSITORY / "data" / "sample"
+    return {
+        name: {
+            split: Path(getattr(flags, f"{name}_{split}") or folder / TASKS[name].file_name(split))
+            for split in SPLITS
+        }
+        for name in flags.tasks
+    }
+
+
+def paths_of_run(description):
+    """As `data_paths`, for the values of a run's `run.json`.
+
+    If the run has no test file, the path is the one beside its dev file: it may have come since.
+    """
+    paths = {}
+    for name, files in description["data"].items():
+        paths[name] = {split: Path(file["path"]) for split, file in files.items()}
+        paths[name].setdefault("test", paths[name]["dev"].with_name(TASKS[name].file_name("test")))
+    return paths
+
+
+def find_data(command, earlier):
+    """As `data_paths`, checked: predictions can be written, and replace no data.
+
+    `earlier` are the values of `run.json` of a resumed run, else None: its own files are taken
+    unless the command names others.
+    """
+    flags = command.flags
+    names = {"data_dir", *(f"{name}_{split}" for name in flags.tasks for split in SPLITS)}
+    if earlier is None or command.given & names:
+        paths = data_paths(flags)
+    else:
+        paths = paths_of_run(earlier)
+        for path in (paths[name][split] for name in paths for split in earlier["data"][name]):
+            if not os.path.lexists(path):
+                raise UserError(f"{path}: {MOVED}")
+        if uses_sample(earlier):
+            say("warning: the data is the small generated sample, as when the run began")
+    check_output_paths(flags, paths)
+    return paths
+
+
+def uses_sample(description):
+    """Whether a run, by the values of its `run.json`, has a data file of the generated sample."""
+    files = (file for files in description["data"].values() for file in files.values())
+    return any(Path(file["path"]).parent.parts[-2:] == ("data", "sample") for file in files)
+
+
+def output_path(flags, name, split):
+    """Path of a prediction file."""
+    path = getattr(flags, f"{name}_{split}_out")
+    return Path(path or Path(flags.predictions_dir) / TASKS[name].output_name(split))
+
+
+def check_output_paths(flags, data):
+    """Check, before hours of training, that the prediction files can be written.
+
+    `data` is what `data_paths` returned: predictions must not replace it. Raises `UserError`, or
+    `OutputError` if only the permission is missing.
+    """
+    taken = {os.path.realpath(path): "data" for files in data.values() for path in files.values()}
+    for name, split in ((name, split) for name in flags.tasks for split in ("dev", "test")):
+        what, path = f"{name} {split}", output_path(flags, name, split)
+        folder = next(parent for parent in path.absolute().parents if parent.exists())
+        if not folder.is_dir() or (path.exists() and not path.is_file()):
+            raise UserError(f"{path}: for predictions; expected a file, new or to be replaced")
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise OutputError(f"{path}: for predictions; {folder} is not writable")
+        other = taken.setdefault(os.path.realpath(path), what)
+        if other == "data":
+            raise UserError(f"{path}: for predictions ({what}), which would replace the data in it")
+        if other != what:
+            raise UserError(f"{path}: one file for several predictions ({other}, {what})")
+
+
+def read_data(paths, flags):
+    """Read every file: `{task: {split: TaskFile}}`; says what was skipped or is missing."""
+    files = {}
+    for name, of_task in paths.items():
+        files[name] = {}
+        for split, path in of_task.items():
+            if split == "test" and not os.path.lexists(path):
+                if flags.require_test or getattr(flags, f"{name}_test"):
+                    raise UserError(f"{path}: no such file; the command asks for this test file")
+                say(f"warning: {path}: no such file; no test predictions for {name}")
+                continue
+            files[name][split] = read_task_file(path, TASKS[name], split)
+            for warning in files[name][split].warnings:
+                say(f"warning: {warning}")
+    return files
+
+
+def tokenize_data(files, model):
+    """The files of `read_data` as `{task: {split: TaskDataset}}`, for a `MultitaskBERT`."""
+    return {
+        name: {
+            split: TaskDataset(file, TASKS[name], model.tokenizer, model.config.max_length)
+            for split, file in of_task.items()
+        }
+        for name, of_task in files.items()
+    }
+
+
+# ---------------------------------------------------------------------------------- the description
+
+
+def describe_run(command, encoder, files, compute):
+    """Everything that a run depends on, for `run.json`."""
+    return {
+        "command": shlex.join(command.words()),
+        "expanded_command": command.expanded(),
+        "args": vars(command.flags),
+        "encoder": encoder.describe(),
+        "data": {
+            name: {split: describe_file(file) for split, file in of_task.items()}
+            for name, of_task in files.items()
+        },
+        "device": device_name(compute.device),
+        "precision": compute.precision,
+        "threads": torch.get_num_threads(),
+        "processes": distributed.world_size(),
+        "versions": {"python": platform.python_version()} | {p: version(p) for p in PACKAGES},
+        "git_commit": git_commit(),
+    }
+
+
+def describe_file(file):
+    """What a run records of a `TaskFile`."""
+    path, digest = str(file.path.resolve()), file_sha256(file.path)
+    return {"path": path, "sha256": digest, "rows": file.rows, "examples": len(file.examples)}
+
+
+def git_commit():
+    """The git commit of this code, None outside a repository."""
+    if not shutil.which("git"):
+        return None
+    command = ["git", "rev-parse", "HEAD"]
+    git = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    return git.stdout.strip() or None
+
+
+def identity(description):
+    """What must not change when a run is resumed or shared: name -> value."""
+    encoder = description["encoder"]
+    values = {
+        "encoder": encoder["sha256"],
+        "encoder's configuration or vocabulary": encoder["settings_sha256"],
+        "precision": description["precision"],
+    }
+    for name, of_task in description["data"].items():
+        values |= {f"{name} {split} file": f["sha256"] for split, f in of_task.items()}
+    return values
+
+
+def check_same_run(earlier, now):
+    """Raise `UserError` if a run would be resumed with other data, encoder or precision.
+
+    A test file that has come since is no difference: training does not depend on it. Another number
+    of threads is only warned of.
+    """
+    values = identity(now)
+    differences = [
+        f"{name} is {str(values.get(name))[:12]}, was {value[:12]}"
+        for name, value in identity(earlier).items()
+        if values.get(name) != value
+    ]
+    if differences:
+        raise UserError(f"--resume: not the run that was begun: {'; '.join(differences)}")
+    if earlier["threads"] != now["threads"]:
+        say(
+            f"warning: {now['threads']} threads, were {earlier['threads']}: the result "
+            "will not be that of an unbroken run to the last bit"
+        )
+
+
+def open_run(run, is_resumed, description):
+    """Lock the run's folder. Returns the tensors of the checkpoint to resume from, or None."""
+    run.open()
+    if not (is_resumed and run.holds_run()):
+        if is_resumed:
+            say(f"{run.path}: nothing to resume; starting at step 0")
+        return None
+    check_same_run(run.description(), description)
+    tensors = run.load_checkpoint()
+    if tensors is None:
+        say(f"{run.path}: no checkpoint was ever completed; starting at step 0")
+    else:
+        say(f"{run.path}: resuming at step {run.progress.step}")
+    return tensors
+
+
+def check_same_everywhere(description, step):
+    """Raise `UserError` if the processes, perhaps on several machines, would train differently."""
+    distributed.require_same(str(identity(description)), "data, encoder and precision")
+    distributed.require_same(f"{step}", "checkpoint to resume from: --runs_dir must be shared")
+
+
+# ----------------------------------------------------------------------------- model and optimiser
+
+
+def find_encoder(run, flags, earlier):
+    """The encoder and its tokenizer: of the resumed run, or as `--pretrained` says."""
+    if earlier:
+        encoder, tokenizer = load_encoder_of_run(run.path, earlier)
+    else:
+        encoder, tokenizer = load_encoder(flags.pretrained)
+    if encoder.substituted:
+        say(f"warning: {STOOD_IN if earlier else STANDS_IN}")
+    return encoder, tokenizer
+
+
+def check_fit(plan, encoder, tokenizer):
+    """Check the plan against the encoder's sizes and the processes, before weights load.
+
+    Raises `UserError`.
+    """
+    for name, size in plan.batch_sizes.items():
+        distributed.share(size, name)
+    config = BertConfig.from_file(encoder.folder / "config.json")
+    length, limit = plan.flags.max_length, tokenizer.model_max_length
+    if length and length > limit:  # which `load_encoder` holds to the encoder's positions
+        raise UserError(f"--max_length {length}: this encoder has {limit} positions")
+    if plan.joint + plan.both and config.type_vocab_size < 2:
+        raise UserError("--pair_encoding: this encoder knows one segment; expected separate")
+    if plan.lora:
+        try:
+            with torch.device("meta"):
+                apply_lora(BertModel(config), plan.lora)
+        except ValueError as error:
+            raise UserError(f"--LoRA_r {plan.lora.r}: {error}") from error
+
+
+def build_model(plan, encoder, tokenizer):
+    """Encoder with its pretrained weights, LoRA layers in mode LoRA, and fresh task heads."""
+    flags = plan.flags
+    bert = BertModel.from_pretrained(encoder)
+    if flags.hidden_dropout_prob is not None:
+        bert.set_dropout(flags.hidden_dropout_prob)
+    if flags.freeze_word_embeddings:
+        bert.embeddings.word_embeddings.requires_grad_(False)
+    config = MultitaskConfig(
+        tasks=tuple(flags.tasks),
+        heads={name: getattr(flags, f"{name}_head") for name in flags.tasks},
+        joint=plan.joint,
+        both=plan.both,
+        pooling=flags.pooling,
+        dropout=bert.embeddings.dropout.p,
+        max_length=flags.max_length or tokenizer.model_max_length,
+        simcse_tasks=plan.simcse_tasks,
+        supervised_simcse=flags.supervised_simcse,
+        r_drop=tuple(flags.r_drop),
+        swap_pairs=flags.swap_pairs,
+    )
+    if plan.lora:
+        apply_lora(bert, plan.lora)
+    return MultitaskBERT(bert, config, tokenizer, plan.is_frozen)
+
+
+def make_optimizer(model, plan):
+    """AdamW over what is trained: no decay on biases and LayerNorm, another rate for the heads.
+
+    `--layer_decay` lowers the rate layer by layer from the top (Howard & Ruder 2018, §3.2).
+    """
+    groups, layers = {}, model.bert.config.num_hidden_layers
+    for name, parameter in trained_parameters(model).items():
+        rate = plan.head_lr
+        if name.startswith("bert."):
+            layer = re.search(r"\.layer\.(\d+)\.", name)
+            depth = layers - 1 - int(layer[1]) if layer else layers
+            rate = plan.encoder_lr * plan.flags.layer_decay**depth
+        decay = 0.0 if parameter.ndim < 2 or "LayerNorm" in name else plan.flags.weight_decay
+        group = {"params": [], "peak_lr": rate, "lr": rate, "weight_decay": decay}
+        groups.setdefault((rate, decay), group)["params"].append(parameter)
+    return torch.optim.AdamW(list(groups.values()), fused=model.device.type in ("cpu", "cuda"))
+
+
+def trained_parameters(model):
+    """The parameters that are trained, by name."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def count_parameters(model):
+    """Numbers of trained and of all parameters."""
+    trained = sum(p.numel() for p in trained_parameters(model).values())
+    return {"trained": trained, "all": sum(p.numel() for p in model.parameters())}
+
+
+def save_checkpoint(run, model, optimizer, compute):
+    """Save all that resuming needs: progress, trained weights and AdamW's moments."""
+    run.progress.scaler = compute.scaler.state_dict()
+    tensors = {}
+    for name, parameter in trained_parameters(model).items():
+        tensors[f"trained:{name}"] = parameter
+        for key, value in optimizer.state.get(parameter, {}).items():
+            tensors[f"{key}:{name}"] = value
+    run.save_checkpoint(tensors)
+
+
+def restore(model, optimizer, compute, progress, tensors):
+    """Put back what `save_checkpoint` saved. Raises `UserError` if it does not fit."""
+    compute.scaler.load_state_dict(progress.scaler)
+    parts = {}  # "trained", or a name of AdamW's -> parameter -> tensor
+    for key, tensor in tensors.items():
+        part, name = key.split(":")
+        parts.setdefault(part, {})[name] = tensor
+    parameters = trained_parameters(model)
+    load_strictly({n: p.data for n, p in parameters.items()}, parts.pop("trained"), "checkpoint")
+    for part, moments in parts.items():
+        is_moved = part != "step" or optimizer.defaults["fused"]  # where AdamW keeps it itself
+        for name, value in moments.items():
+            if name not in parameters:
+                raise UserError(f"checkpoint: does not fit: unexpected {part}:{name}")
+            parameter = parameters[name]
+            value = value.to(parameter.device) if is_moved else value
+            optimizer.state[parameter][part] = value
+
+
+def encode_in_advance(model, batches, plan, compute):
+    """Encode the training sentences of a frozen encoder once, in a fixed order, as far as they fit.
+
+    The last bits of a vector depend on the batch in which it was encoded, so the batches must not
+    depend on the step at which a run was stopped.
+    """
+    for name, dataset in batches.datasets.items():
+        rows = batches.rows_until(name, plan.total_steps * plan.flags.accumulate)
+        parts = []
+        if len(rows) and model.vectors_to_keep():
+            say(f"{name}: encoding {len(rows):,} training examples, once for all epochs")
+            parts = [batch for _, batch in dataset.batches_of(compute.batch_tokens, rows)]
+        for number in range(distributed.largest(len(parts))):  # every process checks as often
+            distributed.check_stop()
+            if number < len(parts) and model.vectors_to_keep():
+                with compute.autocast(), torch.no_grad():
+                    model.encode_groups({name: model.task_inputs(name, parts[number])})
+    if not model.vectors_to_keep():
+        say(
+            f"warning: {VECTOR_CACHE_MIB:,} MiB of sentence vectors are kept; the other sentences "
+            "are encoded again in each step"
+        )
+
+
+def announce(run, model, data, plan, compute):
+    """Say what is about to be trained, on what."""
+    flags, count, sizes = plan.flags, count_parameters(model), plan.batch_sizes
+    say(f"run {run.path}: {flags.fine_tune_mode}, {model.bert.origin.name}, {compute}")
+    say(f"trained parameters: {count['trained']:,} of {count['all']:,}")
+    for name, of_task in data.items():
+        counts = ", ".join(f"{split} {len(dataset):,}" for split, dataset in of_task.items())
+        say(f"{name}: {counts} examples")
+    batch = ", ".join(f"{size} of {name}" for name, size in sizes.items())
+    if len(set(sizes.values())) == 1:
+        batch = f"{sizes[flags.tasks[0]]} of each task"
+    say(
+        f"{flags.epochs} epochs of {plan.steps_per_epoch} steps, batch {batch}, "
+        f"learning rate {plan.encoder_lr:g} (heads {plan.head_lr:g})"
+    )
+    has_dropout = any(getattr(module, "p", 0) > 0 for module in model.modules())
+    same = [name for name in flags.r_drop if not (flags.swap_pairs and TASKS[name].is_pair)]
+    if not has_dropout and (flags.unsupervised_simcse or same):
+        say("warning: without dropout the two passes of SimCSE and R-Drop are the same")
+
+
+def describe_load(data, plan):
+    """A step's load on the memory, and how to make it smaller, in words."""
+    longest = max(of_task["train"].longest() for of_task in data.values())
+    load = f"batches of {max(plan.batch_sizes.values())} × up to {longest} tokens"
+    return load, "lower --batch_size (with --accumulate the step stays as large) or --max_length"
