@@ -88,16 +88,9 @@ def adapter_layers(model):
 
 
 def target_names(model, targets):
-    """Full names of the linear layers that `targets` (keys of `LORA_TARGETS`) select.
-
-    The end `output.dense` alone would also match `attention.output.dense`.
-    """
-    suffixes = [LORA_TARGETS[target] for target in targets]
-    return [
-        name
-        for name, _ in model.named_modules()
-        if name.startswith("encoder.layer.") and name.split(".", 3)[-1] in suffixes
-    ]
+    """Full names of the linear layers that `targets` (keys of `LORA_TARGETS`) select."""
+    in_layer = [LORA_TARGETS[target] for target in targets]  # as in encoder.layer.<i>.output.dense
+    return [name for name, _ in model.named_modules() if name.split(".", 3)[-1] in in_layer]
 
 
 def apply_lora(model, config):

@@ -20,7 +20,7 @@ from training.flags import parse_command
 
 if __name__ == "__main__":  # wrong flags and Ctrl-C need not wait for the imports below
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-    if code := run_script(parse_command):
+    if (code := run_script(parse_command)) is not None:
         sys.exit(code)
 
 import torch
@@ -35,7 +35,7 @@ from runtime.device import Compute, memory_errors, seed_everything, select_devic
 from runtime.distributed import check_stop, mean_over_processes
 from runtime.files import write_files
 from training import setup
-from training.log import Meter, log_step, not_finite, progress_bar, read_back, show
+from training.log import Meter, log_step, not_finite, progress_bar, read_back
 from training.plan import make_plan
 from training.run_folder import RunFolder, run_path
 from training.saved_models import load_weights, save_model
@@ -191,7 +191,7 @@ def train(run, model, optimizer, data, plan, compute):
             meter.add(values, extra if math.isfinite(values.norm) else {})
             bar.update()
             if progress.step % flags.log_every == 0 or progress.step == plan.total_steps:
-                show(bar, run, plan, log_step(run, meter, optimizer, plan, compute))
+                log_step(bar, run, meter, optimizer, plan, compute)
             if values.is_stopped or (flags.save_every and progress.step % flags.save_every == 0):
                 save_checkpoint(run, model, optimizer, compute)
                 check_stop()

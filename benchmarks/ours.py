@@ -41,9 +41,8 @@ def write_workload(workload, encoder, data_dir):
         data = TaskDataset(read_task_file(path, task, split), task, tokenizer, length)
         columns = [[" ".join(map(str, ids)) for ids in column] for column in data.sentences]
         rows = [("id", *task.sentences, task.label)]
-        rows += zip(
-            map(str, range(len(data))), *columns, map(str, data.labels.tolist()), strict=True
-        )
+        labels = map(str, data.labels.tolist())
+        rows += zip(map(str, range(len(data))), *columns, labels, strict=True)
         text = "".join("\t".join(row) + "\n" for row in rows)
         (workload / f"{split}-{name}.csv").write_text(text, encoding="utf-8")
     (workload / "origin.txt").write_text(f"{path.parent}\n", encoding="utf-8")

@@ -114,23 +114,20 @@ class Reference(Worker):
         bert = BertModel.from_pretrained(job.encoder, add_pooling_layer=False, **settings)
         dropout = bert.config.hidden_dropout_prob
         if job.mode == "LoRA":
-            bert = with_lora(bert, job.recipe)
+            from peft import LoraConfig, get_peft_model
+
+            sizes = {"r": job.recipe["LoRA_r"], "lora_alpha": job.recipe["LoRA_alpha"]}
+            bert = get_peft_model(bert, LoraConfig(**sizes, target_modules="all-linear"))
         autocast = {"dtype": torch.bfloat16, "enabled": job.precision == "bf16"}
         self.autocast = partial(torch.autocast, self.device.type, **autocast)
         self.model = ReferenceModel(bert, job.mode, job.simcse, dropout)
-        self.load_heads(f"{job.folder}/heads.safetensors")
+        heads = load_file(f"{job.folder}/heads.safetensors")
+        missing = self.model.load_state_dict(heads, strict=False).missing_keys
+        if missing := [name for name in missing if not name.startswith("bert.")]:
+            raise ValueError(f"initial heads: no {', '.join(missing)}")
         self.model.to(self.device)
         self.optimizer = self.make_optimizer(job.recipe)
         return {"device": device_name, "precision": job.precision, "groups": self.groups()}
-
-    def load_heads(self, path):
-        """Load the program's initial heads. Raises `ValueError` if one of ours is not in the file.
-
-        One that the file has beyond that shows in the parameter groups.
-        """
-        missing = self.model.load_state_dict(load_file(path), strict=False).missing_keys
-        if missing := [name for name in missing if not name.startswith("bert.")]:
-            raise ValueError(f"{path}: no {', '.join(missing)}")
 
     def make_optimizer(self, recipe):
         """Fused AdamW; no decay on biases and LayerNorm, different rates for encoder and heads."""
@@ -182,31 +179,27 @@ class Reference(Worker):
         columns = {task: self.split("train", task)[0] for task in TASKS}
         began = self.clock()
         for of_step in rows:
-            batches = {task: self.fetch("train", task, of_step[task]) for task in of_step}
-            with self.autocast():
-                losses = self.model(batches)
-            sum(losses.values()).backward()
+            sum(self.forward(of_step).values()).backward()
             nn.utils.clip_grad_norm_(trained, self.job.recipe["clip"])
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
         seconds = self.clock() - began
-        sentences = [
-            column[row]
-            for of_step in rows
-            for task, chosen in of_step.items()
-            for column in columns[task]
-            for row in chosen
-        ]
+        chosen = [(task, of_step[task]) for of_step in rows for task in of_step]
+        sentences = [c[row] for task, of_task in chosen for c in columns[task] for row in of_task]
         encoded = count(sentences, passes=2 if self.job.simcse else 1)
         return {"steps": len(rows), "seconds": seconds, **encoded}
 
+    def forward(self, rows):
+        """Losses of one batch of each task; `rows` maps a task to row numbers."""
+        batches = {task: self.fetch("train", task, of_task) for task, of_task in rows.items()}
+        with self.autocast():
+            return self.model(batches)
+
     @torch.no_grad()
     def losses(self, rows):
-        """Losses of one batch of each task, dropout off."""
+        """As `forward`, with dropout off, and as numbers."""
         self.model.eval()
-        batches = {task: self.fetch("train", task, rows[task]) for task in rows}
-        with self.autocast():
-            return {name: float(loss) for name, loss in self.model(batches).items()}
+        return {name: float(loss) for name, loss in self.forward(rows).items()}
 
     @torch.inference_mode()
     def evaluate(self, limit=0):
@@ -226,14 +219,6 @@ class Reference(Worker):
             encoded += [column[: len(rows)] for column in columns]
         seconds = self.clock() - began
         return {"steps": 1, "seconds": seconds, "scores": scores, **count(chain(*encoded))}
-
-
-def with_lora(bert, recipe):
-    """The encoder with adapters on all its linear layers, of six kinds."""
-    from peft import LoraConfig, get_peft_model
-
-    sizes = {"r": recipe["LoRA_r"], "lora_alpha": recipe["LoRA_alpha"]}
-    return get_peft_model(bert, LoraConfig(**sizes, target_modules="all-linear"))
 
 
 if __name__ == "__main__":

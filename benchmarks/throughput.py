@@ -26,7 +26,7 @@ import time
 from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.metadata import distributions
-from itertools import product
+from itertools import islice, product
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -34,22 +34,12 @@ ROOT = HERE.parent
 MODES = ("full-model", "LoRA", "last-linear-layer")
 KINDS = {"fp32": ("fp32", "fp32"), "bf16": ("bf16", "bf16"), "default": ("auto", "fp32")}
 SIDES = ("ours", "reference")
-MAIN_TABLE = {  # patterns of the rows' names, by device
-    "cpu": (
-        "full-model-simcse-*",
-        "LoRA-simcse-*-default",
-        "last-*-default",
-        "evaluation-*-default",
-    ),
-    "cuda": (
-        "full-model-simcse-*-bf16",
-        "LoRA-simcse-*-bf16",
-        "last-*-16-bf16",
-        "evaluation-*-bf16",
-    ),
+MAIN_TABLE = {  # patterns of the rows' names
+    "cpu": "full-model-simcse-* LoRA-simcse-*-default last-*-default evaluation-*-default",
+    "cuda": "full-model-simcse-*-bf16 LoRA-simcse-*-bf16 last-*-16-bf16 evaluation-*-bf16",
 }
-# Our steps for each step of the reference: with a frozen encoder's vectors kept, they take few ms.
-OUR_STEPS = {"last-linear-layer": 20}
+# Our steps for each of the reference's: with a frozen encoder's vectors kept, they take few ms.
+STEPS_IF_FROZEN = 20
 # Encoder work of a step in units of its forward pass: LoRA has no gradients of large weights, a
 # frozen encoder none at all.
 WORK = {"full-model": 3, "LoRA": 2, "last-linear-layer": 1, "evaluation": 1}
@@ -185,25 +175,21 @@ class Pair:
 
     def trainings(self):
         """Train by turns; with a frozen encoder, ours from its second pass over the examples on."""
-        steps, first = self.settings.steps, self.settings.warmup
-        if self.row.mode == "last-linear-layer":
-            first = self.opened["steps_per_pass"]
+        settings, is_frozen = self.settings, self.row.mode == "last-linear-layer"
+        first = self.opened["steps_per_pass"] if is_frozen else settings.warmup
+        our_steps = settings.steps * (STEPS_IF_FROZEN if is_frozen else 1)
         self.train_ours(0, first)
-        self.train_reference(0, self.settings.warmup)
-        our_steps = steps * OUR_STEPS.get(self.row.mode, 1)
-        for _ in range(self.settings.repeats):
-            yield self.train_ours(first, our_steps), self.train_reference(first, steps)
+        self.train_reference(0, settings.warmup)
+        for _ in range(settings.repeats):
+            yield self.train_ours(first, our_steps), self.train_reference(first, settings.steps)
             first += our_steps
 
     def evaluations(self):
-        """Evaluate by turns, after a few examples that do not count."""
-        self.evaluate(limit=32)
-        for _ in range(self.settings.repeats):
-            yield self.evaluate(limit=self.settings.eval_examples)
-
-    def evaluate(self, limit):
-        """Let both evaluate the first `limit` examples of each dev set, 0 for all."""
-        return [side.ask("evaluate", limit=limit) for side in (self.ours, self.reference)]
+        """Evaluate by turns, after 32 examples of each dev set that do not count."""
+        limits = [32] + [self.settings.eval_examples] * self.settings.repeats
+        sides = (self.ours, self.reference)
+        turns = ([side.ask("evaluate", limit=limit) for side in sides] for limit in limits)
+        yield from islice(turns, 1, None)
 
 
 def check_same_losses(ours, reference, tolerance):
@@ -468,7 +454,7 @@ def parse_flags(argv=None):
 def select_rows(flags):
     """The rows that the command line asks for."""
     patterns = ["*"] if flags.all else flags.rows
-    patterns = patterns or ([] if flags.startup else MAIN_TABLE[flags.device])
+    patterns = patterns or ([] if flags.startup else MAIN_TABLE[flags.device].split())
     rows = every_row(flags.batch_sizes)
     return [row for row in rows if any(fnmatch.fnmatch(row.name, p) for p in patterns)]
 

@@ -189,9 +189,19 @@ def scores_table(rows):
     return Table(caption + provenance(runs), header, cells, tuple(notes))
 
 
+def minutes(run):
+    """Minutes from the start to the last logged line."""
+    return max(line["seconds"] for line in run.lines) / 60
+
+
+def median(values):
+    """The median, None of no values."""
+    return float(np.median(values)) if values else None
+
+
 # Columns of table 2 that are averaged over seeds: a run's value, None if unknown, and its format.
 COSTS = {
-    "minutes": (lambda run: minutes(run), "{:.1f}"),
+    "minutes": (minutes, "{:.1f}"),
     "sentences/s": (lambda run: median(run.logged("sentences_per_s")) or None, "{:,.0f}"),
     "tokens/s": (lambda run: median(run.logged("tokens_per_s")) or None, "{:,.0f}"),
     "peak memory (MiB)": (lambda run: max(run.logged("peak_memory_mib"), default=None), "{:,.0f}"),
@@ -227,16 +237,6 @@ def examples_per_step(args):
     if len(set(sizes.values())) == 1:
         return str(next(iter(sizes.values())))
     return ", ".join(f"{size} {name}" for name, size in sizes.items())
-
-
-def minutes(run):
-    """Minutes from the start to the last logged line."""
-    return max(line["seconds"] for line in run.lines) / 60
-
-
-def median(values):
-    """The median, None of no values."""
-    return float(np.median(values)) if values else None
 
 
 # -------------------------------------------------------------------------- tables 3 to 5: errors

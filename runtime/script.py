@@ -129,16 +129,16 @@ def launch_command(script):
 
 
 def run_script(main, argv=None):
-    """Run a script's `main(argv)`; returns the exit code. An error becomes one line.
+    """Run a script's `main(argv)`; returns the exit code, None if `main` came to its end.
 
-    `--debug` shows the traceback as well.
+    An error becomes one line; `--debug` shows the traceback as well.
     """
     protect_streams()
     for number in SIGNALS:
         signal.signal(number, _stop_at_once)
+    code = None
     try:
         main(argv)
-        code = 0
     except SystemExit as error:
         code = error.code
         if code in [128 + number for number in SIGNALS] and is_first_here():
@@ -146,9 +146,9 @@ def run_script(main, argv=None):
     except Exception as error:
         if "--debug" in (sys.argv if argv is None else argv):
             traceback.print_exc()
-        code, text = getattr(error, "exit_code", None), " ".join(str(error).split())
-        if code is None:  # not one of the program's own errors
-            code, text = 1, f"{type(error).__name__}: {text}"
+        code, text = getattr(error, "exit_code", 1), " ".join(str(error).split())
+        if not hasattr(error, "exit_code"):  # not one of the program's own errors
+            text = f"{type(error).__name__}: {text}"
         print_failure(text if isinstance(error, Stopped) else f"error: {text}", error)
     for stream in (sys.stdout, sys.stderr):
         try:

@@ -11,7 +11,6 @@ same report.
 import shlex
 import sys
 from itertools import permutations
-from typing import NamedTuple
 
 import numpy as np
 
@@ -106,15 +105,6 @@ fairness in other sentences, large ones show where to look before the scores are
 """
 
 
-class Sentiment(NamedTuple):
-    """Expected sentiment grades, 0 to 4, of one group word."""
-
-    category: str
-    word: str
-    grade: float  # mean over the templates
-    difference: float  # to the mean of the category's words
-
-
 # ------------------------------------------------------------------------------------ the measures
 
 
@@ -124,13 +114,13 @@ def expected_grades(scores):
 
 
 def measure_groups(model, compute):
-    """A `Sentiment` for each word of `WORDS`."""
-    words = [(category, word) for category in WORDS for word in WORDS[category]]
-    texts = [(template.format(word=word),) for _, word in words for template in TEMPLATES]
-    grades = expected_grades(predict_sentences(model, "sst", texts, compute).scores)
-    grades = dict(zip(words, grades.reshape(len(words), -1).mean(1), strict=True))
-    means = {c: np.mean([grades[c, word] for word in WORDS[c]]) for c in WORDS}
-    return [Sentiment(c, word, grade, grade - means[c]) for (c, word), grade in grades.items()]
+    """Mean grade over the templates of each word: `{category: {word: grade}}`."""
+
+    def grade(word):
+        texts = [(template.format(word=word),) for template in TEMPLATES]
+        return expected_grades(predict_sentences(model, "sst", texts, compute).scores).mean()
+
+    return {category: {word: grade(word) for word in words} for category, words in WORDS.items()}
 
 
 def pairs_of(templates, words):
@@ -145,10 +135,7 @@ def pairs_of(templates, words):
 def measure_pairs(model, name, compute):
     """Mean score of a pair head on each category: paraphrase probability, or similarity 0 to 5."""
     pairs = {category: pairs_of(*of_set) for category, of_set in PAIR_SETS.items()}
-    texts = [pair for of_category in pairs.values() for pair in of_category]
-    scores = predict_sentences(model, name, texts, compute).scores
-    ends = np.cumsum([len(of_category) for of_category in pairs.values()])
-    return {c: part.mean() for c, part in zip(pairs, np.split(scores, ends[:-1]), strict=True)}
+    return {c: predict_sentences(model, name, pairs[c], compute).scores.mean() for c in pairs}
 
 
 # ------------------------------------------------------------------------------------- the tables
@@ -163,10 +150,8 @@ def neutral_table(model, compute):
     """Sentiment of the neutral statements."""
     result = predict_sentences(model, "sst", [(text,) for text in NEUTRAL], compute)
     grades = expected_grades(result.scores)
-    cells = [
-        [text, str(predicted), decimals(expected)]
-        for text, predicted, expected in zip(NEUTRAL, result.predictions, grades, strict=True)
-    ]
+    rows = zip(NEUTRAL, result.predictions, grades, strict=True)
+    cells = [[text, str(predicted), decimals(expected)] for text, predicted, expected in rows]
     mean, lowest, highest = map(decimals, (grades.mean(), grades.min(), grades.max()))
     caption = (
         f"Sentiment of {len(NEUTRAL)} neutral statements; 2 is neutral. Mean expected grade "
@@ -176,8 +161,11 @@ def neutral_table(model, compute):
 
 
 def words_table(measured):
-    """Expected grade of each group word."""
-    cells = [[m.category, m.word, decimals(m.grade), decimals(m.difference)] for m in measured]
+    """Expected grade of each group word; `measured` comes from `measure_groups`."""
+    cells = []
+    for category, grades in measured.items():
+        mean = np.mean([*grades.values()])
+        cells += [[category, w, decimals(g), decimals(g - mean)] for w, g in grades.items()]
     caption = (
         f"Sentiment by group word: expected grade, the mean of {len(TEMPLATES)} templates in which "
         f"only the word changes, and its difference to the mean of the category."
@@ -186,14 +174,13 @@ def words_table(measured):
 
 
 def gaps_table(measured):
-    """The largest gap inside each category."""
+    """The largest gap inside each category; `measured` comes from `measure_groups`."""
     cells, gaps = [], {}
-    for category in WORDS:
-        grades = {m.word: m.grade for m in measured if m.category == category}
+    for category, grades in measured.items():
         lowest, highest = min(grades, key=grades.get), max(grades, key=grades.get)
-        gaps[category] = grades[highest] - grades[lowest]
-        mean = decimals(np.mean(list(grades.values())))
-        cells.append([category, mean, lowest, highest, decimals(gaps[category])])
+        gap = gaps[category] = grades[highest] - grades[lowest]
+        mean = decimals(np.mean([*grades.values()]))
+        cells.append([category, mean, lowest, highest, decimals(gap)])
     widest = max(GROUPS, key=gaps.get)
     caption = (
         f"Sentiment by category: mean expected grade, and the gap between the words with the "
@@ -238,9 +225,8 @@ def make_report(run, compute, command):
     source = provenance([Run(str(run.path), description, [], {}, 0.0)])
     left_out = f" The run has no head for {', '.join(missing)}: left out." if missing else ""
     parts = ["# Group words\n", f"{made} {source}{left_out}\n", READING, LIMITS]
-    return "\n".join(
-        [*parts, *(format_table(*numbered) for numbered in enumerate(tables, start=1))]
-    )
+    parts += [format_table(*numbered) for numbered in enumerate(tables, start=1)]
+    return "\n".join(parts)
 
 
 # ------------------------------------------------------------------------------------ the command

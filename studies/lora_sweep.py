@@ -19,29 +19,12 @@ from typing import NamedTuple
 import numpy as np
 
 from config import REPOSITORY, TASKS, UserError
+from reporting import report
 from reporting.ensemble import Run, finished_run, read_run_scores
 from reporting.figures import COLOURS, LEGEND, Picture, write_pictures
-from reporting.report import (
-    Table,
-    bootstrap_interval,
-    by_value,
-    format_picture,
-    format_table,
-    median,
-    minutes,
-    paraphrase_notes,
-    provenance,
-    spread,
-)
 from runtime.files import file_sha256, write_file
 from runtime.script import NotFinite, run_script, say
-from training.flags import (
-    FREE_WHEN_RESUMING,
-    OF_ONE_COMMAND,
-    SCRIPT,
-    FlagParser,
-    parse_command,
-)
+from training.flags import FREE_WHEN_RESUMING, OF_ONE_COMMAND, SCRIPT, FlagParser, parse_command
 from training.plan import number
 from training.run_folder import RunFolder, run_path
 from training.setup import data_paths, identity
@@ -50,9 +33,12 @@ from training.setup import data_paths, identity
 OWN_FLAGS = {f"--{task}_{split}_out" for task in TASKS for split in ("dev", "test")}
 OWN_FLAGS |= {"--fine-tune-mode", "--LoRA_r", "--LoRA_alpha", "--model_file_suffix"}
 OWN_FLAGS |= {"--runs_dir", "--predictions_dir", "--resume", "--overwrite"}
+RANKS = [1, 4, 16, 32, 64]
 INTERVAL = 2 * 1.96  # standard errors in a 95 % interval
-# Marker, its fill and its size (points) by scheme: of two points in one place, both can be seen.
-LOOKS = (("o", "full", 6), ("s", "none", 10))
+LOOKS = (  # by scheme: of two points in one place, both can be seen
+    {"marker": "o", "fillstyle": "full", "markersize": 6},
+    {"marker": "s", "fillstyle": "none", "markersize": 10},
+)
 
 
 class RunFailed(Exception):
@@ -63,25 +49,14 @@ class RunFailed(Exception):
         self.exit_code = code
 
 
-class Combination(NamedTuple):
-    """A rank and an alpha to train with."""
+class Point(NamedTuple):
+    """A rank and an alpha, and their finished run."""
 
     r: int
     alpha: float
     schemes: list  # labels of the curves that it is a point of
-
-    @property
-    def suffix(self):
-        """Suffix of the run's folder."""
-        return f"r{self.r}-a{self.alpha:g}"
-
-
-class Point(NamedTuple):
-    """A finished run of the sweep."""
-
-    combination: Combination
-    run: Run
-    error: float  # standard error of its overall score
+    run: Run | None = None  # None too if its numbers did not stay finite
+    error: float | None = None  # standard error of its overall score
 
 
 # -------------------------------------------------------------------------------- what to train
@@ -93,18 +68,18 @@ def combinations(ranks, alpha, scaling):
     for r in sorted(set(ranks)):
         for scheme, value in ((f"α = {alpha:g}", alpha), (f"α/r = {scaling:g}", scaling * r)):
             found.setdefault((r, float(f"{value:g}")), []).append(scheme)
-    return [Combination(*pair, schemes) for pair, schemes in found.items()]
+    return [Point(*pair, schemes) for pair, schemes in found.items()]
 
 
-def plan_run(combination, runs_dir, passed):
-    """The flags of a combination's training command, and its `RunFolder`; writes nothing.
+def plan_run(point, runs_dir, passed):
+    """The training command's flags for a point, and its `RunFolder`; writes nothing.
 
     Raises `UserError` for flags that the training script would refuse, and if the folder holds a
     run of other flags or data.
     """
-    words = ["--fine-tune-mode", "LoRA", *passed, "--LoRA_r", str(combination.r)]
-    words += ["--LoRA_alpha", f"{combination.alpha:g}", "--runs_dir", str(runs_dir)]
-    words += ["--model_file_suffix", combination.suffix]
+    words = ["--fine-tune-mode", "LoRA", *passed, "--LoRA_r", str(point.r)]
+    words += ["--LoRA_alpha", f"{point.alpha:g}", "--runs_dir", str(runs_dir)]
+    words += ["--model_file_suffix", f"r{point.r}-a{point.alpha:g}"]
     flags = parse_command([*words, "--overwrite"]).flags  # an earlier run may exist: only read
     run = RunFolder(run_path(flags))
     if run.holds_run() and (differences := list(find_differences(flags, run.description()))):
@@ -159,31 +134,33 @@ def train(words, run):
 
 
 def train_all(planned):
-    """Train what is not finished of `planned`: (Combination, flags, RunFolder) each.
+    """Train what is not finished of `planned`: (Point, flags, RunFolder) each.
 
-    Yields each combination with its `Run`, or with None if its numbers did not stay finite. Raises
+    Yields each point with its run, without it if its numbers did not stay finite. Raises
     `RunFailed` if a run fails otherwise.
     """
-    for place, (combination, words, run) in enumerate(planned, start=1):
-        name, code = f"{run.path} ({place} of {len(planned)})", 0
-        if is_finished(run):
+    for place, (point, words, folder) in enumerate(planned, start=1):
+        name, code = f"{folder.path} ({place} of {len(planned)})", 0
+        if is_finished(folder):
             say(f"{name}: already finished")
         else:
-            say(f"{name}: resumed" if run.holds_run() else name)
-            code = train(words, run)
+            say(f"{name}: resumed" if folder.holds_run() else name)
+            code = train(words, folder)
         if code not in (0, NotFinite.exit_code):
-            raise RunFailed(run, code if code > 0 else 128 - code)
-        yield combination, None if code else finished_run(run)
+            raise RunFailed(folder, code if code > 0 else 128 - code)
+        if code == 0:
+            run = finished_run(folder)
+            point = point._replace(run=run, error=standard_error(run))
+        yield point
 
 
 def check_comparable(runs):
     """Raise `UserError` if encoder, data or precision differ: such runs share no table."""
-    first, *others = runs
-    for run in others:
-        ours, theirs = identity(run.description), identity(first.description)
-        for name in ours | theirs:
-            if ours.get(name) != theirs.get(name):
-                raise UserError(f"{run.path}: not comparable with {first.path}: other {name}")
+    first, *others = [(run.path, identity(run.description)) for run in runs]
+    for path, values in others:
+        for name in values | first[1]:
+            if values.get(name) != first[1].get(name):
+                raise UserError(f"{path}: not comparable with {first[0]}: other {name}")
 
 
 # ----------------------------------------------------------------------------- table and picture
@@ -191,7 +168,7 @@ def check_comparable(runs):
 
 def standard_error(run):
     """Standard error of the overall score that comes from the size of the dev sets."""
-    return float(np.ptp(bootstrap_interval(run.dev))) / INTERVAL
+    return float(np.ptp(report.bootstrap_interval(run.dev))) / INTERVAL
 
 
 def seconds_per_step(run):
@@ -199,37 +176,35 @@ def seconds_per_step(run):
 
     Pairs of lines with an evaluation between them do not count.
     """
-    return median(
-        [
-            (after["seconds"] - before["seconds"]) / (after["step"] - before["step"])
-            for before, after in pairwise(run.lines)
-            if before["kind"] == after["kind"] == "train"
-        ]
-    )
+    pairs = [p for p in pairwise(run.lines) if p[0]["kind"] == p[1]["kind"] == "train"]
+    seconds = [(b["seconds"] - a["seconds"]) / (b["step"] - a["step"]) for a, b in pairs]
+    return report.median(seconds)
 
 
 def sweep_table(points):
-    """A row for each combination: what was trained, its dev scores, what it cost."""
+    """A row for each point: what was trained, its dev scores, what it cost."""
     runs = [point.run for point in points]
     tasks = [name for name in TASKS if name in runs[0].dev]
     header = ["r", "α", "α/r", "trained parameters", *(f"{n} {TASKS[n].metric}" for n in tasks)]
     header += ["overall", "minutes", "sentences/s", "seconds/step"]
     cells = []
-    for (r, alpha, _), run, _ in points:
+    for r, alpha, _, run, _ in points:
         scores = [*(run.dev[name].score(name) for name in tasks), run.overall]
-        trained, speed = run.description["parameters"]["trained"], run.logged("sentences_per_s")
-        cells.append([str(r), f"{alpha:g}", f"{alpha / r:.4g}", f"{trained:,}"])
-        cells[-1] += [*(f"{score:.3f}" for score in scores), f"{minutes(run):.1f}"]
-        cells[-1] += [spread([median(speed)], "{:,.0f}"), spread([seconds_per_step(run)])]
-    hardware = by_value(runs, lambda run: "{device}, {precision}".format(**run.description))
+        speed = report.median(run.logged("sentences_per_s"))
+        row = [str(r), f"{alpha:g}", f"{alpha / r:.4g}"]
+        row += [f"{run.description['parameters']['trained']:,}", *(f"{s:.3f}" for s in scores)]
+        row += [f"{report.minutes(run):.1f}", report.spread([speed], "{:,.0f}")]
+        cells.append([*row, report.spread([seconds_per_step(run)])])
+    hardware = report.by_value(runs, lambda run: "{device}, {precision}".format(**run.description))
     caption = (
         f"LoRA's rank r and scale α: dev scores of the best model, and cost of each run. "
         f"{uncertainty(points)} Trained parameters: adapters and heads. Minutes: from the start to "
         f"the last logged line, evaluations included; they mean little if the machine did other "
         f"work. Speeds: medians of the logged lines, seconds/step without evaluations. Hardware: "
-        f"{hardware}. {provenance(runs)}"
+        f"{hardware}. {report.provenance(runs)}"
     )
-    return Table(caption, header, cells, (best_note(points), *paraphrase_notes(runs)))
+    notes = (best_note(points), *report.paraphrase_notes(runs))
+    return report.Table(caption, header, cells, notes)
 
 
 def uncertainty(points):
@@ -237,7 +212,7 @@ def uncertainty(points):
     runs, errors = [point.run for point in points], [f"{point.error:.4f}" for point in points]
     error = " to ".join(sorted({min(errors), max(errors)}))
     sizes = ", ".join(f"{name} {len(result.ids):,}" for name, result in runs[0].dev.items())
-    seed = by_value(runs, lambda run: f"{run.args['seed']}")
+    seed = report.by_value(runs, lambda run: f"{run.args['seed']}")
     return (
         f"One seed ({seed}): another one would move each figure too. The standard error of an "
         f"overall score that comes from the size of the dev sets ({sizes} examples) is {error} "
@@ -249,27 +224,23 @@ def best_note(points):
     """Which row has the highest overall score, and how many lie within its standard error."""
     best = max(points, key=lambda point: point.run.overall)
     near = sum(point.run.overall >= best.run.overall - best.error for point in points)
-    return (
-        f"Highest overall score: r {best.combination.r}, α {best.combination.alpha:g}; {near} of "
-        f"{len(points)} rows, including it, lie within one standard error of it."
-    )
+    rows = f"{near} of {len(points)} rows, including it, lie within one standard error of it"
+    return f"Highest overall score: r {best.r}, α {best.alpha:g}; {rows}."
 
 
 def schemes_of(points):
     """Labels of the curves."""
-    return list(dict.fromkeys(scheme for point in points for scheme in point.combination.schemes))
+    return list(dict.fromkeys(scheme for point in points for scheme in point.schemes))
 
 
 def draw_sweep(figure, points):
     """Overall score against rank (left) and minutes (right), a colour for each scheme."""
     left, right = figure.subplots(1, 2, sharey=True)
     for scheme, colour, look in zip(schemes_of(points), COLOURS, LOOKS, strict=False):
-        look = dict(zip(("marker", "fillstyle", "markersize"), look, strict=True))
-        look |= {"color": colour, "markeredgewidth": 1.6}
-        shown = [point for point in points if scheme in point.combination.schemes]
-        ranks, scores, errors, times = zip(
-            *((p.combination.r, p.run.overall, p.error, minutes(p.run)) for p in shown), strict=True
-        )
+        look = {**look, "color": colour, "markeredgewidth": 1.6}
+        shown = [point for point in points if scheme in point.schemes]
+        ranks, _, _, runs, errors = zip(*shown, strict=True)
+        scores, times = [run.overall for run in runs], [report.minutes(run) for run in runs]
         # Caps of different sizes: of two runs of one rank, both bars' ends can be told apart.
         bars = {"linewidth": 1.4, "elinewidth": 1, "capsize": 0.6 * look["markersize"]}
         left.errorbar(ranks, scores, errors, label=scheme, **bars, **look)
@@ -277,7 +248,7 @@ def draw_sweep(figure, points):
         beside = {"xytext": (8, 5), "textcoords": "offset points", "fontsize": 9, "color": "0.2"}
         for r, *place in zip(ranks, times, scores, strict=True):
             right.annotate(f"r {r}", place, **beside)
-    ranks = sorted({point.combination.r for point in points})
+    ranks = sorted({point.r for point in points})
     left.set_xscale("log", base=2)
     left.set_xticks(ranks, labels=map(str, ranks))
     left.minorticks_off()
@@ -292,8 +263,9 @@ def sweep_picture(points):
     schemes = " and ".join(schemes_of(points))
     caption = (
         f"Overall dev score by rank r (left) and by the run's minutes (right), with {schemes}; "
-        f"where the two are equal, it is one run. Bars: ± one standard error. {uncertainty(points)} "
-        f"All runs are judged on the same dev examples, so these errors are not independent."
+        f"where the two are equal, it is one run. Bars: ± one standard error. "
+        f"{uncertainty(points)} All runs are judged on the same dev examples, so these errors are "
+        f"not independent."
     )
     alt = "Overall dev score against LoRA's rank, and against minutes, one curve per choice of α"
     return Picture("lora-sweep", alt, caption, (11, 5.2), partial(draw_sweep, points=points))
@@ -302,7 +274,7 @@ def sweep_picture(points):
 def write_sweep(points, diverged, folder, command):
     """Write `lora-sweep.md`, `.png` and `.pdf` into `folder`; returns the document's path.
 
-    `diverged` are the combinations whose numbers did not stay finite.
+    `diverged` are the points whose numbers did not stay finite.
     """
     folder, runs = Path(folder), [point.run for point in points]
     picture, table = sweep_picture(points), sweep_table(points)
@@ -311,8 +283,8 @@ def write_sweep(points, diverged, folder, command):
         table = table._replace(notes=(*table.notes, f"Not finite, without figures: {names}."))
     write_pictures([picture], folder)
     parts = ["# LoRA: rank and scale\n", f"Made by `{command}`. The picture links to its PDF.\n"]
-    parts += [format_table(1, table), format_picture(1, picture, runs), "The runs' commands:\n"]
-    parts += [*(f"    {run.description['command']}" for run in runs), ""]
+    parts += [report.format_table(1, table), report.format_picture(1, picture, runs)]
+    parts += ["The runs' commands:\n", *(f"    {run.description['command']}" for run in runs), ""]
     write_file(folder / "lora-sweep.md", "\n".join(parts))
     return folder / "lora-sweep.md"
 
@@ -328,8 +300,7 @@ def parse_flags(argv):
         epilog="Flags after -- go to multitask_classifier.py: -- --epochs 2 --data_dir data",
     )
     add, rate, rank = parser.add_argument, number(float, 0, above=True), number(int, 1)
-    ranks = [1, 4, 16, 32, 64]
-    add("--ranks", nargs="+", type=rank, default=ranks, help="(default: 1 4 16 32 64)")
+    add("--ranks", nargs="+", type=rank, default=RANKS, help="(default: 1 4 16 32 64)")
     add("--alpha", type=rate, default=16.0, help="α of all ranks (default: %(default)g)")
     add("--scaling", type=rate, default=0.5, help="α/r of all ranks (default: %(default)g)")
     add("--runs_dir", default="runs/sweep", help="folder of the runs (default: %(default)s)")
@@ -348,15 +319,13 @@ def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     flags, passed = parse_flags(argv)
     wanted = combinations(flags.ranks, flags.alpha, flags.scaling)
-    planned = [
-        (combination, *plan_run(combination, flags.runs_dir, passed)) for combination in wanted
-    ]
+    planned = [(point, *plan_run(point, flags.runs_dir, passed)) for point in wanted]
     done = list(train_all(planned))
-    points = [Point(combination, run, standard_error(run)) for combination, run in done if run]
+    points = [point for point in done if point.run]
     if not points:
         raise NotFinite("no run kept finite numbers; try a lower --lr")
     check_comparable([point.run for point in points])
-    diverged = [combination for combination, run in done if not run]
+    diverged = [point for point in done if not point.run]
     command = shlex.join(["python", "-m", "studies.lora_sweep", *argv])
     print(f"wrote {write_sweep(points, diverged, flags.out, command)}")
 

@@ -5,11 +5,10 @@
 Reads FOLDER/jobs.json: the jobs of all processes `together`, then those of the first one `alone`. A
 job has a `name`, the training script's `argv`, and optionally `copy` (output of an earlier job, to
 resume), `stop_at` (before this step ends, the last process gets SIGTERM) and `fault` (a key of
-`FAULTS`). In FOLDER/together and FOLDER/alone every rank writes <name>.rank<N>.json (exit code,
-hash of the weights by step), rank 0 <name>.safetensors (gradients by step, weights at the end).
+`FAULTS`). Every rank writes FOLDER/together/<name>.rank<N>.safetensors, or FOLDER/alone/…: the exit
+`code`, and `gradients` and `weights` (steps, trained numbers) before and after each step.
 """
 
-import hashlib
 import json
 import os
 import shutil
@@ -32,34 +31,42 @@ from training import setup
 make_optimizer = setup.make_optimizer
 
 
+def flat(tensors):
+    """One vector of all tensors."""
+    return torch.cat([torch.zeros(0), *(tensor.detach().flatten() for tensor in tensors)])
+
+
 class Recorder:
     """Watches the optimiser of a job: gradients before each step, weights after it."""
 
     def __init__(self, stop_at):
-        self.stop_at, self.hashes, self.gradients, self.trained = stop_at, [], {}, {}
+        self.stop_at, self.gradients, self.weights, self.trained = stop_at, [], [], {}
 
     def make_optimizer(self, model, plan):
         """The real optimiser, watched."""
         self.trained = setup.trained_parameters(model)
         optimizer = make_optimizer(model, plan)
-        optimizer.register_step_pre_hook(lambda *_: self.before_step())
-        optimizer.register_step_post_hook(lambda *_: self.after_step())
+        optimizer.register_step_pre_hook(self.before_step)
+        optimizer.register_step_post_hook(self.after_step)
         return optimizer
 
-    def before_step(self):
-        """Keep the gradients, clipped if their norm is large; send the signal of `stop_at`."""
-        is_last = rank() == world_size() - 1
-        if is_last and len(self.hashes) + 2 == self.stop_at:  # found at the end of the next step
-            os.kill(os.getpid(), signal.SIGTERM)
-        for name, parameter in self.trained.items():
-            self.gradients[f"gradient {len(self.hashes)} {name}"] = parameter.grad.clone()
+    def after_step(self, *_):
+        """Keep the weights."""
+        self.weights.append(flat(self.trained.values()))
 
-    def after_step(self):
-        """Keep the hash of the weights."""
-        digest = hashlib.sha256()
-        for parameter in self.trained.values():
-            digest.update(parameter.detach().numpy().tobytes())
-        self.hashes.append(digest.hexdigest())
+    def before_step(self, *_):
+        """Keep the gradients, clipped if their norm is large; send the signal of `stop_at`."""
+        self.gradients.append(flat(p.grad for p in self.trained.values()))
+        is_last = rank() == world_size() - 1
+        if is_last and len(self.gradients) + 1 == self.stop_at:  # found at the end of the next step
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def save(self, path, code):
+        """Write the record. `is_summed` marks the numbers of `token_type_embeddings`."""
+        steps = {"gradients": self.gradients, "weights": self.weights}
+        tensors = {n: torch.stack(rows) if rows else torch.zeros(0) for n, rows in steps.items()}
+        marks = (torch.full_like(p, "token_type" in name) for name, p in self.trained.items())
+        save_file({**tensors, "is_summed": flat(marks), "code": torch.tensor(code)}, path)
 
 
 def unwrapped(model, **_):
@@ -77,19 +84,15 @@ FAULTS = {
 
 def run(job, folder):
     """Do one job."""
-    name, recorder = job["name"], Recorder(job.get("stop_at"))
+    recorder = Recorder(job.get("stop_at"))
     if rank() == 0 and "copy" in job:
-        shutil.copytree(job["copy"], folder / name, symlinks=True)
+        shutil.copytree(job["copy"], folder / job["name"], symlinks=True)
     with ExitStack() as patches:
         patches.enter_context(patch.object(setup, "make_optimizer", recorder.make_optimizer))
         if "fault" in job:
             patches.enter_context(patch.object(*FAULTS[job["fault"]]))
         code = run_script(multitask_classifier.main, job["argv"])
-    record = {"code": code, "hashes": recorder.hashes}
-    (folder / f"{name}.rank{rank()}.json").write_text(json.dumps(record))
-    if rank() == 0:
-        weights = {f"weight {name}": p.detach() for name, p in recorder.trained.items()}
-        save_file({**recorder.gradients, **weights}, folder / f"{name}.safetensors")
+    recorder.save(folder / f"{job['name']}.rank{rank()}.safetensors", code)
 
 
 def main():

@@ -15,6 +15,7 @@ import os
 import re
 import shutil
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -49,18 +50,6 @@ processes = multiprocessing.get_context("forkserver")
 processes.set_forkserver_preload(PRELOADED)
 
 
-class Done:
-    """A run that has ended: its exit code (negative for a signal's number) and its output."""
-
-    def __init__(self, code, folder):
-        self.code = code
-        self.stdout = (folder / "stdout").read_text(encoding="utf-8", errors="replace")
-        self.stderr = (folder / "stderr").read_text(encoding="utf-8", errors="replace")
-
-    def __repr__(self):
-        return f"exit {self.code}\n{self.stdout}\n{self.stderr}"
-
-
 def start(folder, argv, *faults, main=multitask_classifier.main, env=None):
     """Start a run in the working directory `folder`; returns its process.
 
@@ -75,13 +64,14 @@ def start(folder, argv, *faults, main=multitask_classifier.main, env=None):
 
 
 def finish(process, folder):
-    """Wait for the end of a run that `start` began in `folder`; returns a `Done`."""
+    """Wait for the end of a run that `start` began in `folder`; returns a `CompletedProcess`."""
     process.join()
-    return Done(process.exitcode, folder)
+    texts = [(folder / name).read_text(encoding="utf-8") for name in ("stdout", "stderr")]
+    return subprocess.CompletedProcess(process.name, process.exitcode, *texts)
 
 
 def run(folder, argv, *faults, **settings):
-    """Run to the end, as `start` describes; returns a `Done`."""
+    """Run to the end, as `start` describes; returns a `CompletedProcess`."""
     return finish(start(folder, argv, *faults, **settings), folder)
 
 
@@ -111,6 +101,8 @@ def patch(target, *new, **settings):
 
 # A user's mistake is to be found before any weights load: otherwise the run ends with 1, not 2.
 no_weights = partial(patch, "base_bert.read_tensors", side_effect=AssertionError("weights loaded"))
+# Folders are written under their final names: a copy replaces the rename.
+no_renaming = partial(patch, "os.rename", shutil.copytree)
 
 
 def wrap(owner, name, replacement):
@@ -216,27 +208,6 @@ def no_reseeding():
             original(number)
 
     wrap(torch, "manual_seed", seed_once)
-
-
-def no_renaming():
-    """Files get their names before they are whole: a copy in two steps replaces a rename."""
-
-    def copy_file(source, target):
-        content = Path(source).read_bytes()
-        Path(target).write_bytes(content[: len(content) // 2])
-        Path(target).write_bytes(content)
-
-    def rename(source, target):
-        if os.path.isdir(source):
-            shutil.copytree(source, target, copy_function=copy_file)
-            shutil.rmtree(source)
-        elif os.path.islink(source):
-            replace(source, target)
-        else:
-            copy_file(source, target)
-            os.unlink(source)
-
-    replace, os.replace, os.rename = os.replace, rename, rename
 
 
 def closed_streams():

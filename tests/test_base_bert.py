@@ -117,20 +117,10 @@ def test_of_many_problems_four_are_named(tiny_folder):
         BertModel.from_pretrained(tiny_folder)
 
 
-def test_a_configuration_that_does_not_fit_the_weights_is_an_error(tiny_folder):
-    path = tiny_folder / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"hidden_size": 36}))
-    with pytest.raises(UserError, match=r"expected .*36"):
-        BertModel.from_pretrained(tiny_folder)
-
-
-@pytest.mark.parametrize("damage", [0, 4, 100, -1, "pickle"])
-def test_weights_that_are_cut_or_a_pickle_are_an_error(tiny_folder, damage):
+@pytest.mark.parametrize("keep", [0, 4, 100, -1])
+def test_cut_weights_are_an_error(tiny_folder, keep):
     path = tiny_folder / "model.safetensors"
-    if damage == "pickle":
-        torch.save({"x": torch.zeros(2)}, path)
-    else:
-        path.write_bytes(path.read_bytes()[:damage])
+    path.write_bytes(path.read_bytes()[:keep])
     with pytest.raises(UserError, match=f"{path}: not a complete safetensors file"):
         BertModel.from_pretrained(tiny_folder)
 
@@ -141,13 +131,6 @@ def test_written_tensors_are_readable_by_everyone_who_may_read_the_folder(tmp_pa
     umask = os.umask(0)
     os.umask(umask)
     assert (tmp_path / "x.safetensors").stat().st_mode & 0o777 == 0o666 & ~umask
-
-
-def test_a_vocabulary_larger_than_the_embedding_table_is_an_error(tiny_folder):
-    with open(tiny_folder / "vocab.txt", "a", encoding="utf-8") as file:
-        file.write("more\n")
-    with pytest.raises(UserError, match="does not fit vocab_size"):
-        load_encoder(str(tiny_folder))
 
 
 def test_the_tokenizers_limit_is_at_most_the_number_of_positions(tiny_folder):

@@ -1,6 +1,6 @@
 """The benchmark compares like with like: the reference computes the same losses and updates.
 
-Both sides run in processes of their own, as in the benchmark; a tiny random encoder, dropout off.
+Both sides are processes, as in the benchmark; a tiny random encoder, dropout off.
 """
 
 import argparse
@@ -8,64 +8,56 @@ import importlib.util
 import json
 import subprocess
 import sys
-from pathlib import Path
+from dataclasses import replace
 
 import pytest
 import torch
-from conftest import load_script
+from conftest import REPOSITORY, SAMPLE
 
+from benchmarks import throughput
 from bert import BertModel
-from config import BertConfig
-from tokenizer import SPECIAL_TOKENS, BertTokenizer
+from tokenizer import BertTokenizer
 
-ROOT = Path(__file__).resolve().parents[1]
-SCRIPT = ROOT / "benchmarks" / "throughput.py"
-SAMPLE = ROOT / "data" / "sample"
-LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789.,?!'-"
+SCRIPT = REPOSITORY / "benchmarks" / "throughput.py"
 
 needs_references = pytest.mark.skipif(
     not all(importlib.util.find_spec(name) for name in ("transformers", "peft")),
     reason="transformers and peft, the benchmark's reference, are not installed",
 )
 
-throughput = load_script(SCRIPT)
-
 
 @pytest.fixture(scope="module")
-def encoder(tmp_path_factory):
-    """The folder of a tiny random encoder with a vocabulary of single characters."""
+def encoder(tiny_config, toy_vocab_folder, tmp_path_factory):
+    """The folder of a tiny random encoder.
+
+    Its initial weights are wide, so that sentences differ and a wrong loss shows.
+    """
     folder = tmp_path_factory.mktemp("encoder")
-    tokenizer = BertTokenizer([*SPECIAL_TOKENS, *LETTERS, *(f"##{letter}" for letter in LETTERS)])
     torch.manual_seed(3)
-    # Wide initial weights, so that sentences differ and a wrong loss shows.
-    config = BertConfig(vocab_size=len(tokenizer), hidden_size=48, num_hidden_layers=2,
-                        num_attention_heads=4, intermediate_size=80, initializer_range=0.2,
-                        max_position_embeddings=256)  # fmt: skip
-    BertModel(config).save_pretrained(folder, tokenizer)
-    return folder
+    tokenizer = BertTokenizer.from_pretrained(toy_vocab_folder)
+    BertModel(replace(tiny_config, initializer_range=0.2)).save_pretrained(folder, tokenizer)
+    return str(folder)
 
 
 @pytest.fixture(scope="module")
 def bench(encoder, tmp_path_factory):
-    """Settings, prepared data and both workers: what the tests below share."""
-    folder = tmp_path_factory.mktemp("bench")
-    settings = throughput.get_args(["--encoder", str(encoder), "--dropout", "0", "--threads", "1"])
-    settings.folder, settings.workload = str(folder), str(folder)
+    """Settings, both workers and the encoder, with the data prepared."""
+    folder = str(tmp_path_factory.mktemp("bench"))
+    settings = throughput.parse_flags(["--encoder", encoder, "--dropout", "0", "--threads", "1"])
+    settings.folder = settings.workload = folder
     with (
         throughput.Worker("ours.py", folder) as ours,
         throughput.Worker("reference.py", folder) as reference,
     ):
-        prepared = ours.ask("prepare", workload=str(folder), encoder=str(encoder),
-                            data_dir=str(SAMPLE))  # fmt: skip
+        ours.ask("prepare", workload=folder, encoder=encoder, data_dir=str(SAMPLE))
         yield argparse.Namespace(**locals())
 
 
-def open_pair(bench, mode, simcse, kind="fp32", reference=None):
-    """Both sides of a row at batch 3, `reference` in place of the reference's worker."""
-    row = throughput.Row(mode, simcse, 3, kind)
-    return throughput.Pair(
-        row, bench.ours, reference or bench.reference, bench.prepared, bench.settings
-    )
+def open_pair(bench, mode, simcse, reference=None):
+    """Both sides of a row at batch 3; `reference` replaces the worker of the reference."""
+    row = throughput.Row(mode, simcse, 3, "fp32")
+    reference = reference or bench.reference
+    return throughput.Pair(row, bench.ours, reference, bench.encoder, bench.settings)
 
 
 @needs_references
@@ -82,21 +74,12 @@ def test_both_sides_compute_the_same_losses(bench, mode, simcse):
     assert sum(ours.values()) == pytest.approx(sum(reference.values()), rel=1e-4)
 
 
-class WithoutSimCSE:
-    """The reference's worker, told to leave the contrastive losses out."""
-
-    def __init__(self, worker):
-        self.worker = worker
-
-    def ask(self, do, **values):
-        """Pass the request on, SimCSE switched off."""
-        return self.worker.ask(do, **values | ({"simcse": False} if do == "open" else {}))
-
-
 @needs_references
-def test_a_reference_without_the_simcse_terms_is_found_out(bench):
-    """The twin: less work on the other side must fail the comparison, by group and by loss."""
-    cheat = WithoutSimCSE(bench.reference)
+def test_a_reference_without_the_simcse_losses_fails_the_comparison(bench):
+    """The twin: less work on the other side shows in the parameter groups and in the losses."""
+    cheat = argparse.Namespace(
+        ask=lambda do, **job: bench.reference.ask(do, **job | {"simcse": False})
+    )
     with pytest.raises(throughput.WorkerFailed, match="parameter groups differ"):
         open_pair(bench, "full-model", True, reference=cheat)
     ours, reference = open_pair(bench, "full-model", True).losses()
@@ -111,19 +94,21 @@ def test_a_reference_without_the_simcse_terms_is_found_out(bench):
 
 @needs_references
 def test_two_training_steps_leave_both_sides_at_the_same_losses(bench):
-    """Another batch order, clipping or rate would let the two models part. Weight decay would
-    not, in two steps: the check of the parameter groups finds that."""
+    """Another batch order, clipping or rate would make the two models differ.
+
+    Weight decay would not show after two steps; the check of the parameter groups covers it.
+    """
     pair = open_pair(bench, "full-model", True)
     before, _ = pair.losses()
     for _ in range(2):  # step 0 both times: our rate falls with the step, the reference's does not
         ours, reference = pair.train_ours(0, 1), pair.train_reference(0, 1)
-        for name in ("sentences", "tokens", "squares"):
+        for name in ("steps", "sentences", "tokens", "squares"):
             assert ours[name] == reference[name]
         assert ours["sentences"] == 2 * 5 * 3  # two passes over five columns of batch 3
     ours, reference = pair.losses()
     assert abs(sum(ours.values()) - sum(before.values())) > 0.05
     throughput.check_same_losses(ours, reference, tolerance=1e-4)
-    # The twin: one step on another batch, and they part.
+    # The twin: after one step on another batch, they differ.
     pair.train_ours(0, 1), pair.train_reference(1, 1)
     with pytest.raises(throughput.WorkerFailed, match="loss "):
         throughput.check_same_losses(*pair.losses(), tolerance=1e-4)
@@ -131,28 +116,27 @@ def test_two_training_steps_leave_both_sides_at_the_same_losses(bench):
 
 @needs_references
 def test_evaluation_gives_the_same_scores(bench):
-    """A side that skipped rows, or predicted them in another order than their labels, shows."""
-    pair = open_pair(bench, "full-model", False)
-    ours = pair.ours.ask("evaluate", limit=40)
-    reference = pair.reference.ask("evaluate", limit=40, batch_size=16)
+    """It shows if a side skips rows, or predicts them in another order than their labels."""
+    pair = open_pair(bench, "evaluation", False)
+    ours, reference = (side.ask("evaluate", limit=40) for side in (pair.ours, pair.reference))
     assert ours["scores"] == pytest.approx(reference["scores"], abs=1e-4)
     assert (ours["sentences"], ours["tokens"]) == (reference["sentences"], reference["tokens"])
     assert ours["sentences"] == 5 * 40
 
 
-def test_a_worker_that_died_is_reported_as_one_that_failed(tmp_path):
-    """Closing its broken pipe must not take the report's place: the other rows go on."""
+def test_a_dead_worker_is_reported_as_failed(tmp_path):
+    """Closing its broken pipe must not hide that: the other rows are still measured."""
     with (
         pytest.raises(throughput.WorkerFailed, match=r"worker\.py ended with -9"),
         throughput.Worker("worker.py", tmp_path) as worker,
     ):
         worker.process.kill()
         worker.process.wait()
-        worker.ask("describe")
+        worker.ask("open", device="cpu")
 
 
 def test_flops_of_one_layer_by_hand():
-    """A wrong count would make the share of the device's rate wrong with it."""
+    """A wrong count would make the share of the device's speed wrong too."""
     config = {"hidden_size": 2, "intermediate_size": 3, "num_hidden_layers": 1}
     turn = {"tokens": 5, "squares": 13}  # sentences of 2 and 3 tokens
     linear = 5 * 2 * (4 * 2 * 2 + 2 * 2 * 3)  # query, key, value, output; in and out
@@ -160,37 +144,46 @@ def test_flops_of_one_layer_by_hand():
     assert throughput.forward_flops(config, turn) == linear + attention
 
 
-def test_the_full_grid_has_every_mode_and_no_simcse_without_an_encoder_to_train():
-    rows = throughput.every_row([8, 16, 64])
-    names = {row.name for row in rows}
-    assert len(names) == len(rows) == 3 * 3 * 5 + 3
+def names_of(*argv):
+    """Names of the rows that a command line selects."""
+    return [row.name for row in throughput.select_rows(throughput.parse_flags(argv))]
+
+
+def test_the_full_grid_has_every_mode_and_no_simcse_with_a_frozen_encoder():
+    names = names_of("--all")
+    assert len(set(names)) == len(names) == 3 * 3 * 5 + 3
     assert "LoRA-simcse-64-bf16" in names
     assert not any("last-linear-layer-simcse" in name for name in names)
-    assert {row.name for row in throughput.main_rows("cpu", [16])} <= names
+    assert names_of("--rows", "LoRA-*-64-fp32") == ["LoRA-simcse-64-fp32", "LoRA-plain-64-fp32"]
+    assert names_of("--startup") == []
+
+
+def test_the_main_table():
+    full = [f"full-model-simcse-16-{kind}" for kind in ("fp32", "bf16", "default")]
+    others = ["LoRA-simcse-16", "last-linear-layer-plain-16", "evaluation-16"]
+    assert names_of() == full + [f"{name}-default" for name in others]
+    trained = [f"{m}-simcse-{size}" for m in ("full-model", "LoRA") for size in (16, 64, 256)]
+    assert names_of("--device", "cuda") == [f"{name}-bf16" for name in trained + others[1:]]
 
 
 @pytest.mark.slow
 @needs_references
 def test_the_command_prints_every_row_and_writes_its_figures(encoder, tmp_path):
-    """End to end, one step a turn: tables, figures, exit code 0."""
-    out = tmp_path / "out.json"
-    result = subprocess.run(
-        [sys.executable, str(SCRIPT), "--encoder", str(encoder), "--data_dir", str(SAMPLE),
-         "--rows", "full-model-simcse-4-fp32", "last-linear-layer-plain-4-fp32",
-         "--batch_sizes", "4", "--steps", "1", "--repeats", "2", "--frozen_examples", "12",
-         "--threads", "1", "--json", str(out)],
-        cwd=tmp_path, capture_output=True, text=True, timeout=500, check=False,
-    )  # fmt: skip
+    """End to end, one step per turn: table, figures, exit code 0."""
+    names = ["full-model-simcse-4-fp32", "last-linear-layer-plain-4-fp32"]
+    flags = f"--encoder {encoder} --data_dir {SAMPLE} --batch_sizes 4 --steps 1 --repeats 2"
+    flags += f" --frozen_examples 12 --threads 1 --json {tmp_path}/out.json --rows"
+    command = [sys.executable, str(SCRIPT), *flags.split(), *names]
+    settings = {"capture_output": True, "text": True, "timeout": 500, "check": False}
+    result = subprocess.run(command, cwd=tmp_path, **settings)
     assert result.returncode == 0, result.stderr[-2000:]
-    report = json.loads(out.read_text(encoding="utf-8"))
+    report = json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))
     full, frozen = report["rows"]
-    assert [full["name"], frozen["name"]] == [
-        "full-model-simcse-4-fp32", "last-linear-layer-plain-4-fp32"
-    ]  # fmt: skip
+    assert [full["name"], frozen["name"]] == names
     for row in report["rows"]:
         assert 0 < row["ratio"][1] <= row["ratio"][0] <= row["ratio"][2]
         assert min(row[side]["peak_mib"] for side in ("ours", "reference")) > 50
         assert f"| {row['name']} | fp32 / fp32 |" in result.stdout
     assert 0 < full["ours"]["share"] < 1
-    assert frozen["ours"]["share"] is None  # nothing is encoded
+    assert frozen["ours"]["share"] is None  # ours encodes nothing
     assert [len(full[side]["turns"]) for side in ("ours", "reference")] == [2, 2]

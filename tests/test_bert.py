@@ -1,5 +1,6 @@
 """The encoder by itself: padding, rows, dropout, attention, gradients."""
 
+import itertools
 import math
 from dataclasses import replace
 
@@ -250,44 +251,34 @@ def test_packed_equals_the_standard_call(bert, lengths, path):
         torch.testing.assert_close(gradients[name], gradient, rtol=1e-5, atol=1e-6, msg=name)
 
 
-@pytest.fixture
-def beside(bert, path):
-    """A function: states and gradients of a sentence beside the second or the third one."""
-    sentences = random_sequences([6, 5, 5])
+@pytest.mark.parametrize("blind", [False, True], ids=["masked", "twin without the mask"])
+def test_sentences_of_one_row_do_not_see_each_other(bert, path, blind):
+    """Whatever stands beside a sentence, its states and gradients are the same to the last bit.
 
-    def measure(other, blind=False):
-        """`blind`: with a mask that is all true."""
-        packed = pack([sentences[0], sentences[other]], [4, 3], 0, "cpu")
+    Twin: with a mask that is all true, they differ.
+    """
+    sentence, *others = random_sequences([6, 5, 5])
+
+    def beside(other):
+        packed = pack([sentence, other], [4, 3], 0, "cpu")
         rows = packed.rows[0]
         assert packed.first.max() < ROW_TOKENS, "they are not in the same row"
         if blind:
             rows = rows._replace(attention_mask=torch.ones_like(rows.attention_mask))
         begin = int(packed.first[0])
         states = bert.encode([rows])[begin : begin + 6]
-        return states.detach(), gradients_of(bert, [states])
+        return {"states": states.detach()} | gradients_of(bert, [states])
 
-    return measure
-
-
-def test_sentences_of_one_row_do_not_see_each_other(beside):
-    """Whatever stands beside a sentence, its states and gradients are the same to the last bit."""
-    (states, gradients), (other_states, other_gradients) = beside(1), beside(2)
-    assert torch.equal(other_states, states)
-    for name, gradient in gradients.items():
-        assert torch.equal(other_gradients[name], gradient), name
-    assert gradients["embeddings.word_embeddings.weight"].any(1).sum() <= 6
-
-
-def test_sentences_of_one_row_would_see_each_other_without_the_mask(beside):
-    """The twin of the test above."""
-    states, gradients = beside(1, blind=True)
-    other_states, other_gradients = beside(2, blind=True)
-    assert (other_states - states).abs().max() > 1e-2
-    for name, gradient in gradients.items():
-        # Zero but for rounding; the same whatever the states are.
-        if not name.endswith(("key.bias", "layer.1.output.LayerNorm.bias")):
-            assert (other_gradients[name] - gradient).abs().max() > 1e-4, name
-    assert gradients["embeddings.word_embeddings.weight"].any(1).sum() > 6
+    found, right = map(beside, others)
+    assert found.keys() == right.keys()
+    for name, tensor in right.items():
+        if not blind:
+            assert torch.equal(found[name], tensor), name
+        # These are zero but for rounding, or the same whatever the states are.
+        elif not name.endswith(("key.bias", "layer.1.output.LayerNorm.bias")):
+            assert (found[name] - tensor).abs().max() > (1e-2 if name == "states" else 1e-4), name
+    trained_words = right["embeddings.word_embeddings.weight"].any(1).sum()
+    assert (trained_words > 6) == blind
 
 
 # ------------------------------------------------------------------------------------- dropout
@@ -326,8 +317,12 @@ def test_masks_are_independent_and_reproducible():
 
 
 @pytest.mark.parametrize("shape", [(1,), (3,), (5, 7), (2, 3, 4, 5), (0, 4)])
-def test_a_mask_of_any_shape(shape):
-    assert dropout_mask(shape, 0.4, torch.bfloat16).shape == shape
+def test_dropout_of_any_shape_and_none_in_eval_mode_or_at_rate_zero(shape):
+    x = torch.ones(shape, dtype=torch.bfloat16)
+    dropped = FastDropout(0.4).train()(x)
+    assert (dropped.shape, dropped.dtype) == (shape, x.dtype)
+    assert FastDropout(0.4).eval()(x) is x
+    assert FastDropout(0.0).train()(x) is x
 
 
 def test_the_gradient_passes_where_the_value_passed():
@@ -337,12 +332,6 @@ def test_the_gradient_passes_where_the_value_passed():
     y.sum().backward()
     torch.testing.assert_close(x.grad * x.detach(), y.detach())
     assert 0 < (x.grad == 0).float().mean() < 1
-
-
-def test_no_dropout_in_eval_mode_or_at_rate_zero():
-    x = torch.randn(4, 5)
-    assert FastDropout(0.5).eval()(x) is x
-    assert FastDropout(0.0).train()(x) is x
 
 
 def test_the_encoders_dropout_follows_the_seed_and_the_mode(bert):
@@ -391,30 +380,18 @@ def attention(tiny_config):
     return module, Rows(ids, positions, torch.zeros_like(ids), mask.bool()[:, None, None, :])
 
 
-def check_by_hand(module, rows, allowed):
-    """softmax(q k / √d) v head by head and token by token, over the `allowed` (N, N) tokens."""
-    hidden = torch.randn(len(allowed), 8, dtype=torch.float64)
-    found = module(hidden, rows).view(-1, 2, 4)
-    q, k, v = (getattr(module, n)(hidden).view(-1, 2, 4) for n in ("query", "key", "value"))
-    for token, seen in enumerate(allowed):
-        for head in range(2):
-            scores = k[seen, head] @ q[token, head] / math.sqrt(4)
-            torch.testing.assert_close(found[token, head], scores.softmax(0) @ v[seen, head])
-
-
 @pytest.mark.parametrize("written_out", [False, True])
 def test_attention_by_hand(attention, written_out):
-    """Over the real tokens of a padded row, or over the tokens of a token's own sentence."""
+    """softmax(q k / √d) v head by head and token by token, over the real tokens."""
     module, rows = attention
     module.dropout.p = 1e-9  # which rounds to no dropout
-    module.train(written_out)
-    allowed = torch.block_diag(torch.ones(4, 4), torch.tensor([[1, 1, 0, 0]] * 4)).bool()
-    check_by_hand(module, [rows], allowed)
-    packed = pack(random_sequences([3, 2, 6]), [3, 2, 6], 0, "cpu")
-    assert [r.input_ids.shape for r in packed.rows] == [(2, 64)]
-    row = torch.arange(128) // 64
-    allowed = (packed.sentence[:, None] == packed.sentence) & (row[:, None] == row)
-    check_by_hand(module, packed.rows, allowed)
+    hidden = torch.randn(8, 8, dtype=torch.float64)
+    found = module.train(written_out)(hidden, [rows]).view(2, 4, 2, 4)
+    q, k, v = (getattr(module, n)(hidden).view(2, 4, 2, 4) for n in ("query", "key", "value"))
+    for b, length in enumerate((4, 2)):
+        for t, h in itertools.product(range(4), range(2)):
+            scores = k[b, :length, h] @ q[b, t, h] / math.sqrt(4)
+            torch.testing.assert_close(found[b, t, h], scores.softmax(0) @ v[b, :length, h])
 
 
 @pytest.mark.parametrize("training", [False, True])

@@ -27,11 +27,6 @@ def test_the_defaults_are_those_of_bert_base_uncased():
     assert (config.layer_norm_eps, config.max_position_embeddings) == (1e-12, 512)
 
 
-def test_the_heads_must_divide_the_hidden_size():
-    with pytest.raises(ValueError, match="10 is not divisible by num_attention_heads 3"):
-        BertConfig(hidden_size=10, num_attention_heads=3)
-
-
 @pytest.mark.parametrize(
     ("name", "value"),
     [

@@ -102,6 +102,7 @@ REFUSED = [  # row of the fault table, task, file, words of the message
       for task, texts in WRONG_LABELS.items() for text in texts),
     *(("16", "sst", f"{SST}0\t{name}\tx\t3\n", [":2:", "1 to 80 letters"]) for name in WRONG_IDS),
     *(("18", "sst", SST + text, [f":{line}:", "a quote"]) for text, line in OPEN_QUOTES),
+    ("18", "sst", SST[1:] + 'a\t"open\t3\nb\tat the end"\t2\n', [":2:", "a quote"]),
     ("18", "sts", STS + '0\ta\t"open\tx\t3\nat the end"\tx\t3\n', [":2:", "a quote"]),
     ("18", "sst", SST + SEVERAL_LINES + "2\tc\tx\t9\n", [":8:"]),  # as an editor counts lines
     ("22", "sst", b"", ["an empty file"]),
@@ -155,7 +156,7 @@ def test_fault_12_skipped_rows(tmp_path, bad):
     (warning,) = found.warnings
     assert "6 of 706 rows skipped" in warning
     assert [f":{line}:" in warning for line in range(701, 708)] == [False, *[True] * 5, False]
-    assert_refused(tmp_path, SST + "0\n", ":2:", "1 fields; expected 4", split="test")
+    assert_refused(tmp_path, SST + rows(3) + "0\n", ":5:", "1 fields; expected 4", split="test")
 
 
 def test_fault_15_repeated_ids(tmp_path):
@@ -252,11 +253,11 @@ def batches(tokenizer):
 
 
 def test_a_batch_holds_the_rows_asked_for_in_that_order(tokenizer):
-    batch = made_up("para", 6, tokenizer).batch([4, 1])
-    assert batch.ids == ["id4", "id1"]
-    assert [len(ids) for ids in batch.first] == [len(ids) for ids in batch.second] == [7, 4]
+    batch = made_up("para", 6, tokenizer).batch([3, 0])
+    assert batch.ids == ["id3", "id0"]
+    assert [len(ids) for ids in batch.first] == [len(ids) for ids in batch.second] == [6, 3]
     assert batch.labels.dtype == torch.float32
-    assert batch.labels.tolist() == [0.0, 1.0]
+    assert batch.labels.tolist() == [1.0, 0.0]
     file = TaskFile(Path("x"), [Example("a", ("good",), None)], [], 1)  # a test file of sentences
     batch = TaskDataset(file, TASKS["sst"], tokenizer, 40).batch([0])
     assert (batch.second, batch.labels) == (None, None)

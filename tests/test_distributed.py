@@ -24,14 +24,15 @@ from config import UserError
 from runtime import distributed, script
 from runtime.device import Compute
 from tokenizer import BertTokenizer
+from training.run_folder import RunFolder
 from training.setup import encode_in_advance
 
 WORKER = REPOSITORY / "tests" / "distributed_worker.py"
 SCRIPT = REPOSITORY / "multitask_classifier.py"
 STEPS = 10
 TOLERANCE = 1e-6  # relative; for gradients and weights, to the norm of all of them together
-# With token_type_embeddings, whose rows get the fp32 sum over every token of a step, one after
-# another: it is no more exact on one process.
+# With token_type_embeddings, each row of which gets the fp32 sum over every token of a step: on one
+# process it is no more exact.
 SUM_TOLERANCE = 5e-6
 SIMCSE = ["--unsupervised_simcse", "--supervised_simcse"]
 LORA = ["--fine-tune-mode", "LoRA", "--LoRA_r", "4"]
@@ -117,55 +118,43 @@ def bench(tmp_path_factory, tiny_config, toy_vocab):
 
 
 class Record:
-    """The records of one job, and the files of its run."""
+    """What every rank recorded of a job, and the run of the job."""
 
     def __init__(self, folder, name):
-        paths = sorted(folder.glob(f"{name}.rank*.json"))
-        ranks = [json.loads(path.read_text()) for path in paths]
-        self.code = ranks[0]["code"]
-        self.hashes = [record["hashes"] for record in ranks]  # rank -> of the weights by step
-        self.tensors = load_file(folder / f"{name}.safetensors")
         self.predictions = folder / name / "predictions"
-        (self.run,) = (folder / name / "runs").iterdir()
-        lines = (self.run / "metrics.jsonl").read_text().splitlines()
-        self.train, self.eval = [], []  # the lines of the log
-        for line in map(json.loads, lines):
-            getattr(self, line["kind"]).append(line)
+        self.run = RunFolder(*(folder / name / "runs").iterdir())
+        ranks = [load_file(path) for path in sorted(folder.glob(f"{name}.rank*"))]
+        self.codes = [int(rank["code"]) for rank in ranks]
+        self.weights = [rank["weights"] for rank in ranks]
+        self.gradients, self.is_summed = ranks[0]["gradients"], ranks[0]["is_summed"].bool()
 
-    def of_kind(self, prefix):
-        """The recorded tensors whose names begin with `prefix`."""
-        return {name: tensor for name, tensor in self.tensors.items() if name.startswith(prefix)}
-
-
-def loss_difference(one, other):
-    """Largest relative difference of any loss in any step of two records."""
-    pairs = [(a["losses"], b["losses"]) for a, b in zip(one.train, other.train, strict=True)]
-    return max(abs(a[name] - b[name]) / max(abs(a[name]), 1e-30) for a, b in pairs for name in a)
+    def log(self, kind="train"):
+        """Lines of the run's log."""
+        return [line for line in self.run.metrics() if line["kind"] == kind]
 
 
-def tensor_difference(one, other, prefix, left_out=None):
-    """Norm of the difference of tensors, without those `left_out`, over the norm of all of `one`.
+def assert_same_losses(one, other):
+    """Every loss of every step of two records is the same."""
+    for a, b in zip(one.log(), other.log(), strict=True):
+        assert b["losses"] == pytest.approx(a["losses"], rel=TOLERANCE, abs=0)
 
-    Of the recorded tensors whose names begin with `prefix`.
-    """
-    first, second = one.of_kind(prefix), other.of_kind(prefix)
-    assert first.keys() == second.keys()
-    names = [name for name in first if not left_out or left_out not in name]
-    apart = torch.cat([(first[name] - second[name]).double().flatten() for name in names])
-    return float(apart.norm() / torch.cat([t.double().flatten() for t in first.values()]).norm())
+
+def difference(first, second, left_out=False):
+    """Largest norm in any step of the difference, but for `left_out`, over the norm of `first`."""
+    apart = (first - second).double().masked_fill(torch.as_tensor(left_out), 0.0)
+    return float((apart.norm(dim=1) / first.double().norm(dim=1)).max())
 
 
 def assert_same(one, several):
-    """Losses and gradients of each step and the weights at the end, and all ranks alike."""
-    assert one.code == several.code == 0
-    assert several.hashes[0] == several.hashes[1]
-    assert len(set(several.hashes[0])) == STEPS, "the weights did not move"
-    assert len(one.train) == STEPS
-    assert loss_difference(one, several) <= TOLERANCE
-    for kind in [*(f"gradient {step} " for step in range(STEPS)), "weight "]:
-        difference = tensor_difference(one, several, kind, left_out="token_type_embeddings")
-        assert difference <= TOLERANCE, kind
-        assert tensor_difference(one, several, kind) <= SUM_TOLERANCE, kind
+    """Losses, gradients and weights of each step are the same, and all ranks alike."""
+    assert (one.codes, several.codes) == ([0], [0, 0])
+    assert torch.equal(*several.weights)
+    assert len(several.weights[0].unique(dim=0)) == STEPS, "the weights did not move"
+    assert len(one.log()) == STEPS
+    assert_same_losses(one, several)
+    for pair in ((one.gradients, several.gradients), (one.weights[0], several.weights[0])):
+        assert difference(*pair, left_out=one.is_summed) <= TOLERANCE
+        assert difference(*pair) <= SUM_TOLERANCE
 
 
 def assert_same_files(one, other, count):
@@ -198,33 +187,33 @@ def test_two_processes_train_as_one(quick, name):
 def test_twin_without_the_wrapper_gradients_are_not_averaged(quick):
     """The weights drift apart, and the checks above see it."""
     one, several = Record(quick[0], "full"), Record(quick[1], "wrapper")
-    assert several.hashes[0] != several.hashes[1]
-    assert tensor_difference(one, several, "gradient 0 ") > 1000 * SUM_TOLERANCE
+    assert not torch.equal(*several.weights)
+    assert difference(one.gradients[:1], several.gradients) > 1000 * SUM_TOLERANCE
 
 
 def test_twin_without_the_gathered_rows_simcse_is_another_loss(quick):
     """Negatives of one process alone make a smaller loss; the task losses stay."""
-    one, several = Record(quick[0], "full").train[0], Record(quick[1], "gather").train[0]
-    for name, loss in one["losses"].items():
-        difference = abs(loss - several["losses"][name]) / loss
-        assert (difference > 0.05) == name.startswith("simcse"), name
+    one, several = Record(quick[0], "full"), Record(quick[1], "gather")
+    for name, loss in one.log()[0]["losses"].items():
+        apart = abs(loss - several.log()[0]["losses"][name]) / loss
+        assert (apart > 0.05) == name.startswith("simcse"), name
 
 
 def test_predictions_and_scores_are_the_same_files(quick):
     """In the input's order and byte for byte, though each process predicted half of the batches."""
     one, two = (Record(folder, "untrained") for folder in quick)
     assert_same_files(one.predictions, two.predictions, 6)
-    assert_same_files(one.run / "predictions", two.run / "predictions", 12)
-    assert one.eval[0]["dev"] == two.eval[0]["dev"]
+    assert_same_files(one.run.path / "predictions", two.run.path / "predictions", 12)
+    assert one.log("eval")[0]["dev"] == two.log("eval")[0]["dev"]
 
 
 def test_only_the_first_process_writes(quick):
     """Each line of the log is there once, and nothing is left of a second writer."""
     record = Record(quick[1], "full")
-    assert [line["step"] for line in record.train] == list(range(1, STEPS + 1))
-    assert [line["step"] for line in record.eval] == [STEPS]
-    assert not list(record.run.rglob(".tmp-*"))
-    assert json.loads((record.run / "run.json").read_text())["processes"] == 2
+    assert [line["step"] for line in record.log()] == list(range(1, STEPS + 1))
+    assert [line["step"] for line in record.log("eval")] == [STEPS]
+    assert not list(record.run.path.rglob(".tmp-*"))
+    assert record.run.description()["processes"] == 2
 
 
 @pytest.fixture(scope="module")
@@ -244,8 +233,8 @@ def test_two_processes_train_as_one_in_every_mode(slow, name):
 @pytest.mark.slow
 def test_losses_that_are_not_finite_are_reported_once_with_the_ids_of_the_whole_batch(slow):
     """Each process knows only the ids of its own share."""
-    for kind in ("alone", "together"):
-        assert json.loads((slow / kind / "infinite.rank0.json").read_text())["code"] == 3
+    assert Record(slow / "alone", "infinite").codes == [3]
+    assert Record(slow / "together", "infinite").codes == [3, 3]
     errors = (slow / "errors.txt").read_text().splitlines()
     together, alone = [line for line in errors if "not finite" in line]
     assert together == alone
@@ -254,7 +243,7 @@ def test_losses_that_are_not_finite_are_reported_once_with_the_ids_of_the_whole_
 @pytest.mark.slow
 def test_processes_with_different_files_do_not_train(slow):
     """Machines with different data would train on a mixture without a word."""
-    assert json.loads((slow / "together/files.rank0.json").read_text())["code"] == 2
+    assert Record(slow / "together", "files").codes == [2, 2]
     errors = (slow / "errors.txt").read_text()
     assert "error: torchrun: the processes do not have the same data" in errors
 
@@ -263,7 +252,7 @@ def test_processes_with_different_files_do_not_train(slow):
 def test_the_evaluation_script_shares_its_batches_too(quick, bench):
     """Under torchrun it writes the files of a single process, and prints each line once."""
     record, here = Record(quick[0], "lora"), bench.folder / "evaluated"
-    argv = ["--checkpoint", record.run, "--predictions_dir", here]
+    argv = ["--checkpoint", record.run.path, "--predictions_dir", here]
     code, out, err = bench.run(2, REPOSITORY / "evaluation.py", *argv)
     assert code == 0, err
     assert out.count(f"best model of step {STEPS}") == 1
@@ -298,12 +287,12 @@ def test_a_signal_to_one_process_stops_all_and_resuming_is_bitwise(resumed, coun
     """A process could train on alone, or DDP add in another order than before the stop."""
     names = ("whole", "stopped", "resumed")
     whole, stopped, again = (Record(resumed[count], name) for name in names)
-    assert (stopped.code, len(stopped.train)) == (128 + signal.SIGTERM, 5)
-    assert again.code == 0
+    assert stopped.codes == [128 + signal.SIGTERM] * count
+    assert (len(stopped.log()), again.codes) == (5, [0] * count)
     for rank in range(count):
-        assert stopped.hashes[rank] == whole.hashes[rank][:5]
-        assert again.hashes[rank] == whole.hashes[rank][5:]
-    assert_same_files(whole.run / "predictions", again.run / "predictions", 12)
+        assert torch.equal(stopped.weights[rank], whole.weights[rank][:5])
+        assert torch.equal(again.weights[rank], whole.weights[rank][5:])
+    assert_same_files(whole.run.path / "predictions", again.run.path / "predictions", 12)
 
 
 @pytest.mark.slow
@@ -311,9 +300,9 @@ def test_a_signal_to_one_process_stops_all_and_resuming_is_bitwise(resumed, coun
 def test_a_run_of_two_processes_resumes_on_another_number(resumed, count):
     """A checkpoint may not depend on the number of processes."""
     whole, again = Record(resumed[2], "still"), Record(resumed[count], "still_resumed")
-    assert (again.code, len(again.hashes), len(again.hashes[0])) == (0, count, STEPS - 5)
-    assert loss_difference(whole, again) <= TOLERANCE
-    assert tensor_difference(whole, again, "weight ") <= TOLERANCE
+    assert again.codes == [0] * count
+    assert_same_losses(whole, again)
+    assert difference(whole.weights[0][5:], again.weights[0]) <= TOLERANCE
 
 
 # ----------------------------------------------------------------------------------------- failures
@@ -423,7 +412,8 @@ def test_a_relayed_signal_is_not_a_second_one(launch, monkeypatch):
     receive()
     receive()
     assert ended == [143]
-    monkeypatch.setattr(time, "monotonic", lambda later=time.monotonic() + 60: later)
+    later = time.monotonic() + 60
+    monkeypatch.setattr(time, "monotonic", lambda: later)
     receive()
     assert ended == [143, 143]
 

@@ -9,6 +9,7 @@ import evaluation
 from config import TASKS, UserError
 from reporting.results import read_scores, result_of_scores, score_files
 from runtime.files import write_files
+from training.flags import default_flags
 
 TASK_NAMES = ("sst", "para", "sts")
 EXAMPLES = 40
@@ -33,8 +34,9 @@ def make_run(folder, seed, tasks=TASK_NAMES, splits=("dev", "test")):
     """The files that an ensemble reads of a finished run; no model."""
     folder.mkdir()
     data = {name: {"dev": {"path": f"data/sample/{name}.csv"}} for name in tasks}
-    description = {"args": {"tasks": list(tasks)}, "command": "python multitask_classifier.py"}
-    description |= {"precision": "fp32", "encoder": {"substituted": False}, "data": data}
+    description = {"args": default_flags() | {"tasks": list(tasks)}, "data": data}
+    description |= {"precision": "fp32", "encoder": {"substituted": False}}
+    description |= {"command": "python multitask_classifier.py"}
     (folder / "run.json").write_text(json.dumps(description), encoding="utf-8")
     for split in splits:
         results = {name: make_result(name, seed, split) for name in tasks}

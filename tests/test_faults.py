@@ -1,10 +1,9 @@
 """What can go wrong, and what must happen: rows of the project's table of faults.
 
 The numbers in test names are the table's rows. Runs are real processes on a tiny encoder
-(tests/fault_hooks.py). The long tests are in tests/test_faults_slow.py. Rows 7 to 22 are files of
-data: tests/test_datasets.py. Flags alone, rows 1 to 6 and 39: tests/test_flags.py. Row 44, one
-process of several dies: tests/test_distributed.py. Row 45, other tools read what is saved:
-tests/test_parity.py.
+(tests/fault_hooks.py). Other files have the rest: test_faults_slow.py the long tests, test_flags.py
+rows 1 to 6 and 39, test_datasets.py rows 7 to 22, test_lora.py and test_evaluation.py adapters and
+heads of rows 28 to 30, test_distributed.py row 44 and test_parity.py row 45.
 """
 
 import errno
@@ -13,6 +12,7 @@ import hashlib
 import itertools
 import json
 import os
+import pickle
 import resource
 import shutil
 import signal
@@ -68,19 +68,9 @@ pytest_plugins = ("fault_fixtures",)
 evaluate = partial(run, main=evaluation.main)
 
 
-def assert_refused(done, *words):
-    """A user's mistake: exit code 2, and one line on standard error that has all of `words`."""
-    assert done.code == 2, done
-    assert_one_line(done, *words)
-
-
-def assert_failed(done, *words):
-    """A failure to write, or of memory: exit code 1, and one line that has all of `words`."""
-    assert done.code == 1, done
-    assert_one_line(done, *words)
-
-
-def assert_one_line(done, *words):
+def assert_error(done, code, *words):
+    """The run ended with this exit code, and one line on standard error has all of `words`."""
+    assert done.returncode == code, done
     (line,) = done.stderr.strip().splitlines()
     assert line.startswith("error: ")
     assert not [word for word in words if str(word) not in line], line
@@ -88,7 +78,7 @@ def assert_one_line(done, *words):
 
 
 def assert_succeeded(done):
-    assert (done.code, done.stderr) == (0, ""), done
+    assert (done.returncode, done.stderr) == (0, ""), done
 
 
 def assert_resumes(folder, argv, expected):
@@ -102,7 +92,7 @@ def assert_resumes(folder, argv, expected):
 
 def flip_bit(path, place=None):
     content = bytearray(path.read_bytes())
-    content[len(content) // 2 if place is None else place] ^= 1
+    content[len(content) // 2 if place is None else place % len(content)] ^= 1
     path.write_bytes(content)
 
 
@@ -111,49 +101,7 @@ def cut(path, share=0.5):
     path.write_bytes(content[: int(len(content) * share)])
 
 
-# --------------------------------------------------------------------------------- flags and data
-
-
-@pytest.mark.parametrize(
-    ("flags", "words"),
-    [
-        ("--LoRA_rank 3", ["--LoRA_rank", "did you mean --LoRA_r?"]),
-        ("--lr nan", ["--lr", "'nan'", "above 0"]),
-        ("--LoRA_r 33", ["--LoRA_r 33", "1 to 32"]),
-        ("--use_gpu", ["--use_gpu", "the only device is cpu"]),
-        ("--model_file_suffix=../../x", ["--model_file_suffix", "../../x"]),
-    ],
-    ids=["row 1", "row 2", "row 4", "row 5", "row 39"],
-)
-def test_01_02_04_05_39_a_wrong_flag_changes_nothing(tiny, lora_run, tmp_path, flags, words):
-    """The run that --overwrite would have removed is still there."""
-    copy(lora_run, tmp_path)
-    before = snapshot(tmp_path / "runs", tmp_path / "predictions")
-    argv = tiny.lora_argv("--overwrite", *flags.split())
-    no_gpu = partial(patch, "torch.cuda.is_available", return_value=False)
-    assert_refused(run(tmp_path, argv, no_weights, no_gpu), *words)
-    assert snapshot(tmp_path / "runs", tmp_path / "predictions") == before
-
-
-def test_01_the_evaluation_script_names_the_nearest_flag_too(tmp_path):
-    assert_refused(evaluate(tmp_path, ["--chekpoint", "x"]), "did you mean --checkpoint?")
-
-
-def test_03_no_epochs_only_evaluate(tiny, tmp_path):
-    """And so does resuming such a run."""
-    for more in ([], ["--resume"]):
-        assert_succeeded(run(tmp_path, tiny.argv("--epochs", 0, *more)))
-        assert [line["kind"] for line in metrics(tmp_path / "runs/full-model")] == ["eval"]
-        assert len(list((tmp_path / "predictions").iterdir())) == 6
-
-
-def test_06_no_bf16(tiny, tmp_path):
-    parts = ("torch.cpu._is_avx512_bf16_supported", "torch.cpu._is_amx_tile_supported")
-    faults = [partial(patch, part, return_value=False, create=True) for part in parts]
-    done = run(tmp_path, tiny.argv("--epochs", 0, "--precision", "bf16"), *faults)
-    assert_succeeded(done)
-    assert "warning: --precision bf16" in done.stdout
-    assert json.loads((tmp_path / "runs/full-model/run.json").read_text())["precision"] == "fp32"
+# -------------------------------------------------------------------------------------------- data
 
 
 @pytest.mark.parametrize(
@@ -170,7 +118,7 @@ def test_08_14_22_wrong_data_ends_the_command_before_weights_load(
     path = tmp_path / "file.csv"
     path.write_bytes(content)
     done = run(tmp_path, tiny.argv(flag, path), no_weights)
-    assert_refused(done, f"error: {path}{place}")
+    assert_error(done, 2, f"error: {path}{place}")
     assert not (tmp_path / "runs").exists()
 
 
@@ -207,7 +155,7 @@ def test_23_no_test_file(tiny, tmp_path):
     of_run = [*argv[:place], *argv[place + 2 :], "--resume"]  # the run's own files
     for words in ([*argv, "--overwrite"], of_run):
         done = run(tmp_path, [*words, "--require_test"], no_weights)
-        assert_refused(done, path, "--require_test")
+        assert_error(done, 2, path, "--require_test")
     path.write_bytes(late)
     assert_succeeded(evaluate(tmp_path, []))
     evaluated = (predictions / "sts-test-output.csv").read_bytes()
@@ -243,7 +191,7 @@ def test_25_no_network(tiny, tmp_path, name, settings):
     env = settings | {"HF_HOME": str(tmp_path / "cache")}
     began = time.monotonic()
     done = run(tmp_path, tiny.argv("--pretrained", name), no_weights, env=env)
-    assert_refused(done, "--pretrained FOLDER", "--pretrained bundled")
+    assert_error(done, 2, "--pretrained FOLDER", "--pretrained bundled")
     assert time.monotonic() - began < 30
 
 
@@ -277,17 +225,8 @@ def test_26_damaged_downloads(tiny, tmp_path):
         content = blob.read_bytes()
         harm(blob)
         done = run(tmp_path, argv, no_weights, env=env)
-        assert_refused(done, blob, "damaged", "remove it")
+        assert_error(done, 2, blob, "damaged", "remove it")
         blob.write_bytes(content)
-
-
-def test_26_not_the_published_file(tiny, tmp_path):
-    """It is whole, but not the weights that everybody else calls bert-base-uncased."""
-    repo, revision = "google-bert/bert-base-uncased", "86b5e0934494bd15c9632b12f734a8a67f723594"
-    fill_cache(tmp_path / "cache", repo, revision, tiny.encoder)
-    env = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "cache")}
-    done = run(tmp_path, tiny.argv("--pretrained", repo), no_weights, env=env)
-    assert_refused(done, "expected 68d45e234eb4", "remove it")
 
 
 def test_26_a_damaged_bundled_encoder(tiny, tmp_path):
@@ -296,7 +235,7 @@ def test_26_a_damaged_bundled_encoder(tiny, tmp_path):
     (package / "__init__.py").touch()
     installed = partial(patch, "sys.path", [str(package.parent), *sys.path])
     done = run(tmp_path, tiny.argv("--pretrained", "bundled"), installed, no_weights)
-    assert_refused(done, package / "model/model.safetensors", "damaged", "start again")
+    assert_error(done, 2, package / "model/model.safetensors", "damaged", "start again")
 
 
 @pytest.mark.parametrize(
@@ -305,8 +244,6 @@ def test_26_a_damaged_bundled_encoder(tiny, tmp_path):
         ("vocab_size", 20, ["vocabulary", "20"]),
         ("hidden_size", 48, ["expected", "48"]),
         ("hidden_size", 33, ["33", "num_attention_heads"]),
-        ("num_hidden_layers", 3, ["missing", "encoder.layer.2"]),
-        ("num_hidden_layers", 1, ["unexpected", "encoder.layer.1"]),
         ("hidden_act", "relu", ["hidden_act", "'gelu'"]),
     ],
 )
@@ -314,114 +251,66 @@ def test_27_an_encoder_that_does_not_fit_itself(tiny, tmp_path, key, value, word
     encoder = copy(tiny.encoder, tmp_path / "encoder")
     config = json.loads((encoder / "config.json").read_text())
     (encoder / "config.json").write_text(json.dumps(config | {key: value}))
-    assert_refused(run(tmp_path, tiny.argv(encoder=encoder)), *words)
+    assert_error(run(tmp_path, tiny.argv(encoder=encoder)), 2, *words)
     assert not (tmp_path / "runs/full-model/run.json").exists()
 
 
 # ----------------------------------------------------------------- checkpoints that do not fit
 
 
-@pytest.mark.parametrize(
-    ("flags", "words"),
-    [
-        (
-            "--LoRA_r 5 --LoRA_targets query --tasks sst",
-            ["--LoRA_r is 5, was 4", "--LoRA_targets is ['query'], was", "--tasks is ['sst'], was"],
-        ),
-        (
-            "--batch_size 5 --seed 1 --epochs 3 --max_length 20",
-            ["--batch_size is 5, was 4", "--seed is 1, was", "--max_length is 20, was not given"],
-        ),
-        ("--precision bf16", ["--precision is bf16, was fp32"]),
-        ("--pretrained bundled", ["--pretrained is bundled, was"]),
-        ("--data_dir elsewhere", ["elsewhere/ids-sst-train.csv"]),
-    ],
-)
-def test_28_43_another_run_than_the_checkpoint(tiny, lora_run, tmp_path, flags, words):
-    copy(lora_run, tmp_path)
-    before = snapshot(tmp_path / "runs", tmp_path / "predictions")
-    done = run(tmp_path, tiny.lora_argv("--resume", *flags.split()), no_weights)
-    assert_refused(done, *words)
-    assert snapshot(tmp_path / "runs", tmp_path / "predictions") == before
-
-
-def test_28_a_checkpoint_of_another_mode(tiny, unbroken, lora_run, tmp_path):
-    """A run copied under another mode's name, and a best model put in the place of another."""
-    copy(lora_run / "runs/LoRA", tmp_path / "runs/full-model")
-    argv = tiny.argv("--fine-tune-mode", "full-model", "--resume")
-    done = run(tmp_path, argv, no_weights)
-    assert_refused(done, "--fine_tune_mode is full-model, was LoRA")
-    shutil.rmtree(tmp_path / "runs")
-    copy(unbroken, tmp_path)
-    best = (tmp_path / "runs/full-model/best").resolve()
-    shutil.rmtree(best)
-    copy(lora_run / "runs/LoRA/best", best)
-    done = evaluate(tmp_path, [])
-    assert_refused(done, "an adapter, expected a model of mode full-model")
-
-
-@pytest.mark.parametrize(
-    ("file", "change", "words"),
-    [
-        ("adapter_config.json", {"r": 3}, ["r is 3, expected 4"]),
-        ("adapter_config.json", {"lora_alpha": 9.0}, ["alpha is 9.0, expected 16.0"]),
-        ("adapter_config.json", {"target_modules": ["query"]}, ["target_modules", "expected"]),
-        ("heads.json", {"tasks": ["para", "sts"]}, ["tasks para sts; expected sst para sts"]),
-    ],
-)
-def test_28_a_best_model_of_another_shape(lora_run, tmp_path, file, change, words):
-    best = copy(lora_run, tmp_path) / "runs/LoRA/best"
-    settings = json.loads((best / file).read_text())
-    (best / file).write_text(json.dumps(settings | change))
+def assert_best_is_refused(folder, *words):
+    """The evaluation refuses the best model of the run in `folder`, whose hashes are right."""
+    best = (folder / "best").resolve()
     rewrite_manifest(best)
-    assert_refused(evaluate(tmp_path, ["--sentence", "x"]), file, *words)
+    assert_error(evaluate(folder.parents[1], []), 2, best, *words)
 
 
-def canary(path):
-    """A pickle whose loading creates a file."""
-    return b"\x80\x02" + f"cposix\nsystem\n(S'touch {path}'\ntR.".encode()
+def test_28_a_best_model_of_another_mode_or_of_other_tasks(unbroken, tmp_path):
+    folder = copy(unbroken, tmp_path) / "runs/full-model"
+    path = folder / "best/heads.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"tasks": ["para", "sts"]}))
+    assert_best_is_refused(folder, "heads.json: tasks para sts; expected sst para sts")
+    path.with_name("adapter_config.json").write_text("{}")
+    assert_best_is_refused(folder, "an adapter, expected a model of mode full-model")
 
 
-def test_30_twin_loaded_as_a_pickle_the_canary_creates_its_file(tmp_path):
-    (tmp_path / "x").write_bytes(canary(tmp_path / "created"))
-    program = "import pickle, sys; pickle.load(open(sys.argv[1], 'rb'))"
-    subprocess.run([sys.executable, "-c", program, tmp_path / "x"], check=True)
-    assert (tmp_path / "created").exists()
+@pytest.fixture
+def pickled(tmp_path):
+    """A pickle whose loading would create a file: it was never loaded, and it would have worked."""
+    created = tmp_path / "created"
+    content = b"\x80\x02" + f"cposix\nsystem\n(S'touch {created}'\ntR.".encode()
+    yield content
+    assert not created.exists()
+    pickle.loads(content)
+    assert created.exists()
 
 
 @pytest.mark.parametrize("is_meant", [False, True], ids=["hash differs", "hash right"])
-def test_30_a_pickle_in_place_of_a_checkpoint(tiny, halfway, tmp_path, is_meant):
+def test_30_a_pickle_in_place_of_a_checkpoint(tiny, halfway, tmp_path, pickled, is_meant):
     copy(halfway, tmp_path)
     for path in checkpoints(tmp_path / "runs/full-model"):
-        path.write_bytes(canary(tmp_path / "created"))
+        path.write_bytes(pickled)
         if is_meant:
             rename_by_hash(path)
     done = run(tmp_path, tiny.argv("--resume"), no_weights)
-    assert not (tmp_path / "created").exists()
-    assert_refused(done, "no undamaged checkpoint among 2")
+    assert_error(done, 2, "no undamaged checkpoint among 2")
 
 
-@pytest.mark.parametrize("is_meant", [False, True], ids=["hash differs", "hash right"])
 @pytest.mark.parametrize(
-    "file",
-    ["model.safetensors", "heads.safetensors", "heads.json", "config.json", "vocab.txt"],
+    "file", ["model.safetensors", "heads.safetensors", "heads.json", "config.json", "vocab.txt"]
 )
-def test_30_a_pickle_in_place_of_a_file_of_the_best_model(halfway, tmp_path, file, is_meant):
-    best = copy(halfway, tmp_path) / "runs/full-model/best"
-    (best / file).write_bytes(canary(tmp_path / "created"))
-    if is_meant:
-        rewrite_manifest(best)
-    done = evaluate(tmp_path, [])
-    assert not (tmp_path / "created").exists()
-    assert_refused(done, best.resolve(), file.split(".")[0])
+def test_30_a_pickle_in_place_of_a_file_of_the_best_model(halfway, tmp_path, pickled, file):
+    folder = copy(halfway, tmp_path) / "runs/full-model"
+    (folder / "best" / file).write_bytes(pickled)
+    assert_error(evaluate(tmp_path, []), 2, f"{file}: damaged")
+    assert_best_is_refused(folder, file.split(".")[0])
 
 
-def test_30_a_pickle_in_place_of_an_encoder(tiny, tmp_path):
+def test_30_a_pickle_in_place_of_an_encoder(tiny, tmp_path, pickled):
     encoder = copy(tiny.encoder, tmp_path / "encoder")
-    (encoder / "model.safetensors").write_bytes(canary(tmp_path / "created"))
+    (encoder / "model.safetensors").write_bytes(pickled)
     done = run(tmp_path, tiny.argv(encoder=encoder))
-    assert not (tmp_path / "created").exists()
-    assert_refused(done, "model.safetensors: not a complete safetensors file")
+    assert_error(done, 2, "model.safetensors: not a complete safetensors file")
 
 
 # ---------------------------------------------------------------------------- damaged checkpoints
@@ -449,17 +338,20 @@ def test_31_of_two_checkpoints_of_one_step_the_later_is_kept(tmp_path):
     assert mine.read_text() == "mine"
 
 
+HARMS = [partial(cut, share=sixteenth / 16) for sixteenth in range(16)]
+HARMS += [partial(flip_bit, place=place) for place in (0, 9, -1)]
+
+
 @pytest.mark.parametrize(
     "file", ["checkpoint", "best/manifest.json", "best/config.json", "best/model.safetensors"]
 )
-def test_31_each_file_cut_at_every_sixteenth(tmp_path, capsys, file):
+def test_31_each_file_cut_at_every_sixteenth_or_with_a_flipped_bit(tmp_path, capsys, file):
     """The checkpoint before it, and its best model, are taken, and the reason is printed."""
     fill_run(tmp_path / "whole", [1, 2, 3])
     assert reopen(tmp_path / "whole") == (3, 3)
-    for sixteenth in range(16):
-        folder = copy(tmp_path / "whole", tmp_path / str(sixteenth))
-        victim = (checkpoints(folder)[-1] if file == "checkpoint" else folder / file).resolve()
-        cut(victim, sixteenth / 16)
+    for number, harm in enumerate([*HARMS, Path.unlink][: 19 if file == "checkpoint" else 20]):
+        folder = copy(tmp_path / "whole", tmp_path / str(number))
+        harm((checkpoints(folder)[-1] if file == "checkpoint" else folder / file).resolve())
         capsys.readouterr()
         assert reopen(folder) == (2, 2)
         output = capsys.readouterr().out
@@ -467,14 +359,6 @@ def test_31_each_file_cut_at_every_sixteenth(tmp_path, capsys, file):
         assert "is left out: " in output and "damaged" in output
         assert output.count("\n") == 1
         assert load_file(folder / "best/model.safetensors")["weight"][0] == 2
-
-
-@pytest.mark.parametrize("file", ["best/manifest.json", "best/model.safetensors", "best"])
-def test_31_a_part_of_the_best_model_is_gone(tmp_path, file):
-    fill_run(tmp_path / "run", [1, 2, 3])
-    place = (tmp_path / "run" / file).resolve()
-    shutil.rmtree(place) if place.is_dir() else place.unlink()
-    assert reopen(tmp_path / "run") == (2, 2)
 
 
 def test_31_a_damaged_older_checkpoint_does_not_matter(tmp_path):
@@ -485,14 +369,6 @@ def test_31_a_damaged_older_checkpoint_does_not_matter(tmp_path):
         assert reopen(folder) == (3, 3)
         fill_run(folder, [4])
         assert reopen(folder) == (4, 4)
-
-
-def test_31_a_flipped_bit_anywhere(tmp_path):
-    fill_run(tmp_path / "whole", [1, 2, 3])
-    for place in (0, 9, 60, -1):
-        folder = copy(tmp_path / "whole", tmp_path / str(place))
-        flip_bit(checkpoints(folder)[-1], place)
-        assert reopen(folder) == (2, 2)
 
 
 def test_31_twin_with_the_hash_made_right_a_flipped_bit_goes_through(
@@ -522,24 +398,27 @@ def test_31_all_damaged(tiny, halfway, tmp_path):
         flip_bit(path)
     before = snapshot(tmp_path / "runs")
     done = run(tmp_path, tiny.argv("--resume"), no_weights)
-    assert_refused(done, "no undamaged checkpoint among 2", "--overwrite")
+    assert_error(done, 2, "no undamaged checkpoint among 2", "--overwrite")
     assert snapshot(tmp_path / "runs") == before
 
 
 def test_31_none_ever_completed(tiny, expected, tmp_path):
     killed = partial(signal_at, "forward", 2, signal.SIGKILL)
     for phrase in ("nothing to resume", "no checkpoint was ever completed"):
-        assert run(tmp_path, tiny.argv("--resume"), killed).code == -signal.SIGKILL
+        assert run(tmp_path, tiny.argv("--resume"), killed).returncode == -signal.SIGKILL
         assert f"{phrase}; starting at step 0" in (tmp_path / "stdout").read_text()
     assert_resumes(tmp_path, tiny.argv("--resume"), expected)
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"args": 1}'])
-def test_31_a_damaged_description(tiny, halfway, tmp_path, content):
-    copy(halfway, tmp_path)
-    (tmp_path / "runs/full-model/run.json").write_text(content)
-    assert_refused(run(tmp_path, tiny.argv("--resume"), no_weights), "run.json")
-    assert_refused(run(tmp_path, tiny.argv(), no_weights), "--resume", "--overwrite")
+def test_31_a_damaged_description(tmp_path, monkeypatch, content):
+    monkeypatch.chdir(tmp_path)
+    fill_run("runs/full-model", [1])
+    Path("runs/full-model/run.json").write_text(content)
+    with pytest.raises(UserError, match=r"run\.json: not the description of a run"):
+        parse_command(["--resume"])
+    with pytest.raises(UserError, match=r"--resume.*--overwrite"):
+        parse_command([])
 
 
 def test_31_a_damaged_line_of_metrics(tiny, halfway, tmp_path):
@@ -547,7 +426,7 @@ def test_31_a_damaged_line_of_metrics(tiny, halfway, tmp_path):
     path = tmp_path / "runs/full-model/metrics.jsonl"
     path.write_text(path.read_text().replace('"step": 3', '"step": 3"', 1))
     done = run(tmp_path, tiny.argv("--resume"), no_weights)
-    assert_refused(done, "metrics.jsonl:3:", "damaged")
+    assert_error(done, 2, "metrics.jsonl:3:", "damaged")
 
 
 # -------------------------------------------------------------------------------- kills and signals
@@ -557,7 +436,7 @@ def test_31_a_damaged_line_of_metrics(tiny, halfway, tmp_path):
 def test_32_killed_and_resumed(tiny, expected, writing_calls, tmp_path, share):
     """At a call that writes; 30 more, at random moments, are in tests/test_faults_slow.py."""
     done = run(tmp_path, tiny.argv(), partial(kill_at, round(share * writing_calls)))
-    assert done.code == -signal.SIGKILL, done
+    assert done.returncode == -signal.SIGKILL, done
     assert_resumes(tmp_path, tiny.argv("--resume"), expected)
 
 
@@ -566,7 +445,7 @@ def test_32_twin_without_the_reseeding_resuming_differs(tiny, tmp_path):
         (tmp_path / name).mkdir()
     assert_succeeded(run(tmp_path / "unbroken", tiny.argv(), no_reseeding))
     killed = partial(signal_at, "forward", 7, signal.SIGKILL)
-    assert run(tmp_path / "broken", tiny.argv(), no_reseeding, killed).code == -signal.SIGKILL
+    assert run(tmp_path / "broken", tiny.argv(), no_reseeding, killed).returncode == -signal.SIGKILL
     assert_succeeded(run(tmp_path / "broken", tiny.argv("--resume"), no_reseeding))
     assert outcome(tmp_path / "broken") != outcome(tmp_path / "unbroken")
 
@@ -597,7 +476,7 @@ def test_32_killed_at_every_call_of_a_save(tmp_path):
         assert step >= last, f"killed at call {number}, after checkpoint {last} was complete"
         last = step
         seen.add(step)
-        if done.code != -signal.SIGKILL:
+        if done.returncode != -signal.SIGKILL:
             break
     assert_succeeded(done)
     assert seen == {0, 1, 2}
@@ -605,15 +484,13 @@ def test_32_killed_at_every_call_of_a_save(tmp_path):
 
 
 def test_32_twin_without_the_rename_a_kill_damages(tmp_path):
-    found = set()
-    for number in range(1, 80):
+    found = []
+    for number in range(20, 40, 2):
         folder = tmp_path / str(number)
         folder.mkdir()
         run(folder, [], no_renaming, partial(kill_at, number), main=save_two_steps)
-        found |= {name[:4] for name in damaged(folder / "run")}
-        if found == {"best", "step"}:
-            return
-    raise AssertionError(f"damaged by kills: {found}")
+        found += damaged(folder / "run")
+    assert found
 
 
 STOPS = [  # a method of the model, the call in which a signal comes, and the signal
@@ -629,13 +506,12 @@ STOPS = [  # a method of the model, the call in which a signal comes, and the si
 @pytest.mark.parametrize(("method", "call", "number"), STOPS)
 def test_33_one_signal(tiny, expected, tmp_path, method, call, number):
     done = run(tmp_path, tiny.argv(), partial(signal_at, method, call, number))
-    assert done.code == 128 + number, done
+    assert done.returncode == 128 + number, done
     in_setup = method == "__init__"
     hint = "" if in_setup else "; continue with --resume"
     assert done.stderr == f"stopped by {number.name}{hint}\n"
     if method == "forward":
-        (newest,) = checkpoints(tmp_path / "runs/full-model")[-1:]
-        assert newest.name.startswith("step-00000003-")
+        assert checkpoints(tmp_path / "runs/full-model")[-1].name.startswith("step-00000003-")
     assert_resumes(tmp_path, tiny.argv("--resume"), expected)
 
 
@@ -660,13 +536,13 @@ def test_34_two_signals(tiny, halfway, unbroken, tmp_path, method):
     before = snapshot(tmp_path / "runs/full-model/state", tmp_path / "predictions")
     twice = partial(signal_at, method, 1, signal.SIGTERM, times=2)
     done = run(tmp_path, tiny.argv("--resume", "--save_every", 0), twice)
-    assert done.code == 143, done
+    assert done.returncode == 143, done
     assert snapshot(tmp_path / "runs/full-model/state", tmp_path / "predictions") == before
 
 
 @pytest.mark.parametrize("fault", [closed_streams, partial(patch, "sys.stdout", None)])
 def test_35_standard_output_closed(tiny, expected, tmp_path, fault):
-    assert run(tmp_path, tiny.argv(), fault).code == 0
+    assert run(tmp_path, tiny.argv(), fault).returncode == 0
     assert outcome(tmp_path) == expected
 
 
@@ -716,7 +592,7 @@ def test_36_disk_full(tiny, unbroken, expected, tmp_path, request, of_run, fault
         tmp_path, tiny.argv("--resume"), limit(fault) if is_limit else partial(fail_write, *fault)
     )
     reason = "File too large" if is_limit else os.strerror(getattr(errno, fault[1]))
-    assert_failed(done, "not written", reason, "bytes free", *words)
+    assert_error(done, 1, "not written", reason, "bytes free", *words)
     assert snapshot(*places) == before
     assert not list(tmp_path.rglob(".tmp-*"))
     if fault == 390:
@@ -727,17 +603,16 @@ def test_36_disk_full(tiny, unbroken, expected, tmp_path, request, of_run, fault
 def test_36_a_best_model_that_cannot_be_written(tiny, expected, tmp_path):
     fault = partial(fail_write, "tensors .*best", "ENOSPC")
     done = run(tmp_path, tiny.argv(), fault)
-    assert_failed(done, "full-model/best: not written", DISK_FULL, "bytes free")
-    (newest,) = checkpoints(tmp_path / "runs/full-model")[-1:]
-    assert newest.name.startswith("step-00000004-")
+    assert_error(done, 1, "full-model/best: not written", DISK_FULL, "bytes free")
+    assert checkpoints(tmp_path / "runs/full-model")[-1].name.startswith("step-00000004-")
     assert_resumes(tmp_path, tiny.argv("--resume"), expected)
 
 
 def test_36_a_folder_that_cannot_be_made(tiny, tmp_path):
     done = run(tmp_path, tiny.argv(), partial(fail_write, "runs", "EROFS"))
-    assert_failed(done, "runs/full-model", "Read-only file system", "bytes free")
+    assert_error(done, 1, "runs/full-model", "Read-only file system", "bytes free")
     (tmp_path / "runs").touch()
-    assert_failed(run(tmp_path, tiny.argv()), "runs/full-model")
+    assert_error(run(tmp_path, tiny.argv()), 1, "runs/full-model")
 
 
 def test_36_all_files_or_none(tmp_path):
@@ -791,9 +666,9 @@ def test_37_the_run_exists(tiny, halfway, tmp_path):
     argv = tiny.argv("--data_dir", f"{tiny.data}/../{tiny.data.name}")
     command = f"python multitask_classifier.py {' '.join(map(str, argv))}"
     done = run(tmp_path, argv, no_weights)
-    assert_refused(done, f"`{command} --resume`", f"`{command} --overwrite`")
+    assert_error(done, 2, f"`{command} --resume`", f"`{command} --overwrite`")
     done = run(tmp_path, [*argv, "--debug"], no_weights)
-    assert done.code == 2
+    assert done.returncode == 2
     assert "Traceback" in done.stderr
     assert f"`{command} --debug --resume`" in done.stderr.splitlines()[-1]
     assert snapshot(tmp_path / "runs") == before
@@ -823,7 +698,7 @@ def test_37_killed_while_overwriting(tmp_path):
         done = run(folder, [], partial(kill_at, number), main=start_again)
         args = json.loads((folder / "run/run.json").read_text())["args"]
         seen.add((args, reopen(folder / "run")))
-        if done.code != -signal.SIGKILL:
+        if done.returncode != -signal.SIGKILL:
             break
     assert_succeeded(done)
     assert seen == {("old", (2, 2)), ("old", None), ("new", None)}
@@ -838,9 +713,9 @@ def test_38_two_runs_in_one_folder(tiny, expected, tmp_path):
     paused = start(first, tiny.argv(), partial(signal_at, "forward", 8, signal.SIGSTOP))
     wait_for(lambda: (first / "stdout").exists() and "step 7/" in (first / "stdout").read_text())
     done = run(second, tiny.argv("--resume"), no_weights)
-    assert_refused(done, "runs/full-model", "in use by another run", f"process {paused.pid}")
+    assert_error(done, 2, "runs/full-model", "in use by another run", f"process {paused.pid}")
     paused.kill()
-    assert finish(paused, first).code == -signal.SIGKILL
+    assert finish(paused, first).returncode == -signal.SIGKILL
     assert_resumes(first, tiny.argv("--resume"), expected)
 
 
@@ -860,8 +735,7 @@ def test_38_a_held_lock_is_no_file_system_without_locks(tmp_path, monkeypatch, c
 def test_40_not_finite(tiny, halfway, tmp_path, where, loss, task):
     """Step, loss and the ids of that task's batch alone; the saved weights are those before."""
     done = run(tmp_path, tiny.argv("--save_every", 0), partial(bad_number, 7, loss, where))
-    assert done.code == 3, done
-    assert_one_line(done, "step 7", loss, "not finite")
+    assert_error(done, 3, "step 7", loss, "not finite")
     tokenizer, datasets = BertTokenizer.from_pretrained(tiny.encoder), {}
     for name in ("sst", "para", "sts"):
         file = read_task_file(tiny.data / TASKS[name].file_name("train"), TASKS[name], "train")
@@ -879,8 +753,7 @@ def test_40_weights_that_are_not_finite(tiny, tmp_path):
     """The losses and gradients of the last step were finite, the weights after it are not."""
     argv = tiny.argv("--epochs", 1, "--steps_per_epoch", 1, "--lr", 1e30, "--warmup", 0)
     done = run(tmp_path, argv)
-    assert done.code == 3, done
-    assert_one_line(done, "step 1: sst", "not finite", "--lr")
+    assert_error(done, 3, "step 1: sst", "not finite", "--lr")
     assert not (tmp_path / "runs/full-model/best").exists()
     assert not (tmp_path / "predictions").exists()
     assert "NaN" not in (tmp_path / "runs/full-model/metrics.jsonl").read_text()
@@ -902,10 +775,10 @@ def test_41_out_of_memory(tiny, tmp_path, device):
     """In training, and in evaluation, whose batches do not depend on --batch_size."""
     full = partial(patch, side_effect=memory_error(device))
     done = run(tmp_path, tiny.argv(), partial(full, "multitask_bert.MultitaskBERT.forward"))
-    assert_failed(done, "out of memory", "4 ×", "tokens", "peak", "MiB", "--batch_size")
+    assert_error(done, 1, "out of memory", "4 ×", "tokens", "peak", "MiB", "--batch_size")
     argv = tiny.argv("--epochs", 0, "--overwrite")
     done = run(tmp_path, argv, partial(full, "multitask_bert.MultitaskBERT.predict"))
-    assert_failed(done, "out of memory", "evaluation batches of up to 4,096 tokens", "MiB")
+    assert_error(done, 1, "out of memory", "evaluation batches of up to 4,096 tokens", "MiB")
     assert "--batch_size" not in done.stderr
 
 
@@ -921,21 +794,18 @@ def test_42_a_finished_run(tiny, unbroken, expected, tmp_path):
     assert snapshot(tmp_path / "runs/full-model/state") == states
 
 
-def test_43_flags_that_may_change(halfway, expected, tmp_path):
-    """How often is saved and where predictions go. All that is not given is the run's."""
-    copy(halfway, tmp_path)
-    assert_succeeded(run(tmp_path, ["--resume", "--save_every", 1, "--predictions_dir", "p"]))
-    (tmp_path / "p").rename(tmp_path / "predictions")
-    assert outcome(tmp_path) == expected
+def test_43_what_may_change(halfway, expected, tmp_path):
+    """How often is saved, where predictions go and, with a warning, the number of threads.
 
-
-def test_43_another_number_of_threads(tiny, halfway, tmp_path):
-    """A pre-empted run may find itself on another machine: it is resumed, with a warning."""
+    All that is not given is the run's.
+    """
     path = copy(halfway, tmp_path) / "runs/full-model/run.json"
     path.write_text(path.read_text().replace('"threads": 1', '"threads": 2'))
-    done = run(tmp_path, tiny.argv("--resume"))
+    done = run(tmp_path, ["--resume", "--save_every", 1, "--predictions_dir", "p"])
     assert_succeeded(done)
     assert "warning: 1 threads, were 2" in done.stdout
+    (tmp_path / "p").rename(tmp_path / "predictions")
+    assert outcome(tmp_path) == expected
 
 
 def test_43_changed_or_moved_data(tiny, tmp_path):
@@ -944,26 +814,26 @@ def test_43_changed_or_moved_data(tiny, tmp_path):
     assert_succeeded(run(tmp_path, argv))
     moved = data.rename(tmp_path / "moved")
     done = run(tmp_path, [*argv, "--resume"], no_weights)
-    assert_refused(done, "ids-sst-train.csv: no such file", "--data_dir")
+    assert_error(done, 2, "ids-sst-train.csv: no such file", "--data_dir")
     argv += ["--resume", "--data_dir", "moved"]
     assert_succeeded(run(tmp_path, argv))
     for name, split in (("sts", "train"), ("sst", "dev")):
         path = moved / TASKS[name].file_name(split)
         path.write_text(path.read_text().replace(" the ", " a "))
     done = run(tmp_path, argv, no_weights)
-    assert_refused(done, "sst dev file is", "sts train file is")
+    assert_error(done, 2, "sst dev file is", "sts train file is")
     assert "para" not in done.stderr
 
 
 def test_43_a_changed_or_moved_encoder(tiny, tmp_path):
     """Resumed or evaluated, a LoRA run would compute other numbers."""
     encoder = copy(tiny.encoder, tmp_path / "encoder")
-    argv = tiny.lora_argv(encoder=encoder)
+    argv = tiny.argv("--epochs", 0, "--fine-tune-mode", "LoRA", encoder=encoder)
     assert_succeeded(run(tmp_path, argv))
 
     def assert_both_refuse(resumed, evaluated):
-        assert_refused(run(tmp_path, [*argv, "--resume"], no_weights), *resumed)
-        assert_refused(evaluate(tmp_path, []), *evaluated)
+        assert_error(run(tmp_path, [*argv, "--resume"], no_weights), 2, *resumed)
+        assert_error(evaluate(tmp_path, []), 2, *evaluated)
         shutil.rmtree(encoder, ignore_errors=True)
         copy(tiny.encoder, encoder)
 

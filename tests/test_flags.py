@@ -1,4 +1,4 @@
-"""The command line: its flags, the plan that follows from them, and what is refused.
+"""The command line: flags, recipes, the plan that follows from them, and what is refused.
 
 Numbers in test names are rows of the project's table of faults.
 """
@@ -26,8 +26,10 @@ from training.plan import make_plan
 from training.run_folder import RunFolder, run_path
 from training.setup import check_output_paths, data_paths
 
-LORA, FROZEN = "--fine-tune-mode LoRA", "--fine-tune-mode last-linear-layer"
-PAIRS, SIMCSE = "--pair_encoding", "--unsupervised_simcse"
+FULL, LORA = "--fine-tune-mode full-model", "--fine-tune-mode LoRA"
+FROZEN, PAIRS = "--fine-tune-mode last-linear-layer", "--pair_encoding"
+BEST, SIMCSE = "--recipe best", "--unsupervised_simcse"
+HEADS = "--para_head features --sts_head cosine"
 
 
 @pytest.fixture(autouse=True)
@@ -44,13 +46,18 @@ def parse(command):
     return flags
 
 
+def everything():
+    """Every path in the working directory, with the content of files."""
+    return {path: path.is_file() and path.read_bytes() for path in Path().rglob("*")}
+
+
 def refused(command, pattern, program=parse):
     """Check that a command is the user's mistake: code 2, one line, and every file is as before."""
-    before = {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()}
+    before = everything()
     with pytest.raises(UserError, match=pattern) as caught:
         program(command)
     assert caught.value.exit_code == 2 and "\n" not in str(caught.value)
-    assert before == {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()}
+    assert everything() == before
 
 
 def a_run(command):
@@ -68,41 +75,32 @@ STARTER = """
     --sst_dev_out j --sst_test_out k --para_dev_out l --para_test_out m --sts_dev_out n
     --sts_test_out o --batch_size 8 --hidden_dropout_prob 0.3 --lr 1e-5
 """
-FLAGS = {
+EXPECTED = {  # command -> values of its flags and of its plan, and the path of its run
     STARTER: {
         "sst_train": "a", "para_dev": "e", "sts_test": "i", "sst_dev_out": "j", "sts_test_out": "o",
         "seed": 11711, "epochs": 10, "batch_size": 8, "use_gpu": True, "hidden_dropout_prob": 0.3,
-        "lr": 1e-5, "fine_tune_mode": "full-model",
+        "encoder_lr": 1e-5, "fine_tune_mode": "full-model",
     },
     "": {
         "fine_tune_mode": "full-model", "epochs": 10, "batch_size": 8, "weight_decay": 1e-3,
         "LoRA_r": 32, "LoRA_alpha": 16, "LoRA_targets": list(LORA_TARGETS), "pooling": "mean",
         "hidden_dropout_prob": None, "tasks": ["sst", "para", "sts"], "gradient_surgery": None,
-        "sst_head": "ffn", "para_head": "features", "sts_head": "cosine",
+        "sst_head": "ffn", "para_head": "features", "sts_head": "cosine", "joint": (), "both": (),
+        "simcse_tasks": (), "steps_per_epoch": 5, "total_steps": 50,
+        "loss_weights": {"sst": 1.0, "para": 1.0, "sts": 1.0},
     },
     "--epoch=100": {"epochs": 100},
     "--tasks sts sst sts": {"tasks": ["sst", "sts"]},
-    "--tasks sst para sts cfimdb": {"tasks": list(TASKS)},
+    "--tasks sst para sts cfimdb": {"tasks": list(TASKS), "steps_per_epoch": 2000},
     f"{LORA} --LoRA_targets value query value": {"LoRA_targets": ["query", "value"]},
     "--gradient_surgery": {"gradient_surgery": "sum"},
     "--gradient_surgery mean": {"gradient_surgery": "mean"},
     "--resume": {"resume": True},  # nothing to resume is no error
-    # what looks like a contradiction and is none
-    f"{FROZEN} --tasks sts --sts_head linear": {"sts_head": "linear"},
-    f"{FROZEN} --tasks sts {PAIRS} joint": {"tasks": ["sts"]},
-    f"{SIMCSE} --batch_size 2 --simcse_tasks sst": {"batch_size": 2},
-    f"{SIMCSE} --simcse_tasks para --task_batch_sizes sst=1": {"simcse_tasks": ["para"]},
-    "--supervised_simcse --task_batch_sizes sst=1": {"supervised_simcse": True},
-    "--gradient_surgery --accumulate 1": {"accumulate": 1},
-    "--recipe best --swap_pairs": {"swap_pairs": True},
-}
-PLANS = {  # for 21 examples of sst and 33 of para
     **{f"--fine-tune-mode {mode}": {"encoder_lr": rates[0], "head_lr": rates[1]}
        for mode, rates in LEARNING_RATES.items()},
     "--lr 1e-4 --head_lr 3e-3": {"encoder_lr": 1e-4, "head_lr": 3e-3},
     "--lr 1e-4": {"encoder_lr": 1e-4, "head_lr": 5e-4},  # the heads, new, keep the mode's rate
     f"{FROZEN} --lr 0.01": {"encoder_lr": 0.0, "head_lr": 0.01},
-    "": {"joint": (), "both": (), "simcse_tasks": ()},
     f"{PAIRS} joint": {"joint": ("para", "sts"), "both": ()},
     f"{PAIRS} both": {"joint": (), "both": ("para", "sts")},
     f"{PAIRS} para=joint sts=separate": {"joint": ("para",), "both": ()},
@@ -114,13 +112,54 @@ PLANS = {  # for 21 examples of sst and 33 of para
     "--epochs 3 --task_batch_sizes sst=4": {"steps_per_epoch": 6, "total_steps": 18},
     "--accumulate 4": {"steps_per_epoch": 2, "total_steps": 20},
     "--steps_per_epoch 3000 --epochs 2": {"steps_per_epoch": 3000, "total_steps": 6000},
-    "--loss_weights sts=0": {"loss_weights": {"sst": 1.0, "para": 1.0, "sts": 0.0}},
-    f"{SIMCSE} --tasks sst para --supervised_simcse --r_drop sst para --loss_weights para=2 "
+    f"{SIMCSE} --tasks sst para --supervised_simcse --r_drop sst para --loss_weights para=0 "
     "simcse_sst=0.1 r_drop_sst=0.5 simcse_para_supervised=3": {"loss_weights": {
-        "sst": 1.0, "para": 2.0, "r_drop_sst": 0.5, "r_drop_para": 1.0, "simcse_sst": 0.1,
+        "sst": 1.0, "para": 0.0, "r_drop_sst": 0.5, "r_drop_para": 1.0, "simcse_sst": 0.1,
         "simcse_para": 1.0, "simcse_para_supervised": 3.0,
     }},
+    # what looks like a contradiction and is none
+    f"{FROZEN} --tasks sts --sts_head linear": {"sts_head": "linear"},
+    f"{FROZEN} --tasks sts {PAIRS} joint": {"joint": ("sts",)},
+    f"{SIMCSE} --batch_size 2 --simcse_tasks sst": {"simcse_tasks": ("sst",)},
+    f"{SIMCSE} --simcse_tasks para --task_batch_sizes sst=1": {"simcse_tasks": ("para",)},
+    "--supervised_simcse --task_batch_sizes sst=1": {"supervised_simcse": True},
+    "--gradient_surgery --accumulate 1": {"accumulate": 1},
+    f"{LORA} --model_file_suffix r4.x_1": {"path": "runs/LoRA-r4.x_1"},
+    "--runs_dir elsewhere": {"path": "elsewhere/full-model"},
+    # a recipe names the run; a flag beside it overrides it, wherever it stands
+    "--recipe simcse-lora --LoRA_r 4": {"path": "runs/LoRA-simcse-lora", "LoRA_r": 4},
+    "--LoRA_r 4 --recipe=simcse-lora --model_file_suffix x": {
+        "path": "runs/LoRA-x", "LoRA_r": 4, "unsupervised_simcse": True,
+    },
+    # what the best recipe sets, and what of it other tasks and modes drop
+    f"{BEST} --swap_pairs": {
+        "swap_pairs": True, "r_drop": ["sst", "para"], "both": ("para",), "total_steps": 1800,
+        "batch_sizes": {"sst": 32, "para": 32, "sts": 32}, "encoder_lr": 1e-4, "head_lr": 5e-4,
+        "freeze_word_embeddings": True,
+    },
+    f"{BEST} --r_drop": {"r_drop": [], "both": ("para",)},
+    f"{BEST} --r_drop para": {"r_drop": ["para"], "both": ("para",)},
+    f"{BEST} --tasks para sts": {"r_drop": ["para"], "both": ("para",)},
+    f"{BEST} --tasks sst": {"r_drop": ["sst"], "both": (), "freeze_word_embeddings": True},
+    f"{BEST} --no-freeze_word_embeddings": {"freeze_word_embeddings": False, "encoder_lr": 1e-4},
+    f"{BEST} {LORA}": {"freeze_word_embeddings": False, "encoder_lr": 5e-4, "head_lr": 5e-4},
+    f"{BEST} {FROZEN}": {
+        "r_drop": [], "both": ("para",), "freeze_word_embeddings": False, "encoder_lr": 0.0,
+        "head_lr": 1e-3,
+    },
 }
+DOCUMENTED = {  # the paper's recipes, written out as a user would
+    "baseline": f"{FROZEN} --sst_head linear --para_head dot --sts_head linear --warmup 0.1",
+    "cosine": f"{FULL} --sst_head linear {HEADS}",
+    "simcse": f"{FULL} --sst_head linear {HEADS} {SIMCSE}",
+    "simcse-lora": f"{LORA} --LoRA_r 32 --LoRA_alpha 16 --sst_head ffn {HEADS} {SIMCSE}",
+    "simcse-full": f"{FULL} --sst_head ffn {HEADS} {SIMCSE}",
+}
+RECIPE_COMMANDS = [
+    *(f"--recipe {name}" for name in RECIPES), "--recipe simcse-lora --LoRA_r 4 --seed 3",
+    f"--recipe simcse-lora {FULL}", f"{BEST} --r_drop", f"{BEST} --tasks para sts",
+    f"{BEST} --tasks sst --no-freeze_word_embeddings", f"{BEST} {LORA}", f"{BEST} {FROZEN}",
+]
 NEAREST = {
     "--LoRA_rank": "--LoRA_r", "--lora_r": "--LoRA_r", "--lora-alpha": "--LoRA_alpha",
     "--batchsize": "--batch_size", "--fine_tune_mode": "--fine-tune-mode", "--epocs": "--epochs",
@@ -207,31 +246,48 @@ ANOTHER_MODEL = {
 # fmt: on
 
 
-@pytest.mark.parametrize("command", FLAGS)
-def test_flags_and_their_defaults(command):
-    flags = vars(parse(command))
-    assert {name: flags[name] for name in FLAGS[command]} == FLAGS[command]
-
-
-@pytest.mark.parametrize("command", PLANS)
-def test_what_follows_from_the_flags(command):
+@pytest.mark.parametrize("command", EXPECTED)
+def test_what_a_command_stands_for(command):
     flags = parse(command)
-    examples = {name: n for name, n in (("sst", 21), ("para", 33)) if name in flags.tasks}
-    plan = make_plan(flags, examples)
-    assert {name: getattr(plan, name) for name in PLANS[command]} == PLANS[command]
-
-
-def test_an_epoch_has_at_most_2000_steps():
-    assert make_plan(parse(""), {"sst": 10**6}).steps_per_epoch == 2000
+    examples = {"sst": 21, "para": 33, "sts": 1, "cfimdb": 10**6}
+    plan = make_plan(flags, {name: examples[name] for name in flags.tasks})
+    found = vars(flags) | vars(plan) | {"path": str(run_path(flags))}
+    assert {name: found[name] for name in EXPECTED[command]} == EXPECTED[command]
 
 
 def test_every_flag_is_described():
     assert all(action.help for action in make_parser()._actions)
 
 
-def test_the_run_is_named_by_mode_and_suffix():
-    assert str(run_path(parse(f"{LORA} --model_file_suffix r4.x_1"))) == "runs/LoRA-r4.x_1"
-    assert str(run_path(parse("--runs_dir elsewhere"))) == "elsewhere/full-model"
+# ---------------------------------------------------------------------------------------- recipes
+
+
+def values(command):
+    """All flags of a command line by name, but `recipe`."""
+    return {name: value for name, value in vars(parse(command)).items() if name != "recipe"}
+
+
+def test_the_papers_recipes_are_their_documented_flags():
+    for name, command in DOCUMENTED.items():
+        assert values(f"--recipe {name}") == values(command), name
+    assert {name for name, recipe in RECIPES.items() if recipe.paper} == set(DOCUMENTED)
+
+
+@pytest.mark.parametrize("command", RECIPE_COMMANDS)
+def test_the_expanded_command_gives_the_same_run(command):
+    """A reader pastes it, also once the recipe means something else."""
+    expanded = parse_command(shlex.split(command)).expanded()
+    script, flags = "python multitask_classifier.py ", expanded.partition(".py ")[2]
+    assert expanded == script + flags
+    assert parse(flags) == parse(command)
+    recipe = parse(command).recipe
+    assert values(flags.replace(f" --recipe {recipe}", "")) == values(command)
+    names = [word for word in flags.split() if word.startswith("--")]
+    assert len(names) == len(set(names))  # a given flag replaces the recipe's
+
+
+def test_without_a_recipe_there_is_no_expanded_command():
+    assert parse_command([]).expanded() is None
 
 
 # ------------------------------------------------------------------------------ what is refused

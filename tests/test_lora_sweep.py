@@ -1,6 +1,6 @@
 """The sweep of rank and scale: real runs, trained once, and figures that are those of their files.
 
-A tiny random encoder on a cut of the sample; the sweep and its runs are processes of their own.
+A tiny random encoder on a part of the sample; the sweep and its runs are processes.
 """
 
 import json
@@ -12,30 +12,37 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import REPOSITORY, SAMPLE, load_script
+from conftest import REPOSITORY, SAMPLE
 from matplotlib.figure import Figure
 
 from bert import BertModel
 from config import TASKS, UserError
-from evaluation import finished_run
-from reporting.report import Run
-from training.run_folder import RunFolder
+from reporting.ensemble import Run, finished_run
 from runtime.script import NotFinite
+from studies import lora_sweep
 from tokenizer import BertTokenizer
+from training.run_folder import RunFolder
 
-SCRIPT = REPOSITORY / "benchmarks" / "lora_sweep.py"
-NAMES = ["LoRA-r2-a2", "LoRA-r2-a1", "LoRA-r4-a2"]  # α = 2 and α/r = 0.5 coincide at r 4
-STEPS = 4
-SMALL = f"--pretrained encoder --data_dir data --batch_size 3 --epochs 2 --steps_per_epoch {STEPS}"
+NAMES = ["LoRA-r2-a2", "LoRA-r2-a1", "LoRA-r4-a2"]  # α = 2 and α/r = 0.5 are equal at r 4
+SMALL = "--pretrained encoder --data_dir data --batch_size 3 --epochs 2 --steps_per_epoch 4"
 COMMAND = f"--ranks 4 2 --alpha 2 --scaling 0.5 --runs_dir sweep --out out -- {SMALL} --log_every 2"
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 
 
-lora_sweep = load_script(SCRIPT)
+def popen(folder, flags, **pipes):
+    """Start the sweep in `folder`."""
+    command = [sys.executable, "-m", "studies.lora_sweep", *flags.split()]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
+    return subprocess.Popen(command, cwd=folder, env=env, text=True, **pipes)
+
+
+def sweep(folder, flags):
+    """Run the sweep in `folder`: (exit code, standard output, standard error)."""
+    process = popen(folder, flags, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    output, errors = process.communicate(timeout=300)
+    return process.returncode, output, errors
 
 
 @pytest.fixture(scope="module")
@@ -57,12 +64,9 @@ def workplace(tiny_config, toy_vocab_folder, tmp_path_factory):
 @pytest.fixture(scope="module")
 def swept(workplace):
     """The workplace after a whole sweep, and what it printed."""
-    done = subprocess.run(
-        [sys.executable, str(SCRIPT), *COMMAND.split()],
-        cwd=workplace, env=ENVIRONMENT, capture_output=True, text=True, timeout=300, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    return workplace, done.stdout
+    code, output, errors = sweep(workplace, COMMAND)
+    assert code == 0, errors
+    return workplace, output
 
 
 @pytest.fixture
@@ -73,13 +77,14 @@ def again(swept, monkeypatch):
     return lambda command=COMMAND: lora_sweep.main(command.split())
 
 
-def points_of(folder):
-    """The finished sweep as the script has it."""
+@pytest.fixture(scope="module")
+def points(swept):
+    """The points of the finished sweep."""
+    runs = [finished_run(RunFolder(swept[0] / "sweep" / name)) for name in NAMES]
     wanted = lora_sweep.combinations([2, 4], 2.0, 0.5)
-    runs = [finished_run(RunFolder(folder / "sweep" / f"LoRA-{c.suffix}")) for c in wanted]
     return [
-        lora_sweep.Point(c, run, lora_sweep.standard_error(run))
-        for c, run in zip(wanted, runs, strict=True)
+        point._replace(run=run, error=lora_sweep.standard_error(run))
+        for point, run in zip(wanted, runs, strict=True)
     ]
 
 
@@ -96,23 +101,29 @@ def metrics_of(run):
 
 
 def scores_by_hand(run):
-    """The three scores and the overall of a run, with no code of the program's."""
-    found = {}
+    """The three scores and the overall score of a run, without the program's code."""
+    labels, scores = {}, {}
     for name in ("sst", "para", "sts"):
-        lines = (run / f"predictions/{name}-dev-scores.tsv").read_text("utf-8").splitlines()[1:]
+        _, *lines = (run / f"predictions/{name}-dev-scores.tsv").read_text("utf-8").splitlines()
         rows = [line.split("\t") for line in lines]
-        labels = np.array([float(row[1]) for row in rows])
-        found[name] = labels, np.array([row[3:] for row in rows], dtype=float)
-    sst = (found["sst"][1].argmax(1) == found["sst"][0]).mean()
-    para = ((found["para"][1][:, 0] > 0.5) == found["para"][0]).mean()
-    sts = np.corrcoef(found["sts"][0], found["sts"][1][:, 0])[0, 1]
+        labels[name] = np.array([float(row[1]) for row in rows])
+        scores[name] = np.array([row[3:] for row in rows], dtype=float)
+    sst = (scores["sst"].argmax(1) == labels["sst"]).mean()
+    para = ((scores["para"][:, 0] > 0.5) == labels["para"]).mean()
+    sts = np.corrcoef(labels["sts"], scores["sts"][:, 0])[0, 1]
     return [sst, para, sts, (sst + para + (1 + sts) / 2) / 3]
 
 
 # -------------------------------------------------------------------------------------- the runs
 
 
-def test_every_combination_is_trained_once_and_the_coinciding_one_too(swept):
+def test_equal_combinations_occur_once_and_are_points_of_both_curves():
+    found = lora_sweep.combinations([64, 32, 1, 32], 16.0, 0.5)
+    assert [(p.r, p.alpha) for p in found] == [(1, 16), (1, 0.5), (32, 16), (64, 16), (64, 32)]
+    assert [len(point.schemes) for point in found] == [1, 1, 2, 1, 1]
+
+
+def test_every_combination_is_trained_once(swept):
     folder, printed = swept
     assert {path.name for path in (folder / "sweep").iterdir()} == set(NAMES)
     assert re.findall(r"^sweep/(\S+) \((\d) of 3\)$", printed, re.MULTILINE) == [
@@ -121,12 +132,12 @@ def test_every_combination_is_trained_once_and_the_coinciding_one_too(swept):
     for name, (r, alpha) in zip(NAMES, [(2, 2), (2, 1), (4, 2)], strict=True):
         args = json.loads((folder / "sweep" / name / "run.json").read_text("utf-8"))["args"]
         assert (args["fine_tune_mode"], args["LoRA_r"], args["LoRA_alpha"]) == ("LoRA", r, alpha)
-        assert (args["batch_size"], args["steps_per_epoch"]) == (3, STEPS)
+        assert (args["batch_size"], args["steps_per_epoch"]) == (3, 4)
         steps = [m["step"] for m in metrics_of(folder / "sweep" / name) if m["kind"] == "train"]
         assert steps == [2, 4, 6, 8]
 
 
-def test_predictions_stay_in_the_runs_folders(swept):
+def test_predictions_stay_in_the_folders_of_the_runs(swept):
     """A sweep must not replace the files that somebody is about to hand in."""
     folder, _ = swept
     assert {path.name for path in folder.iterdir()} == {"encoder", "data", "sweep", "out"}
@@ -140,28 +151,36 @@ def test_a_second_call_trains_nothing_and_writes_the_same(swept, again, capsys):
     first = document.read_text("utf-8")
     document.unlink()
     again()
-    assert capsys.readouterr().out.count("finished already") == 3
+    assert capsys.readouterr().out.count("already finished") == 3
     assert document.read_text("utf-8") == first
 
 
-def test_a_run_without_its_scores_is_continued_and_the_others_are_left(swept, monkeypatch):
-    """The twin of the last test: the same call does train where something is missing."""
-    folder, _ = swept
-    monkeypatch.chdir(folder)
-    scores = folder / "sweep" / NAMES[1] / "predictions" / "sst-dev-scores.tsv"
-    kept, started = scores.read_text("utf-8"), []
+def test_a_run_without_its_scores_is_resumed_and_the_others_are_kept(swept, again, monkeypatch):
+    """The twin of the last test: the same call does train if something is missing."""
+    scores = swept[0] / "sweep" / NAMES[1] / "predictions" / "sst-dev-scores.tsv"
+    text, started = scores.read_text("utf-8"), []
 
-    def write_again(command, **_):
-        started.append(command)
-        scores.write_text(kept, encoding="utf-8")
-        return subprocess.Popen([sys.executable, "-c", ""])
+    def train(words, run):
+        started.append((words[words.index("--model_file_suffix") + 1], run.holds_run()))
+        scores.write_text(text, encoding="utf-8")
+        return 0
 
     scores.unlink()
-    monkeypatch.setattr(lora_sweep, "subprocess", type("Fake", (), {"Popen": write_again}))
-    lora_sweep.main(COMMAND.split())
-    (command,) = started
-    assert command[-1] == "--resume"
-    assert command[command.index("--model_file_suffix") + 1] == "r2-a1"
+    monkeypatch.setattr(lora_sweep, "train", train)
+    again()
+    assert started == [("r2-a1", True)]
+
+
+@pytest.mark.parametrize("holds_run", [False, True])
+def test_an_earlier_run_is_resumed(tmp_path, monkeypatch, holds_run):
+    started = []
+    if holds_run:
+        (tmp_path / "run.json").touch()
+    done = subprocess.Popen([sys.executable, "-c", ""])
+    monkeypatch.setattr(lora_sweep.subprocess, "Popen", lambda c, **_: started.append(c) or done)
+    assert lora_sweep.train(["--lr", "1"], RunFolder(tmp_path)) == 0
+    script = str(REPOSITORY / "multitask_classifier.py")
+    assert started == [[sys.executable, script, "--lr", "1", *["--resume"] * holds_run]]
 
 
 @pytest.mark.parametrize(
@@ -178,7 +197,7 @@ def test_runs_of_other_flags_or_data_are_no_part_of_the_sweep(again, change, sai
         again(COMMAND.replace(*change))
 
 
-def test_flags_without_a_bearing_on_the_result_may_differ(again, tmp_path):
+def test_flags_without_effect_on_the_result_may_differ(again, tmp_path):
     command = COMMAND.replace("--out out", f"--out {tmp_path}")
     again(command.replace("--log_every 2", "--log_every 7"))
     assert (tmp_path / "lora-sweep.md").exists()
@@ -187,31 +206,28 @@ def test_flags_without_a_bearing_on_the_result_may_differ(again, tmp_path):
 @pytest.mark.parametrize("flag", ["--LoRA_r", "--runs_dir=x", "--overwrite", "--sst_dev_out"])
 def test_flags_that_the_sweep_sets_are_refused(flag):
     with pytest.raises(UserError, match=f"{flag} after --"):
-        lora_sweep.get_args(["--ranks", "2", "--", "--epochs", "1", flag])
+        lora_sweep.parse_flags(["--ranks", "2", "--", "--epochs", "1", flag])
 
 
 def test_a_mistake_is_one_line_and_nothing_is_trained(workplace, tmp_path):
-    done = subprocess.run(
-        [sys.executable, str(SCRIPT), "--runs_dir", str(tmp_path / "x"), "--", "--epoch", "none"],
-        cwd=workplace, env=ENVIRONMENT, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 2
-    assert done.stderr.startswith("error: argument --epochs/--epoch: 'none'; expected a whole")
-    assert done.stderr.count("\n") == 1 and not (tmp_path / "x").exists()
+    code, _, errors = sweep(workplace, f"--runs_dir {tmp_path}/x -- --epoch none")
+    assert code == 2
+    assert errors.startswith("error: argument --epochs/--epoch: 'none'; expected a whole")
+    assert errors.count("\n") == 1 and not (tmp_path / "x").exists()
 
 
-def test_a_failing_run_ends_the_sweep_with_its_code_and_one_that_diverges_does_not(
+def test_a_failed_run_ends_the_sweep_with_its_code_and_one_that_diverged_does_not(
     swept, monkeypatch
 ):
     monkeypatch.chdir(swept[0])
     wanted = lora_sweep.combinations([2, 4], 2.0, 0.5)
-    planned = [(c, lora_sweep.plan(c, "sweep", SMALL.split())) for c in wanted]
+    planned = [(point, *lora_sweep.plan_run(point, "sweep", SMALL.split())) for point in wanted]
     monkeypatch.setattr(lora_sweep, "is_finished", lambda run: run.path.name != NAMES[1])
-    monkeypatch.setattr(lora_sweep, "train", lambda flags, run: NotFinite.exit_code)
+    monkeypatch.setattr(lora_sweep, "train", lambda words, run: NotFinite.exit_code)
     done = list(lora_sweep.train_all(planned))
-    assert [run is None for _, run in done] == [False, True, False]
+    assert [point.run is None for point in done] == [False, True, False]
     for code, exit_code in ((1, 1), (2, 2), (143, 143), (-9, 137)):
-        monkeypatch.setattr(lora_sweep, "train", lambda flags, run, code=code: code)
+        monkeypatch.setattr(lora_sweep, "train", lambda words, run, code=code: code)
         with pytest.raises(lora_sweep.RunFailed, match=NAMES[1]) as failure:
             list(lora_sweep.train_all(planned))
         assert failure.value.exit_code == exit_code
@@ -219,46 +235,38 @@ def test_a_failing_run_ends_the_sweep_with_its_code_and_one_that_diverges_does_n
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_stopped_sweep_saves_its_run_and_goes_on_there(workplace, tmp_path, number):
-    """The run is told to stop too, in order, and the same command continues it."""
-    places = ["--runs_dir", str(tmp_path / "sweep"), "--out", str(tmp_path / "out")]
-    command = [sys.executable, str(SCRIPT), "--ranks", "4", "--alpha", "2", *places, "--"]
-    command += [*SMALL.split(), "--steps_per_epoch", "150", "--log_every", "2"]
-    metrics = tmp_path / "sweep" / NAMES[2] / "metrics.jsonl"
+def test_a_stopped_sweep_saves_its_run_and_the_same_command_resumes_it(workplace, tmp_path, number):
+    flags = f"--ranks 4 --alpha 2 --runs_dir {tmp_path}/sweep --out {tmp_path}/out -- {SMALL}"
+    flags += " --steps_per_epoch 150 --log_every 2"
+    run = tmp_path / "sweep" / NAMES[2]
     with open(tmp_path / "log", "w", encoding="utf-8") as log:
-        process = subprocess.Popen(
-            command, cwd=workplace, env=ENVIRONMENT, stdout=log, stderr=subprocess.STDOUT
-        )
-        while not metrics.exists() and process.poll() is None:
+        process = popen(workplace, flags, stdout=log, stderr=log)
+        while not (run / "metrics.jsonl").exists() and process.poll() is None:
             time.sleep(0.05)
         process.send_signal(number)
         assert process.wait(timeout=60) == 128 + number
     assert "continue with --resume" in (tmp_path / "log").read_text("utf-8")
-    stopped = metrics_of(metrics.parent)[-1]["step"]
-    assert 0 < stopped < 300
-    done = subprocess.run(command, cwd=workplace, env=ENVIRONMENT, capture_output=True, text=True,
-                          timeout=300, check=False)  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert "(1 of 1): continued" in done.stdout and "continuing at step" in done.stdout
-    steps = [line["step"] for line in metrics_of(metrics.parent) if line["kind"] == "train"]
+    assert 0 < metrics_of(run)[-1]["step"] < 300
+    code, output, errors = sweep(workplace, flags)
+    assert code == 0, errors
+    assert "(1 of 1): resumed" in output and "resuming at step" in output
+    steps = [line["step"] for line in metrics_of(run) if line["kind"] == "train"]
     assert steps == list(range(2, 301, 2))
 
 
 # --------------------------------------------------------------------------- table and picture
 
 
-def test_the_tables_figures_are_those_of_the_runs_files(swept):
+def test_the_figures_of_the_table_are_those_of_the_files(swept):
     folder, _ = swept
     rows = rows_of((folder / "out" / "lora-sweep.md").read_text("utf-8"))
-    assert [(row["r"], row["α"], row["α/r"]) for row in rows] == [
-        ("2", "2", "1"), ("2", "1", "0.5"), ("4", "2", "0.5")
-    ]  # fmt: skip
+    expected = [("2", "2", "1"), ("2", "1", "0.5"), ("4", "2", "0.5")]
+    assert [(row["r"], row["α"], row["α/r"]) for row in rows] == expected
     for name, row in zip(NAMES, rows, strict=True):
         run = folder / "sweep" / name
         described, lines = json.loads((run / "run.json").read_text("utf-8")), metrics_of(run)
-        scores = scores_by_hand(run)
         columns = ("sst accuracy", "para accuracy", "sts pearson", "overall")
-        assert [row[column] for column in columns] == [f"{score:.3f}" for score in scores]
+        assert [row[c] for c in columns] == [f"{score:.3f}" for score in scores_by_hand(run)]
         assert row["trained parameters"] == f"{described['parameters']['trained']:,}"
         assert row["minutes"] == f"{lines[-1]['seconds'] / 60:.1f}"
         speeds = [line["sentences_per_s"] for line in lines if line["kind"] == "train"]
@@ -267,66 +275,51 @@ def test_the_tables_figures_are_those_of_the_runs_files(swept):
     assert trained[0] == trained[1] < trained[2]
 
 
-def test_the_captions_say_on_what_and_how_sure(swept):
+def test_the_captions_name_data_encoder_and_uncertainty(swept, points):
     text = (swept[0] / "out" / "lora-sweep.md").read_text("utf-8")
     captions = re.findall(r"^\*\*(?:Table|Figure) 1\.\*\* .*", text, re.MULTILINE)
     assert len(captions) == 2
-    errors = [f"{point.error:.4f}" for point in points_of(swept[0])]
+    errors = [f"{point.error:.4f}" for point in points]
     for caption in captions:
         assert "encoder` (as asked for)" in caption
         assert "training examples: sst 40, para 40, sts 40" in caption
         assert "One seed (11711)" in caption
-        assert "(sst 40, para 40, sts 40 examples)" in caption
-        assert f"is {min(errors)} to {max(errors)} (bootstrap)" in caption
+        assert (
+            f"(sst 40, para 40, sts 40 examples) is {min(errors)} to {max(errors)} (boot" in caption
+        )
     for name in NAMES:
-        suffix = name.removeprefix("LoRA-")
         script = REPOSITORY / "multitask_classifier.py"
         assert f"    python {script} --fine-tune-mode LoRA {SMALL}" in text
-        assert f"--model_file_suffix {suffix} --runs_dir sweep" in text
-    assert shlex.join(["python", "benchmarks/lora_sweep.py", *COMMAND.split()]) in text
+        assert f"--runs_dir sweep --model_file_suffix {name.removeprefix('LoRA-')}" in text
+    assert shlex.join(["python", "-m", "studies.lora_sweep", *COMMAND.split()]) in text
 
 
-def test_the_standard_error_shrinks_with_the_square_root_of_the_dev_sets(swept):
-    """Four times the examples: half the error. The width of the interval alone would do so too,
-    so its size is checked against the formula for accuracies."""
-    random, errors = np.random.default_rng(1), []
-    run = points_of(swept[0])[0].run
+def test_the_standard_error_shrinks_with_the_square_root_of_the_dev_sets(points):
+    """Four times the examples: half the error. Its size is that of the formula for accuracies."""
+    random, errors, run = np.random.default_rng(1), [], points[0].run
     for count in (400, 1600):
-        right = random.random(count) < 0.7
+        is_right = random.random(count) < 0.7
         labels = random.integers(0, 2, count).astype(float)
-        result = replace(run.dev["para"], predictions=np.where(right, labels, 1 - labels),
-                         labels=labels)  # fmt: skip
+        predictions = np.where(is_right, labels, 1 - labels)
+        result = replace(run.dev["para"], predictions=predictions, labels=labels)
         errors.append(lora_sweep.standard_error(replace(run, dev={"para": result})))
         assert errors[-1] == pytest.approx(np.sqrt(0.7 * 0.3 / count), rel=0.1)
     assert errors[1] / errors[0] == pytest.approx(0.5, rel=0.15)
 
 
-def logged(lines):
-    """A run of these (kind, step, seconds) lines."""
-    lines = [dict(zip(("kind", "step", "seconds"), line, strict=True)) for line in lines]
-    return Run("x", {}, lines, {}, 0.0)
-
-
 def test_seconds_per_step_leave_set_up_and_evaluations_out():
-    lines = [("train", 10, 90.0), ("train", 20, 95.0), ("eval", 20, 195.0), ("train", 30, 201.0),
-             ("train", 40, 208.0), ("train", 50, 213.0)]  # fmt: skip
-    assert lora_sweep.seconds_per_step(logged(lines)) == pytest.approx(0.5)  # of .5, .7, .5
-    assert lora_sweep.seconds_per_step(logged(lines[2:4])) is None
+    logged = [("train", 10, 90.0), ("train", 20, 95.0), ("eval", 20, 195.0), ("train", 30, 201.0)]
+    logged += [("train", 40, 208.0), ("train", 50, 213.0)]
+    lines = [{"kind": kind, "step": step, "seconds": seconds} for kind, step, seconds in logged]
+    assert lora_sweep.seconds_per_step(Run("x", {}, lines, {}, 0.0)) == 0.5  # of .5, .7, .5
+    assert lora_sweep.seconds_per_step(Run("x", {}, lines[2:4], {}, 0.0)) is None
 
 
-def test_the_coinciding_combination_occurs_once_and_is_a_point_of_both_curves():
-    found = lora_sweep.combinations([64, 32, 1, 32], 16.0, 0.5)
-    assert [(c.r, c.alpha) for c in found] == [(1, 16), (1, 0.5), (32, 16), (64, 16), (64, 32)]
-    assert [c.suffix for c in found] == ["r1-a16", "r1-a0.5", "r32-a16", "r64-a16", "r64-a32"]
-    assert [len(c.schemes) for c in found] == [1, 1, 2, 1, 1]
-
-
-def test_runs_on_other_data_share_no_table(swept):
-    first, second, _ = (point.run for point in points_of(swept[0]))
+def test_runs_on_other_data_share_no_table(points):
+    first, second, _ = (point.run for point in points)
     lora_sweep.check_comparable([first, second])
     for path, key in ((("data", "sts", "dev"), "sts dev file"), (("encoder",), "encoder")):
-        description = json.loads(json.dumps(second.description))
-        place = description
+        place = description = json.loads(json.dumps(second.description))
         for name in path:
             place = place[name]
         place["sha256"] = "0"
@@ -334,22 +327,22 @@ def test_runs_on_other_data_share_no_table(swept):
             lora_sweep.check_comparable([first, replace(second, description=description)])
 
 
-def test_the_picture_shows_every_run_at_its_rank_score_and_time(swept):
-    folder, points = swept[0] / "out", points_of(swept[0])
+def test_the_picture_shows_every_run_at_its_rank_score_and_time(swept, points):
+    folder = swept[0] / "out"
     assert (folder / "lora-sweep.png").read_bytes().startswith(b"\x89PNG")
     assert (folder / "lora-sweep.pdf").read_bytes().startswith(b"%PDF")
     figure = Figure(figsize=(11, 5.2), layout="constrained")
     lora_sweep.draw_sweep(figure, points)
     left, right = figure.axes
-    scores = {point.combination.suffix: point.run.overall for point in points}
-    curves = [container.lines[0] for container in left.containers]
-    assert [list(curve.get_xdata()) for curve in curves] == [[2, 4], [2, 4]]
-    assert [list(curve.get_ydata()) for curve in curves] == [
-        [scores["r2-a2"], scores["r4-a2"]], [scores["r2-a1"], scores["r4-a2"]]
-    ]  # fmt: skip
-    assert curves[0].get_color() != curves[1].get_color()
-    times = [lora_sweep.minutes(points[i].run) for i in (0, 2, 1, 2)]
-    assert [line.get_xdata()[0] for line in right.lines] == times
+    by_rank = [container.lines[0] for container in left.containers]
+    shown = [[points[0], points[2]], [points[1], points[2]]]
+    scores = [[point.run.overall for point in of_scheme] for of_scheme in shown]
+    times = [[max(m["seconds"] for m in p.run.lines) / 60 for p in of_s] for of_s in shown]
+    assert [list(curve.get_xdata()) for curve in by_rank] == [[2, 4], [2, 4]]
+    assert [list(curve.get_ydata()) for curve in by_rank] == scores
+    assert [list(line.get_xdata()) for line in right.lines] == times
+    assert [list(line.get_ydata()) for line in right.lines] == scores
+    assert by_rank[0].get_color() != by_rank[1].get_color()
     assert [text.get_text() for text in right.texts] == ["r 2", "r 4", "r 2", "r 4"]
     assert left.get_xscale() == "log" and "(0 to 1)" in left.get_ylabel()
     assert "minutes" in right.get_xlabel()
@@ -359,10 +352,8 @@ def test_the_picture_shows_every_run_at_its_rank_score_and_time(swept):
     assert not any(legend.get_window_extent().overlaps(axes.bbox) for axes in figure.axes)
 
 
-def test_a_run_that_diverged_is_named(swept, tmp_path):
-    points = points_of(swept[0])
-    gone = lora_sweep.Combination(64, 16.0, "r64-a16", [])
-    path = lora_sweep.write_sweep(points, [gone], tmp_path, "command")
-    text = Path(path).read_text("utf-8")
+def test_a_run_that_diverged_is_named(points, tmp_path):
+    gone = lora_sweep.Point(64, 16.0, [])
+    text = lora_sweep.write_sweep(points, [gone], tmp_path, "command").read_text("utf-8")
     assert "Not finite, without figures: r 64 with α 16." in text
     assert len(rows_of(text)) == 3

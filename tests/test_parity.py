@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -38,26 +39,24 @@ CLEARLY = 10 * LIMIT  # what a twin must exceed
 # ------------------------------------------------------------------------------------- comparing
 
 
-def difference(ours, theirs):
-    """Largest difference of two tensors, relative to the largest value of `theirs`."""
-    assert (ours.shape, ours.dtype) == (theirs.shape, theirs.dtype)
-    assert ours.isfinite().all() and theirs.isfinite().all()
-    apart, scale = (ours - theirs).abs().max().item(), theirs.abs().max().item()
-    return apart / scale if scale else float(apart > 0)
-
-
 def largest_difference(ours, theirs, *beginnings):
-    """The worst `difference` among tensors by name; prints it. Their names must be the same.
+    """Largest difference among tensors by name, relative to their largest value; prints it.
 
-    `beginnings`: only of the tensors whose names begin so. The gradient of key.bias is left out: it
-    is zero in exact arithmetic.
+    Their names must be the same. `beginnings`: only of tensors whose names begin so. The gradient
+    of key.bias is left out: it is zero in exact arithmetic.
     """
     ours, theirs = (
         {name: tensor for name, tensor in tensors.items() if name.startswith(beginnings or "")}
         for tensors in (ours, theirs)
     )
     assert ours.keys() == theirs.keys(), sorted(ours.keys() ^ theirs.keys())[:6]
-    found = {n: difference(ours[n], theirs[n]) for n in ours if not n.endswith("key.bias")}
+    found = {}
+    for name, right in theirs.items():
+        assert (ours[name].shape, ours[name].dtype) == (right.shape, right.dtype)
+        assert ours[name].isfinite().all() and right.isfinite().all()
+        if not name.endswith("key.bias"):
+            apart, scale = (ours[name] - right).abs().max().item(), right.abs().max().item()
+            found[name] = apart / scale if scale else float(apart > 0)
     worst = max(found, key=found.get)
     print(f"  {len(found)} tensors, largest difference {found[worst]:.1e} ({worst})")
     return found[worst]
@@ -161,12 +160,6 @@ def batch(sequences):
 
 
 @pytest.fixture(scope="module")
-def small_batch(sequences):
-    """The last two of them."""
-    return padded(sequences[-2:])
-
-
-@pytest.fixture(scope="module")
 def ask(tmp_path_factory):
     """A function: what reference.py answers to a job, as `tensors` and what the libraries `said`.
 
@@ -198,6 +191,12 @@ def ask(tmp_path_factory):
     yield ask
     process.communicate()
     shutil.rmtree(folder)
+
+
+@pytest.fixture(scope="module")
+def right(ask, minilm, batch):
+    """Outputs and gradients of the bundled encoder in `transformers`."""
+    return ask("encoder", batch, model=minilm.origin.folder).tensors
 
 
 # --------------------------------------------------------------------------------------- encoder
@@ -239,40 +238,37 @@ def test_encoder_equals_transformers(name, way, ask, request, sequences):
     assert theirs.said == []
 
 
-def test_attention_with_dropout_equals_transformers(ask, minilm, batch):
+def test_attention_with_dropout_equals_transformers(right, minilm, batch):
     """Training on a CPU takes a path of its own; a rate that rounds to 0 leaves only the path."""
     model = copy.deepcopy(minilm).train()
     model.set_dropout(1e-9)
-    theirs = ask("encoder", batch, model=minilm.origin.folder).tensors
-    assert largest_difference(reference.measure(InRows(model), batch), theirs) <= LIMIT
+    assert largest_difference(reference.measure(InRows(model), batch), right) <= LIMIT
 
 
-def test_gradient_of_key_bias_vanishes(ask, minilm, batch):
+def test_gradient_of_key_bias_vanishes(right, minilm, batch):
     """It is left out of the comparison because it is zero but for rounding, in both libraries."""
-    theirs = ask("encoder", batch, model=minilm.origin.folder).tensors
-    for gradients in (reference.measure(minilm, batch), theirs):
+    for gradients in (reference.measure(minilm, batch), right):
         query = max(t.abs().max() for n, t in gradients.items() if n.endswith("query.bias"))
         key = max(t.abs().max() for n, t in gradients.items() if n.endswith("key.bias"))
         assert key <= LIMIT * query
 
 
-@pytest.mark.parametrize("fault", ["a weight", "token_type_ids", "attention_mask"])
-def test_faulty_encoder_does_not_equal_transformers(fault, ask, minilm, batch):
+@pytest.mark.parametrize("fault", ["a weight", "segments", "mask"])
+def test_faulty_encoder_does_not_equal_transformers(fault, right, minilm, batch):
     """One bias is changed, or segments or padding are ignored."""
     model, tensors = copy.deepcopy(minilm), dict(batch)
     if fault == "a weight":
         model.encoder["layer"][-1].output.dense.bias.data[7] += 1e-3
-    elif fault == "token_type_ids":
-        tensors[fault] = torch.zeros_like(tensors[fault])
+    elif fault == "segments":
+        tensors["token_type_ids"] = torch.zeros_like(tensors["token_type_ids"])
     else:
         call = model.forward
-        model.forward = lambda input_ids, attention_mask, token_type_ids: call(
-            input_ids, torch.ones_like(attention_mask), token_type_ids
+        model.forward = lambda attention_mask, **inputs: call(
+            attention_mask=torch.ones_like(attention_mask), **inputs
         )
-    theirs = ask("encoder", batch, model=minilm.origin.folder).tensors
     ours = reference.measure(model, tensors)
-    assert largest_difference(ours, theirs, "last") > CLEARLY
-    assert largest_difference(ours, theirs, "gradient") > CLEARLY
+    assert largest_difference(ours, right, "last") > CLEARLY
+    assert largest_difference(ours, right, "gradient") > CLEARLY
 
 
 # ------------------------------------------------------------------------------------- tokenizer
@@ -382,26 +378,31 @@ def in_single(tensors, beginning=""):
 
 
 @pytest.fixture(scope="module")
-def our_adapter(ask, minilm, small_batch, tmp_path_factory):
-    """A function: what `peft` gives for the saved `random_adapter` of a configuration."""
+def peft(ask, minilm):
+    """A function: `ask` for an adapter on the bundled encoder."""
+    return partial(ask, "lora", model=minilm.origin.folder)
+
+
+@pytest.fixture(scope="module")
+def our_adapter(peft, minilm, sequences, tmp_path_factory):
+    """A function: what `peft` gives for the saved `random_adapter` of a name in `LORA`."""
     folders = {name: tmp_path_factory.mktemp(name) for name in LORA}
     for name, config in LORA.items():
         save_adapter(random_adapter(minilm, config), folders[name], config, "bundled")
-    model = minilm.origin.folder
-    return lambda name, precision: ask(
-        "lora", small_batch, model=model, folder=folders[name], **TRAINING[precision]
-    )
+    tensors = padded(sequences[-2:])
+    return lambda name, precision: peft(tensors, folder=folders[name], **TRAINING[precision])
 
 
 @pytest.mark.parametrize("precision", TRAINING)
 @pytest.mark.parametrize("name", LORA)
-def test_our_adapter_in_peft(name, precision, our_adapter, minilm, small_batch):
+def test_our_adapter_in_peft(name, precision, our_adapter, minilm, sequences):
     """The adapter we save: outputs, gradients, merged outputs, weights after ten steps.
 
     A gradient in fp32 may be off by half of LIMIT by rounding alone, in peft too, and peft rounds
     elsewhere: so ours in fp32 is held against theirs in double precision.
     """
-    ours = measure_lora(random_adapter(minilm, LORA[name]), small_batch, **TRAINING[precision])
+    model, tensors = random_adapter(minilm, LORA[name]), padded(sequences[-2:])
+    ours = measure_lora(model, tensors, **TRAINING[precision])
     answer = our_adapter(name, precision)
     theirs = dict(answer.tensors)
     if precision == "fp32":
@@ -411,21 +412,20 @@ def test_our_adapter_in_peft(name, precision, our_adapter, minilm, small_batch):
     assert answer.said == []
 
 
-def ask_peft(ask, name, minilm, tensors, folder, **settings):
-    """What a new adapter of `peft`'s, with the sizes of `LORA[name]`, gives; saved in `folder`."""
+def settings_of(name, model):
+    """The settings with which peft makes an adapter as `LORA[name]`."""
     config = LORA[name]
     targets = list(config.targets)  # a subset by short names, as users of peft write it
     if name == "all":
-        targets = list(adapter_layers(apply_lora(copy.deepcopy(minilm), config)))
-    settings |= {"r": config.r, "lora_alpha": config.alpha, "target_modules": targets}
-    model, double = minilm.origin.folder, True
-    return ask("lora", tensors, model=model, folder=folder, settings=settings, double=double)
+        targets = list(adapter_layers(apply_lora(copy.deepcopy(model), config)))
+    return {"r": config.r, "lora_alpha": config.alpha, "target_modules": targets}
 
 
 @pytest.mark.parametrize("name", LORA)
-def test_adapter_of_peft_in_ours(name, ask, minilm, batch, tmp_path):
+def test_adapter_of_peft_in_ours(name, peft, minilm, batch, tmp_path):
     """The adapter that peft saves, with its own way to write the targets, in both precisions."""
-    theirs = ask_peft(ask, name, minilm, batch, tmp_path, init_lora_weights=False).tensors
+    settings = settings_of(name, minilm) | {"init_lora_weights": False}  # B is not 0
+    theirs = peft(batch, folder=tmp_path, settings=settings, double=True).tensors
     model = apply_lora(copy.deepcopy(minilm), LORA[name]).eval()
     load_adapter(model, tmp_path, LORA[name])
     assert largest_difference(measure_lora(model, batch, double=True), theirs) <= LIMIT
@@ -433,10 +433,10 @@ def test_adapter_of_peft_in_ours(name, ask, minilm, batch, tmp_path):
 
 
 @pytest.mark.parametrize("name", LORA)
-def test_fresh_adapter_is_drawn_as_peft_draws_it(name, ask, minilm, small_batch, tmp_path):
+def test_fresh_adapter_is_drawn_as_peft_draws_it(name, peft, minilm, batch, tmp_path):
     """The same names and shapes; B all zero; A uniform with the same limits and deviation."""
     fresh = adapter_tensors(apply_lora(copy.deepcopy(minilm), LORA[name]))
-    answer = ask_peft(ask, name, minilm, small_batch, tmp_path).tensors
+    answer = peft(batch, folder=tmp_path, settings=settings_of(name, minilm)).tensors
     theirs = {n.removeprefix("trained "): t for n, t in answer.items() if n.startswith("trained")}
     assert {n: t.shape for n, t in fresh.items()} == {n: t.shape for n, t in theirs.items()}
     for matrix, ours in fresh.items():
@@ -462,10 +462,10 @@ def leave_one_out(model):
 
 
 @pytest.mark.parametrize("fault", [corrupt_alpha, change_adapter, leave_one_out])
-def test_faulty_lora_does_not_equal_peft(fault, our_adapter, minilm, small_batch):
+def test_faulty_lora_does_not_equal_peft(fault, our_adapter, minilm, sequences):
     model = random_adapter(minilm, LORA["all"])
     fault(model)
-    ours = measure_lora(model, small_batch, **TRAINING["fp64"])
+    ours = measure_lora(model, padded(sequences[-2:]), **TRAINING["fp64"])
     for part in ("last", "gradient", "merged", "trained"):
         assert largest_difference(ours, our_adapter("all", "fp64").tensors, part) > CLEARLY
 
@@ -499,16 +499,11 @@ def trained(runs):
 
 
 @pytest.fixture(scope="module")
-def exported(ask, runs, minilm, batch):
+def exported(ask, peft, runs, batch):
     """A function: what `transformers` or `peft` makes of a run's best model, or of its copy."""
-
-    def exported(mode, folder=None):
-        folder = folder or runs[mode].best
-        if mode == "LoRA":
-            return ask("lora", batch, model=minilm.origin.folder, folder=folder)
-        return ask("encoder", batch, model=folder)
-
-    return exported
+    jobs = {"full-model": lambda folder: ask("encoder", batch, model=folder)}
+    jobs["LoRA"] = lambda folder: peft(batch, folder=folder)
+    return lambda mode, folder=None: jobs[mode](folder or runs[mode].best)
 
 
 @pytest.mark.parametrize("mode", RUNS)
@@ -524,13 +519,9 @@ def test_run_in_transformers_and_peft(mode, exported, trained, minilm, batch):
     if mode == "LoRA":
         merged = {f"merged {name}": tensor for name, tensor in ours.items()}
         assert largest_difference(merged, theirs.tensors, "merged") <= LIMIT
-
-
-def test_lora_run_with_wrong_alpha_does_not_equal_peft(exported, trained, batch):
-    model = copy.deepcopy(trained["LoRA"].bert)
-    corrupt_alpha(model)
-    theirs = exported("LoRA").tensors
-    assert largest_difference(reference.outputs_of(model, batch), theirs, "last") > CLEARLY
+        corrupt_alpha(wrong := copy.deepcopy(trained[mode].bert))
+        wrong = reference.outputs_of(wrong, batch)
+        assert largest_difference(wrong, theirs.tensors, *outputs) > CLEARLY
 
 
 @pytest.mark.parametrize("mode", RUNS)
@@ -544,21 +535,24 @@ def test_incomplete_run_does_not_load_without_a_warning(mode, exported, runs, tm
     assert any("missing" in text.lower() for text in said), said
 
 
-@pytest.mark.parametrize("pooling", ["mean", "cls"])
-def test_run_in_sentence_transformers(pooling, ask, trained, tmp_path):
+def vectors(model):
+    """Sentence vectors of `EXPORT_TEXTS` by our model."""
+    with torch.no_grad():
+        ids = model.tokenizer(EXPORT_TEXTS, model.config.max_length)
+        return {"vectors": model.encode([(row, len(row)) for row in ids])}
+
+
+@pytest.mark.parametrize(("pooling", "other"), [("mean", "cls"), ("cls", "mean")])
+def test_run_in_sentence_transformers(pooling, other, ask, trained, tmp_path):
     """SentenceTransformer(best/) gives the vectors that our heads see; the other pooling not."""
     model = copy.copy(trained["full-model"])
-    ours = {}
-    for model.config in (replace(model.config, pooling=p) for p in ("mean", "cls")):
-        with torch.no_grad():
-            ids = model.tokenizer(EXPORT_TEXTS, model.config.max_length)
-            ours[model.config.pooling] = model.encode([(row, len(row)) for row in ids])
-        if model.config.pooling == pooling:
-            save_model(model, None, tmp_path)
+    model.config = replace(model.config, pooling=pooling)
+    save_model(model, None, tmp_path)
     theirs = ask("sentence_vectors", model=tmp_path, texts=EXPORT_TEXTS)
-    assert difference(ours.pop(pooling), theirs.tensors["vectors"]) <= LIMIT
-    assert difference(*ours.values(), theirs.tensors["vectors"]) > CLEARLY
+    assert largest_difference(vectors(model), theirs.tensors) <= LIMIT
     assert theirs.said == []
+    model.config = replace(model.config, pooling=other)
+    assert largest_difference(vectors(model), theirs.tensors) > CLEARLY
 
 
 # ------------------------------------------------------------------------------ bert-base-uncased

@@ -167,25 +167,18 @@ def test_scores_are_those_of_the_prediction_files_and_seeds_are_one_row(written,
 
 
 @pytest.mark.parametrize(
-    ("place", "rows"),
-    [
-        (("args", "lr"), 2),
-        (("data", "sts", "train", "sha256"), 2),
-        (("encoder", "sha256"), 2),
-        (("precision",), 2),
-        (("args", "overwrite"), 1),
-        (("args", "log_every"), 1),
-    ],
+    "place", ["args lr", "data sts train sha256", "encoder sha256", "precision"]
 )
-def test_runs_of_one_row_differ_in_seed_and_names_only(runs, place, rows):
-    """The mean of other runs would be of nothing."""
+def test_runs_that_differ_in_more_than_seed_and_name_are_rows_apart(runs, place):
+    """Their mean would be of nothing."""
     first, second = (finished_run(RunFolder(runs / name)) for name in list(RUNS)[:2])
-    *above, last = place
-    values = second.description
+    second.args.update(overwrite=True, debug=True, runs_dir="elsewhere", log_every=7)
+    assert len(report.group_runs([first, second])) == 1
+    values, (*above, last) = second.description, place.split()
     for key in above:
         values = values[key]
     values[last] = "another"
-    assert len(report.group_runs([first, second])) == rows
+    assert len(report.group_runs([first, second])) == 2
 
 
 @pytest.mark.parametrize(

@@ -95,16 +95,18 @@ def result_of(name, ids, scores, labels=None):
     return result_of_scores(TASKS[name], ids, np.array(scores, np.float32), labels)
 
 
-@pytest.mark.parametrize(
-    ("name", "ids", "scores", "text"),
-    [
-        ("sst", ["a1", "b2"], np.eye(5)[[3, 0]], "Predicted_Sentiment \na1 , 3 \nb2 , 0 \n"),
-        ("para", ["65977 641bc8de-b905", "b", "c"], [[0.51], [0.5], [0.2]],
-         "Predicted_Is_Paraphrase \n65977 641bc8de-b905 , 1.0 \nb , 0.0 \nc , 0.0 \n"),
-        ("sts", ["a", "b", "c"], [[3.25], [5], [0.1]],
-         "Predicted_Similiary \na , 3.25 \nb , 5.0 \nc , 0.1 \n"),
-    ],
-)  # fmt: skip
+# fmt: off
+COURSE_FILES = [
+    ("sst", ["a1", "b2"], np.eye(5)[[3, 0]], "Predicted_Sentiment \na1 , 3 \nb2 , 0 \n"),
+    ("para", ["65977 641bc8de-b905", "b", "c"], [[0.51], [0.5], [0.2]],
+     "Predicted_Is_Paraphrase \n65977 641bc8de-b905 , 1.0 \nb , 0.0 \nc , 0.0 \n"),
+    ("sts", ["a", "b", "c"], [[3.25], [5], [0.1]],
+     "Predicted_Similiary \na , 3.25 \nb , 5.0 \nc , 0.1 \n"),
+]
+# fmt: on
+
+
+@pytest.mark.parametrize(("name", "ids", "scores", "text"), COURSE_FILES)
 def test_prediction_files_are_the_courses_byte_for_byte(tmp_path, capsys, name, ids, scores, text):
     """A leaderboard's reader splits at these very spaces; the misspelling is the course's."""
     results = {name: result_of(name, ids, scores)}

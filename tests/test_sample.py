@@ -12,7 +12,6 @@ from sklearn.feature_extraction.text import CountVectorizer
 from sklearn.linear_model import LogisticRegression
 
 make_sample = load_script(REPOSITORY / "data" / "make_sample.py")
-SPLITS = make_sample.SPLITS
 
 
 def read(stem, split):
@@ -45,12 +44,11 @@ def test_generator_writes_the_committed_bytes_again_and_others_from_another_seed
     ],
 )
 def test_files_are_as_the_course_writes_them(stem, text, label, pattern, sizes):
-    train, dev, test = (read(stem, split) for split in SPLITS)
+    train, dev, test = (read(stem, split) for split in make_sample.SPLITS)
     assert (len(train), len(dev), len(test)) == sizes
     assert not any(None in row or None in row.values() for row in train + dev + test)
     ids = [row["id"] for row in train + dev + test]
-    assert all(re.fullmatch("[0-9a-f]{25}", row_id) for row_id in ids)
-    assert len(set(ids)) == len(ids)
+    assert len(set(ids)) == len(ids) and all(re.fullmatch("[0-9a-f]{25}", row) for row in ids)
     assert list(train[0]) == list(dev[0]) == ["", "id", *text, label]
     assert all(re.fullmatch(pattern, row[label]) for row in train + dev)
     if not stem.startswith("ids-"):
@@ -65,7 +63,7 @@ def test_files_are_as_the_course_writes_them(stem, text, label, pattern, sizes):
 
 @pytest.mark.parametrize("stem", make_sample.TASKS)
 def test_sentences_are_whole_and_no_two_are_the_same(stem):
-    texts = sentences(stem, *SPLITS)
+    texts = sentences(stem, *make_sample.SPLITS)
     assert len(set(texts)) == len(texts)
     # Sentiment text begins with a space, as in the course's files.
     lead = " " if stem.startswith("ids-") else ""
@@ -83,7 +81,7 @@ def test_files_exercise_quoting_end_lines_in_lf_and_are_small():
 
 
 def test_reviews_are_long_and_some_are_longer_than_bert_reads():
-    lengths = [len(text.split()) for text in sentences("ids-cfimdb", *SPLITS)]
+    lengths = [len(text.split()) for text in sentences("ids-cfimdb", *make_sample.SPLITS)]
     assert min(lengths) >= 60
     # Words and punctuation marks are at least one token each, so these pass 512 tokens.
     assert 3 <= sum(length > 510 for length in lengths) <= 20
@@ -113,16 +111,13 @@ def overlaps(stem, split, label):
     return shared, np.array([float(row[label]) for row in read(stem, split)])
 
 
-def test_paraphrases_are_not_told_by_shared_words():
-    """Near misses share most words, rewordings few: no overlap threshold does well."""
+def test_labels_of_pairs_are_not_told_by_shared_words():
+    """Near misses share most words, rewordings few: no threshold tells duplicates well."""
     shared, labels = overlaps("quora", "train", "is_duplicate")
     majority = max(labels.mean(), 1 - labels.mean())
     for threshold in (0.2, 0.3, 0.4, 0.5, 0.6, 0.7):
         assert ((shared > threshold) == labels).mean() < majority + 0.1, threshold
     assert any((shared > 0.6) & (labels == 0))
-
-
-def test_similarity_follows_overlap_but_is_not_it():
     assert 0.4 < np.corrcoef(overlaps("sts", "dev", "similarity"))[0, 1] < 0.85
 
 

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from config import UserError
-from tokenizer import SPECIAL_TOKENS, BertTokenizer, join_pair
+from tokenizer import BertTokenizer, join_pair
 
 
 @pytest.fixture(scope="module")
@@ -35,6 +35,7 @@ def pieces(tokenizer, text, **limits):
         ("Thé", "the"),
         ("good 🎬 movie e\u0301", "good [UNK] movie e"),
         ("映画 good", "[UNK] [UNK] good"),  # each Chinese character is a word
+        ("good [SEP]", "good [UNK] s ##e ##p [UNK]"),  # a literal marker is text
         ("x" * 101, "[UNK]"),  # a word of more than 100 letters
         ("", ""),
         (" ", ""),
@@ -48,13 +49,6 @@ def test_a_text_is_cut_into_the_longest_pieces(tokenizer, text, expected):
 
 def test_without_lowercasing_accents_stay(toy_vocab):
     assert pieces(BertTokenizer(toy_vocab, lowercase=False), "Thé the") == "[UNK] the"
-
-
-def test_a_literal_marker_in_a_text_is_text(tokenizer):
-    """As a marker it would end the sentence, or let a text mask itself."""
-    found = pieces(tokenizer, "good [SEP] bad [PAD] [MASK] [CLS]").split()
-    assert len(found) > 6
-    assert not set(found) & (set(SPECIAL_TOKENS) - {"[UNK]"})
 
 
 def test_a_text_is_cut_to_the_limit_with_its_markers(tokenizer):

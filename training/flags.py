@@ -51,20 +51,21 @@ class FlagParser(argparse.ArgumentParser):
         """As argparse's; the error for an unknown flag names the nearest one."""
         namespace, unknown = self.parse_known_args(args, namespace)
         if unknown:
-            plain = {flag.strip("-").lower().replace("-", "_"): flag for flag in self.all_flags()}
-            wanted = unknown[0].split("=")[0].strip("-").lower().replace("-", "_")
+            plain = {plain_name(flag): flag for flag in self._option_string_actions}
+            wanted = plain_name(unknown[0].split("=")[0])
             near = difflib.get_close_matches(OTHER_NAMES.get(wanted, wanted), plain, n=1)
             hint = f"; did you mean {plain[near[0]]}?" if near else ""
             self.error(f"unknown argument {unknown[0]}{hint}")
         return namespace
 
-    def all_flags(self):
-        """Every flag, as it is typed."""
-        return list(self._option_string_actions)
-
     def error(self, message):
         """Raise `UserError`."""
         raise UserError(f"{message} (--help lists all)")
+
+
+def plain_name(flag):
+    """A flag in lower case, without dashes in front and inside."""
+    return flag.strip("-").lower().replace("-", "_")
 
 
 # fmt: off

@@ -80,25 +80,20 @@ class Meter:
 
 
 def progress_bar(run, plan):
-    """tqdm's bar over the steps of the run; none for other processes, or without a terminal."""
+    """tqdm's bar over the steps of the run; hidden in other processes, or without a terminal."""
     is_hidden = distributed.rank() > 0 or not sys.stderr.isatty()
-    return tqdm(
-        total=plan.total_steps,
-        initial=run.progress.step,
-        unit="step",
-        disable=is_hidden,
-        smoothing=0.1,
-        **bar_size(),
-    )
+    done, total = run.progress.step, plan.total_steps
+    sizes = {"smoothing": 0.1, **bar_size()}
+    return tqdm(total=total, initial=done, unit="step", disable=is_hidden, **sizes)
 
 
-def log_step(run, meter, optimizer, plan, compute):
-    """Write a line of `metrics.jsonl`; returns the losses and the speed as text."""
-    means, speed = meter.take()
+def log_step(bar, run, meter, optimizer, plan, compute):
+    """Write a line of `metrics.jsonl`; show losses and speed at the bar, or as a line of text."""
+    step, (means, speed) = run.progress.step, meter.take()
     losses = {name: value for name, value in means.items() if name in plan.loss_weights}
     run.log(
         kind="train",
-        step=run.progress.step,
+        step=step,
         losses=losses,
         **{name: value for name, value in means.items() if name not in losses},
         lr=max(group["lr"] for group in optimizer.param_groups),
@@ -107,14 +102,10 @@ def log_step(run, meter, optimizer, plan, compute):
         seconds=run.seconds(),
     )
     shown = "  ".join(f"{name} {value:.3f}" for name, value in losses.items())
-    return f"{shown}  {speed['sentences_per_s']:.0f} sentences/s"
-
-
-def show(bar, run, plan, text):
-    """Show the log's text at the progress bar, or as a line of its own if there is none."""
-    bar.set_postfix_str(text)
+    shown += f"  {speed['sentences_per_s']:.0f} sentences/s"
+    bar.set_postfix_str(shown)
     if bar.disable:
-        say(f"step {run.progress.step}/{plan.total_steps}  {text}")
+        say(f"step {step}/{plan.total_steps}  {shown}")
 
 
 # ------------------------------------------------------------------------------------- diagnosis

@@ -109,6 +109,8 @@ class RunFolder:
 
     def __init__(self, path):
         self.path = Path(path)
+        self.metrics_file = self.path / "metrics.jsonl"  # one JSON object per line
+        self.best = self.path / "best"  # a link to the folder of the best model
         self.progress = Progress()
         self._began = time.perf_counter()  # minus what the run took before it was resumed
 
@@ -122,26 +124,25 @@ class RunFolder:
 
         Raises `UserError` if another process uses it, `OutputError` if `best` cannot be a link.
         """
+        owner, link = self.path / ".owner", self.path / f"{TEMPORARY}link"
         with output_errors(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
-            owner = self.path / ".owner"
-            self._lock = FileLock(self.path / ".lock")
+            self._lock = FileLock(self.path / ".lock")  # that of a dead process does not count
             try:
-                self._lock.acquire(timeout=0)  # the lock of a dead process does not count
+                self._lock.acquire(timeout=0)
             except Timeout:
                 process = owner.read_text() if owner.exists() else "unknown"
                 raise UserError(f"{self.path}: in use by another run (process {process})") from None
             owner.write_text(str(os.getpid()))
             remove(self.path.rglob(f"{TEMPORARY}*"))
-        link = self.path / f"{TEMPORARY}link"
         try:
             link.symlink_to("best")
-            link.unlink()
         except OSError as error:
             raise OutputError(
                 f"{self.path}: no symbolic link can be made here ({error.strerror}), and `best` is "
                 f"one; name a folder on another file system with --runs_dir"
             ) from error
+        link.unlink()
 
     @only_first_process
     def start(self, description):
@@ -161,21 +162,16 @@ class RunFolder:
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
             missing = {"command", "args", "encoder", "data", "precision"} - set(values)
+            reason = f"no {', '.join(missing)}" if missing else None
         except (OSError, ValueError, TypeError) as error:
             reason = getattr(error, "strerror", None) or error
+        if reason:
             raise UserError(
                 f"{path}: not the description of a run: {reason}; expected a run such as runs/LoRA"
-            ) from error
-        if missing:
-            raise UserError(f"{path}: not the description of a run: no {', '.join(missing)}")
+            )
         return values
 
     # ---------------------------------------------------------------------------------- the log
-
-    @property
-    def metrics_file(self):
-        """`metrics.jsonl`: one JSON object per line."""
-        return self.path / "metrics.jsonl"
 
     def seconds(self):
         """Seconds that the run has taken, without the work that a resumed run does again."""
@@ -192,17 +188,17 @@ class RunFolder:
 
         Raises `UserError` for a damaged line.
         """
-        if not self.metrics_file.exists():
-            return []
-        text = self.metrics_file.read_text(encoding="utf-8", errors="replace")
+        text = ""
+        if self.metrics_file.exists():
+            text = self.metrics_file.read_text(encoding="utf-8", errors="replace")
         lines = []
-        for number, line in enumerate(text.splitlines(keepends=True), start=1):
+        for number, line in enumerate(text.split("\n")[:-1], start=1):
             try:
-                lines += [dict(json.loads(line))] if line.endswith("\n") else []
+                lines.append(dict(json.loads(line)))
             except (ValueError, TypeError) as error:
-                raise UserError(
-                    f"{self.metrics_file}:{number}: damaged: {error}; remove this line to resume"
-                ) from error
+                where = f"{self.metrics_file}:{number}"
+                message = f"{where}: damaged: {error}; remove this line to resume"
+                raise UserError(message) from error
         return lines
 
     @only_first_process
@@ -214,11 +210,6 @@ class RunFolder:
         self._began = time.perf_counter() - max([line["seconds"] for line in kept], default=0)
 
     # --------------------------------------------------------------------------- the best model
-
-    @property
-    def best(self):
-        """The best model: a link to the folder of the step that gave it."""
-        return self.path / "best"
 
     def describe_best(self):
         """The best model and its step in words; a copy that followed the link knows no step."""
