@@ -20,7 +20,7 @@ from training.flags import parse_command
 
 if __name__ == "__main__":  # wrong flags and Ctrl-C need not wait for the imports below
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-    if (code := run_script(parse_command)) is not None:
+    if (code := run_script(parse_command)) or {"-h", "--help"} & set(sys.argv):
         sys.exit(code)
 
 import torch

@@ -129,14 +129,14 @@ def launch_command(script):
 
 
 def run_script(main, argv=None):
-    """Run a script's `main(argv)`; returns the exit code, None if `main` came to its end.
+    """Run a script's `main(argv)`; returns the exit code. An error becomes one line.
 
-    An error becomes one line; `--debug` shows the traceback as well.
+    `--debug` shows the traceback as well.
     """
     protect_streams()
     for number in SIGNALS:
         signal.signal(number, _stop_at_once)
-    code = None
+    code = 0
     try:
         main(argv)
     except SystemExit as error:

@@ -494,8 +494,8 @@ class Broken(Exception):
 
 
 def assert_resumed_is_unbroken(train, monkeypatch, flags):
-    """A run that breaks off after the first of three epochs ends bitwise as the unbroken one."""
-    flags += " --epochs 3 --steps_per_epoch 5 --batch_size 3 --model_file_suffix"
+    """A run that breaks off after the first of two epochs ends bitwise as the unbroken one."""
+    flags += " --epochs 2 --steps_per_epoch 5 --batch_size 3 --model_file_suffix"
     whole = train(f"{flags} whole")
     save_checkpoint = RunFolder.save_checkpoint
 
