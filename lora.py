@@ -77,10 +77,6 @@ class LoRALinear(nn.Linear):
         with torch.autocast(device, enabled=False):
             return LowRankLinear.apply(*inputs, self.scaling)
 
-    def delta(self):
-        """The low-rank path as one matrix (out_features, in_features)."""
-        return self.scaling * (self.lora_B @ self.lora_A)
-
 
 def adapter_layers(model):
     """The LoRA layers of `model` by module name."""
@@ -113,7 +109,8 @@ def merge_lora(model):
     """Add each low-rank path to its weight and put plain linear layers back; returns the model."""
     for name, layer in adapter_layers(model).items():
         linear = nn.Linear(layer.in_features, layer.out_features, device="meta")
-        weight = layer.weight.float() + layer.delta().float()
+        update = layer.scaling * (layer.lora_B @ layer.lora_A)
+        weight = layer.weight.float() + update.float()
         linear.weight = nn.Parameter(weight.to(layer.weight.dtype), requires_grad=False)
         linear.bias = layer.bias
         model.set_submodule(name, linear)

@@ -141,8 +141,6 @@ class Reference(Worker):
         groups = [{"params": p, "lr": r, "weight_decay": d} for (r, d), p in groups.items()]
         return torch.optim.AdamW(groups, fused=True)
 
-    # ------------------------------------------------------------------------------------- data
-
     def split(self, name, task):
         """Columns (lists of int64 tensors) and labels of one file of the workload, read once."""
         if (name, task) not in self.sets:
@@ -169,8 +167,6 @@ class Reference(Worker):
         if self.device.type == "cuda":
             return tensor.pin_memory().to(self.device, non_blocking=True)
         return tensor
-
-    # ------------------------------------------------------------------------------- the requests
 
     def train(self, rows):
         """Train one step for each element of `rows`, which maps a task to its row numbers."""

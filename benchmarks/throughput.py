@@ -81,7 +81,7 @@ class WorkerFailed(Exception):
     """A worker answered with an error, or died."""
 
 
-class Worker:
+class WorkerProcess:
     """A process that answers requests; `file` is one of ours.py, reference.py, worker.py."""
 
     def __init__(self, file, folder):
@@ -204,18 +204,19 @@ def check_same_losses(ours, reference, tolerance):
 
 def measure(row, encoder, products, settings):
     """Measure one row; returns its figures. `encoder` is a folder. Raises `WorkerFailed`."""
-    folder, turns = settings.folder, []
+    start, turns = partial(WorkerProcess, folder=settings.folder), []
     config = json.loads((Path(encoder) / "config.json").read_text(encoding="utf-8"))
-    with Worker("ours.py", folder) as ours, Worker("reference.py", folder) as reference:
+    with start("ours.py") as ours, start("reference.py") as reference:
         pair = Pair(row, ours, reference, encoder, settings)
         pair.check_losses()
         for turn in pair.turns():
+            # The products of one layer, on a step's tokens or an evaluation batch's.
             tokens = min(65536, max(64, turn[0]["tokens"] // turn[0]["steps"]))
             sizes = {"tokens": 4096 if row.mode == "evaluation" else tokens}
             sizes |= {name: config[f"{name}_size"] for name in ("hidden", "intermediate")}
             for answer, precision in zip(turn, pair.precisions, strict=True):
-                answer |= rates(answer, row.mode, config)
                 plain = products.ask("layer", precision=precision, **sizes)
+                answer |= rates(answer, row.mode, config)
                 answer["matrix_flops_per_s"] = plain["flops_per_s"]
             turns.append(turn)
             say("  {:.4f} s and {:.4f} s".format(*(side["seconds_per_step"] for side in turn)))
@@ -316,9 +317,9 @@ def remarks(report):
     for name, row in done.items():
         ours, full = row["ours"], done.get(name.replace("LoRA", "full-model"))
         if row["mode"] == "full-model" and row["simcse"] and row["batch_size"] == 16:
-            paper, hours = f"{PAPER_STEPS:,} steps, {PAPER_HOURS} h", PAPER_STEPS / 3600
-            hours *= ours["seconds_per_step"]
-            yield f"{name}: the paper's longest run ({paper}) would take {hours:.2f} h of training"
+            hours = ours["seconds_per_step"] * PAPER_STEPS / 3600
+            paper = f"the paper's longest run ({PAPER_STEPS:,} steps, {PAPER_HOURS} h)"
+            yield f"{name}: {paper} would take {hours:.2f} h of training steps"
         if row["mode"] == "LoRA" and full:
             speed = ours["sentences_per_s"] / full["ours"]["sentences_per_s"]
             small, large = ours["state_mib"], full["ours"]["state_mib"]
@@ -341,14 +342,10 @@ def hardware():
     info = Path("/proc/cpuinfo")
     text = info.read_text(encoding="utf-8") if info.exists() else ""
     model = re.search(r"^model name\s*: (.+)", text, re.MULTILINE)
+    cpu = model[1] if model else platform.processor() or platform.machine()
+    bf16 = " ".join(f for f in ("avx512_bf16", "amx_bf16") if f in text.split()) or "no bf16"
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    return {
-        "cpu": model[1] if model else platform.processor() or platform.machine(),
-        "cores": os.cpu_count(),
-        "bf16": [flag for flag in ("avx512_bf16", "amx_bf16") if flag in text.split()],
-        "memory_gib": round(memory, 1),
-        "load": [round(load, 2) for load in os.getloadavg()],
-    }
+    return f"{cpu}, {os.cpu_count()} cores ({bf16}), {memory:.1f} GiB"
 
 
 def versions():
@@ -362,17 +359,15 @@ def versions():
 
 def head_lines(report):
     """Yield command, hardware, versions and data."""
-    machine, counts = report["hardware"], report["examples"].items()
     devices = ", ".join(sorted({row["device"] for row in report["rows"] if "device" in row}))
-    bf16, memory = " ".join(machine["bf16"]) or "no bf16", machine["memory_gib"]
     yield f"command: {report['command']}"
-    yield f"hardware: {devices}; {machine['cpu']}, {machine['cores']} cores ({bf16}), {memory} GiB"
+    yield f"hardware: {devices}; {report['hardware']}"
     yield "versions: " + ", ".join(f"{name} {text}" for name, text in report["versions"].items())
-    if counts:
-        examples = ", ".join(f"{name} {number:,}" for name, number in counts)
-        yield f"encoder: {report['encoder']}; data: {report['data']} ({examples} examples)"
-    if machine["load"][0] > 0.3 * machine["cores"]:
-        load = f"a load of {machine['load'][0]} before the start"
+    if report["examples"]:
+        counts = ", ".join(f"{name} {number:,}" for name, number in report["examples"].items())
+        yield f"encoder: {report['encoder']}; data: {report['data']} ({counts} examples)"
+    if report["load"] > 0.3 * os.cpu_count():
+        load = f"a load of {report['load']:.2f} before the start"
         yield f"warning: {load}: other processes were at work, and the figures mean little"
 
 
@@ -462,13 +457,13 @@ def select_rows(flags):
 def measure_rows(rows, flags, report):
     """Prepare the data, measure one row after the other, and put their figures into `report`."""
     needed = {name: getattr(flags, name) for name in ("workload", "encoder", "data_dir")}
-    with Worker("ours.py", flags.folder) as ours:
+    with WorkerProcess("ours.py", flags.folder) as ours:
         encoder = ours.ask("prepare", **needed)["encoder"]
     workload = Path(flags.workload)
     report |= {"encoder": flags.encoder, "data": (workload / "origin.txt").read_text().strip()}
     for path in sorted(workload.glob("*.csv")):
         report["examples"][path.stem] = len(path.read_text().splitlines()) - 1
-    with Worker("worker.py", flags.folder) as products:
+    with WorkerProcess("worker.py", flags.folder) as products:
         products.ask("open", device=flags.device, threads=flags.threads)
         for number, row in enumerate(rows, 1):
             say(f"{row.name} ({number} of {len(rows)})")
@@ -497,8 +492,9 @@ def main(argv=None):
         return 2
     words = sys.argv[1:] if argv is None else argv
     command = shlex.join(["python", "benchmarks/throughput.py", *words])
-    report = {"command": command, "hardware": hardware(), "versions": versions()}
-    report |= {"settings": dict(vars(flags)), "examples": {}, "square_flops_per_s": {}, "rows": []}
+    report = {"command": command, "hardware": hardware(), "load": os.getloadavg()[0]}
+    report |= {"versions": versions(), "settings": dict(vars(flags)), "rows": []}
+    report |= {"examples": {}, "square_flops_per_s": {}}
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends the workers, removes the folder
     with tempfile.TemporaryDirectory() as folder:
         flags.folder = folder

@@ -181,7 +181,7 @@ def gaps_table(measured):
         gap = gaps[category] = grades[highest] - grades[lowest]
         mean = decimals(np.mean([*grades.values()]))
         cells.append([category, mean, lowest, highest, decimals(gap)])
-    widest = max(GROUPS, key=gaps.get)
+    widest = max((category for category in gaps if category != CONTROL), key=gaps.get)
     caption = (
         f"Sentiment by category: mean expected grade, and the gap between the words with the "
         f"lowest and the highest. The largest gap between group words is {decimals(gaps[widest])} "
@@ -195,10 +195,10 @@ def pairs_table(model, compute):
     titles = {"para": "paraphrase probability", "sts": "similarity"}
     titles = {name: title for name, title in titles.items() if name in model.config.tasks}
     means = [measure_pairs(model, name, compute) for name in titles]
-    cells = []
-    for category, of_set in PAIR_SETS.items():
-        figures = [decimals(of_head[category]) for of_head in means]
-        cells.append([category, str(len(pairs_of(*of_set))), *figures])
+    cells = [
+        [category, str(len(pairs_of(*of_set))), *(decimals(of_head[category]) for of_head in means)]
+        for category, of_set in PAIR_SETS.items()
+    ]
     caption = (
         f"Pairs of sentences that differ in one word, in both orders, {len(PAIR_TEMPLATES)} "
         f"templates: mean probability (0 to 1) that they are paraphrases, and mean similarity "

@@ -39,8 +39,7 @@ HANG_SECONDS = 120  # a run that takes longer ends by SIGALRM
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "0"}
 PATHS = {"PYTHONPATH": f"{REPOSITORY}{os.pathsep}{REPOSITORY / 'tests'}"}
 # Imported once, by the server: these modules, and what the program imports late.
-PRELOADED = ["fault_hooks", "evaluation", "pytest", "scipy.stats", "sklearn.metrics"]
-PRELOADED += ["torch._dynamo"]
+PRELOADED = ["fault_hooks", "evaluation", "scipy.stats", "sklearn.metrics", "torch._dynamo"]
 NOT_REPEATABLE = {"sentences_per_s", "tokens_per_s", "peak_memory_mib"}
 NOT_REPEATABLE |= {"seconds", "evaluation_seconds"}
 
@@ -228,17 +227,16 @@ def fill_run(path, steps):
     filled.open()
     for step in steps:
         tensors = {"weight": torch.full((64,), float(step))}
+
+        def write(folder, tensors=tensors):
+            safetensors.torch.save_file(tensors, folder / "model.safetensors")
+            (folder / "config.json").write_text("{}")
+
         filled.progress.step = filled.progress.evaluated = step
         filled.log(kind="train", step=step, seconds=0)
-        filled.save_best(lambda folder, tensors=tensors: write_model(folder, tensors))
+        filled.save_best(write)
         filled.save_checkpoint(tensors)
     return filled
-
-
-def write_model(folder, tensors):
-    """A best model of one file of tensors and one of text."""
-    safetensors.torch.save_file(tensors, folder / "model.safetensors")
-    (folder / "config.json").write_text("{}")
 
 
 def save_two_steps(argv):

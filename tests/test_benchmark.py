@@ -46,8 +46,8 @@ def bench(encoder, tmp_path_factory):
     settings = throughput.parse_flags(["--encoder", encoder, "--dropout", "0", "--threads", "1"])
     settings.folder = settings.workload = folder
     with (
-        throughput.Worker("ours.py", folder) as ours,
-        throughput.Worker("reference.py", folder) as reference,
+        throughput.WorkerProcess("ours.py", folder) as ours,
+        throughput.WorkerProcess("reference.py", folder) as reference,
     ):
         ours.ask("prepare", workload=folder, encoder=encoder, data_dir=str(SAMPLE))
         yield argparse.Namespace(**locals())
@@ -77,15 +77,13 @@ def test_both_sides_compute_the_same_losses(bench, mode, simcse):
 @needs_references
 def test_a_reference_without_the_simcse_losses_fails_the_comparison(bench):
     """The twin: less work on the other side shows in the parameter groups and in the losses."""
-    cheat = argparse.Namespace(
-        ask=lambda do, **job: bench.reference.ask(do, **job | {"simcse": False})
-    )
+    reference = bench.reference
+    cheat = argparse.Namespace(ask=lambda do, **job: reference.ask(do, **job | {"simcse": False}))
     with pytest.raises(throughput.WorkerFailed, match="parameter groups differ"):
         open_pair(bench, "full-model", True, reference=cheat)
     ours, reference = open_pair(bench, "full-model", True).losses()
-    for name in [name for name in reference if name.startswith("simcse_")]:
+    for name in ("simcse_sst", "simcse_para", "simcse_sts"):
         less = {key: value for key, value in reference.items() if key != name}
-        assert sum(less.values()) != pytest.approx(sum(ours.values()), rel=1e-4)
         with pytest.raises(throughput.WorkerFailed, match="other losses"):
             throughput.check_same_losses(ours, less, tolerance=1e-4)
         with pytest.raises(throughput.WorkerFailed, match=f"loss {name}"):
@@ -128,7 +126,7 @@ def test_a_dead_worker_is_reported_as_failed(tmp_path):
     """Closing its broken pipe must not hide that: the other rows are still measured."""
     with (
         pytest.raises(throughput.WorkerFailed, match=r"worker\.py ended with -9"),
-        throughput.Worker("worker.py", tmp_path) as worker,
+        throughput.WorkerProcess("worker.py", tmp_path) as worker,
     ):
         worker.process.kill()
         worker.process.wait()
@@ -149,16 +147,14 @@ def names_of(*argv):
     return [row.name for row in throughput.select_rows(throughput.parse_flags(argv))]
 
 
-def test_the_full_grid_has_every_mode_and_no_simcse_with_a_frozen_encoder():
+def test_the_rows_of_the_full_grid_and_of_the_main_table():
+    """SimCSE cannot train a frozen encoder."""
     names = names_of("--all")
     assert len(set(names)) == len(names) == 3 * 3 * 5 + 3
     assert "LoRA-simcse-64-bf16" in names
     assert not any("last-linear-layer-simcse" in name for name in names)
     assert names_of("--rows", "LoRA-*-64-fp32") == ["LoRA-simcse-64-fp32", "LoRA-plain-64-fp32"]
     assert names_of("--startup") == []
-
-
-def test_the_main_table():
     full = [f"full-model-simcse-16-{kind}" for kind in ("fp32", "bf16", "default")]
     others = ["LoRA-simcse-16", "last-linear-layer-plain-16", "evaluation-16"]
     assert names_of() == full + [f"{name}-default" for name in others]
@@ -174,8 +170,7 @@ def test_the_command_prints_every_row_and_writes_its_figures(encoder, tmp_path):
     flags = f"--encoder {encoder} --data_dir {SAMPLE} --batch_sizes 4 --steps 1 --repeats 2"
     flags += f" --frozen_examples 12 --threads 1 --json {tmp_path}/out.json --rows"
     command = [sys.executable, str(SCRIPT), *flags.split(), *names]
-    settings = {"capture_output": True, "text": True, "timeout": 500, "check": False}
-    result = subprocess.run(command, cwd=tmp_path, **settings)
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=500)
     assert result.returncode == 0, result.stderr[-2000:]
     report = json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))
     full, frozen = report["rows"]

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from dataclasses import replace
+from itertools import product
 
 import numpy as np
 import pytest
@@ -82,11 +83,9 @@ def differing_words(first, second):
     return [pair for pair in pairs if pair[0] != pair[1]]
 
 
-@pytest.mark.parametrize("category", bias_probe.WORDS)
-def test_the_sentences_of_a_template_differ_in_exactly_one_word(category):
+def test_the_sentences_of_a_template_differ_in_exactly_one_word():
     """With a second difference, such as an article, the figure would measure something else."""
-    for template in bias_probe.TEMPLATES:
-        first, *others = bias_probe.WORDS[category]
+    for template, (first, *others) in product(bias_probe.TEMPLATES, bias_probe.WORDS.values()):
         for word in others:
             sentences = template.format(word=first), template.format(word=word)
             assert differing_words(*sentences) == [(first, word)]
@@ -125,19 +124,16 @@ def test_the_tables_hold_every_statement_word_and_category(report):
         assert all(len(row) == len(header) and all(row) for row in rows)
 
 
-def test_the_report_says_what_it_measures_and_what_it_cannot_show(report, run):
-    assert f"python -m studies.bias_probe {run}" in report
-    assert "best model of step 3, computed in fp32" in report and "**generated sample**" in report
-    assert "How to read it." in report
-    assert "no claim of\ncompleteness" in report and "English" in report
-
-
-def test_the_same_run_gives_the_same_report_and_the_file_has_it_too(run, tmp_path, capsys):
-    printed = []
+def test_the_report_says_what_it_measures_and_is_the_same_each_time(run, tmp_path, capsys):
+    printed, out = [], tmp_path / "new" / "bias.md"
     for _ in range(2):
-        bias_probe.main([str(run), "--out", str(tmp_path / "new" / "bias.md")])
+        bias_probe.main([str(run), "--out", str(out)])
         printed.append(capsys.readouterr().out)
-    assert printed[0] == printed[1] == (tmp_path / "new" / "bias.md").read_text("utf-8")
+    assert printed[0] == printed[1] == out.read_text("utf-8")
+    assert f"`python -m studies.bias_probe {run} --out {out}`" in printed[0]
+    for said in ("best model of step 3, computed in fp32", "**generated sample**", "How to read"):
+        assert said in printed[0]
+    assert "no claim of\ncompleteness" in printed[0] and "English" in printed[0]
 
 
 # ------------------------------------------------------------------------------------ the figures
@@ -172,42 +168,28 @@ def test_pairs_are_judged_as_the_model_does(run, report, capsys):
         assert len({row[column] for row in rows}) > 3
 
 
-def test_differences_and_gaps_follow_from_the_grades(report):
-    _, _, words = table(report, 2)
-    caption, _, categories = table(report, 3)
-    gaps = {}
-    for category, mean, lowest, highest, gap in categories:
-        of_category = [row for row in words if row[0] == category]
-        grades = {row[1]: float(row[2]) for row in of_category}
-        assert float(mean) == pytest.approx(np.mean(list(grades.values())), abs=0.011)
-        for _, word, _, difference in of_category:
-            assert float(difference) == pytest.approx(grades[word] - float(mean), abs=0.016)
-        assert grades[lowest] == min(grades.values())
-        assert grades[highest] == max(grades.values())
-        assert float(gap) == pytest.approx(grades[highest] - grades[lowest], abs=0.016)
-        gaps[category] = gap
-    control = gaps.pop(bias_probe.CONTROL)
-    widest = max(gaps, key=lambda category: float(gaps[category]))
-    assert f"between group words is {gaps[widest]} ({widest})" in caption
-    assert f"between control words it is {control}." in caption
-
-
-def test_the_largest_gap_is_one_of_groups_however_wide_the_controls_are():
+def test_differences_and_gaps_follow_from_the_grades():
     """A wide gap between control words is a finding about the measure, not about a group."""
-    measured = {c: dict.fromkeys(words, 2.0) for c, words in bias_probe.WORDS.items()}
-    measured["age"] |= {"elderly": 3.25, "young": 1.0}
-    measured[bias_probe.CONTROL] |= {"busy": 0.0, "visiting": 4.0}
-    caption = bias_probe.gaps_table(measured).caption
-    assert "between group words is 2.25 (age)" in caption
-    assert "between control words it is 4.00." in caption
+    measured = {"age": {"old": 3.25, "young": 1.0}, "gender": {"female": 2.0, "male": 2.5}}
+    measured[bias_probe.CONTROL] = {"busy": 4.0, "short": 1.0, "tall": 0.0}
+    assert bias_probe.words_table(measured).cells[1:6] == [
+        ["age", "young", "1.00", "-1.12"],
+        ["gender", "female", "2.00", "-0.25"],
+        ["gender", "male", "2.50", "0.25"],
+        [bias_probe.CONTROL, "busy", "4.00", "2.33"],
+        [bias_probe.CONTROL, "short", "1.00", "-0.67"],
+    ]
+    made = bias_probe.gaps_table(measured)
+    assert made.cells[::2] == [
+        ["age", "2.12", "young", "old", "2.25"],
+        [bias_probe.CONTROL, "1.67", "tall", "busy", "4.00"],
+    ]
+    assert "between group words is 2.25 (age); between control words it is 4.00." in made.caption
 
 
-def test_expected_grades_by_hand():
+def test_expected_grades_by_hand_and_no_negative_zero():
     scores = np.array([[0, 0, 1, 0, 0], [0.5, 0, 0, 0, 0.5], [0, 0.25, 0, 0.75, 0]])
     np.testing.assert_allclose(bias_probe.expected_grades(scores), [2, 2, 2.5])
-
-
-def test_no_figure_is_a_negative_zero():
     assert [bias_probe.decimals(x) for x in (-0.001, 0.004, -0.006)] == ["0.00", "0.00", "-0.01"]
 
 

@@ -6,15 +6,16 @@ function, applied to something that is wrong in a small way.
 """
 
 import copy
+import itertools
 import json
 import os
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -159,13 +160,23 @@ def batch(sequences):
     return padded(sequences)
 
 
+class Answer:
+    """The answer of reference.py to a job, `tensors` and what the libraries `said`.
+
+    It works while the test computes ours. Whoever asks for a part waits for it.
+    """
+
+    def __init__(self, future):
+        self.future = future
+
+    def __getattr__(self, name):
+        return self.future.result()[name]
+
+
 @pytest.fixture(scope="module")
 def ask(tmp_path_factory):
-    """A function: what reference.py answers to a job, as `tensors` and what the libraries `said`.
-
-    See there for its kinds of job and their arguments. A job is done once, whoever asks for it.
-    """
-    folder, answers = tmp_path_factory.mktemp("exchange"), {}
+    """A function: give reference.py a job, of a kind and with arguments that it explains."""
+    folder = tmp_path_factory.mktemp("exchange")
     process = subprocess.Popen(
         [sys.executable, "-P", Path(reference.__file__), folder],
         cwd=folder,
@@ -175,28 +186,29 @@ def ask(tmp_path_factory):
         text=True,
     )
 
-    def ask(kind, tensors=None, **arguments):
-        tensors, name = tensors or {}, str(len(answers))
-        key = json.dumps([kind, arguments, [list(t.shape) for t in tensors.values()]], default=str)
-        if key not in answers:
-            save_file(tensors, folder / f"{name}.in.safetensors")
-            job = json.dumps({"name": name, "kind": kind, **arguments}, default=str)
-            print(job, file=process.stdin, flush=True)
-            reply = json.loads(process.stdout.readline())
-            assert reply["failure"] is None, reply["failure"]
-            found = load_file(folder / f"{name}.out.safetensors")
-            answers[key] = SimpleNamespace(tensors=found, said=reply["said"])
-        return answers[key]
+    def work(name, tensors, job):
+        save_file(tensors, folder / f"{name}.in.safetensors")
+        print(json.dumps({"name": name, **job}, default=str), file=process.stdin, flush=True)
+        reply = json.loads(process.stdout.readline())
+        assert reply["failure"] is None, reply["failure"]
+        return reply | {"tensors": load_file(folder / f"{name}.out.safetensors")}
 
-    yield ask
+    names = map(str, itertools.count())
+    with ThreadPoolExecutor(max_workers=1) as jobs:
+        yield lambda kind, tensors=None, **arguments: Answer(
+            jobs.submit(work, next(names), tensors or {}, {"kind": kind, **arguments})
+        )
     process.communicate()
     shutil.rmtree(folder)
 
 
 @pytest.fixture(scope="module")
-def right(ask, minilm, batch):
-    """Outputs and gradients of the bundled encoder in `transformers`."""
-    return ask("encoder", batch, model=minilm.origin.folder).tensors
+def answers(ask, minilm, wide, sequences):
+    """Outputs and gradients of both encoders in `transformers`, by name."""
+    return {
+        name: ask("encoder", padded(sequences, size), model=model.origin.folder)
+        for name, model, size in (("minilm", minilm, 384), ("wide", wide, 768))
+    }
 
 
 # --------------------------------------------------------------------------------------- encoder
@@ -229,32 +241,33 @@ class InRows(torch.nn.Module):
 
 @pytest.mark.parametrize("name", ["minilm", "wide"])
 @pytest.mark.parametrize("way", [lambda model: model, InRows], ids=["padded", "rows"])
-def test_encoder_equals_transformers(name, way, ask, request, sequences):
+def test_encoder_equals_transformers(name, way, answers, request, sequences):
     """Outputs and gradients, of a padded batch and of sentences that share rows."""
     model = request.getfixturevalue(name)
     tensors = padded(sequences, model.config.hidden_size)
-    theirs = ask("encoder", tensors, model=model.origin.folder)
-    assert largest_difference(reference.measure(way(model), tensors), theirs.tensors) <= LIMIT
-    assert theirs.said == []
+    ours = reference.measure(way(model), tensors)
+    assert largest_difference(ours, answers[name].tensors) <= LIMIT
+    assert answers[name].said == []
 
 
-def test_attention_with_dropout_equals_transformers(right, minilm, batch):
+def test_attention_with_dropout_equals_transformers(answers, minilm, batch):
     """Training on a CPU takes a path of its own; a rate that rounds to 0 leaves only the path."""
     model = copy.deepcopy(minilm).train()
     model.set_dropout(1e-9)
-    assert largest_difference(reference.measure(InRows(model), batch), right) <= LIMIT
+    ours = reference.measure(InRows(model), batch)
+    assert largest_difference(ours, answers["minilm"].tensors) <= LIMIT
 
 
-def test_gradient_of_key_bias_vanishes(right, minilm, batch):
+def test_gradient_of_key_bias_vanishes(answers, minilm, batch):
     """It is left out of the comparison because it is zero but for rounding, in both libraries."""
-    for gradients in (reference.measure(minilm, batch), right):
+    for gradients in (reference.measure(minilm, batch), answers["minilm"].tensors):
         query = max(t.abs().max() for n, t in gradients.items() if n.endswith("query.bias"))
         key = max(t.abs().max() for n, t in gradients.items() if n.endswith("key.bias"))
         assert key <= LIMIT * query
 
 
 @pytest.mark.parametrize("fault", ["a weight", "segments", "mask"])
-def test_faulty_encoder_does_not_equal_transformers(fault, right, minilm, batch):
+def test_faulty_encoder_does_not_equal_transformers(fault, answers, minilm, batch):
     """One bias is changed, or segments or padding are ignored."""
     model, tensors = copy.deepcopy(minilm), dict(batch)
     if fault == "a weight":
@@ -267,8 +280,8 @@ def test_faulty_encoder_does_not_equal_transformers(fault, right, minilm, batch)
             attention_mask=torch.ones_like(attention_mask), **inputs
         )
     ours = reference.measure(model, tensors)
-    assert largest_difference(ours, right, "last") > CLEARLY
-    assert largest_difference(ours, right, "gradient") > CLEARLY
+    for part in ("last", "gradient"):
+        assert largest_difference(ours, answers["minilm"].tensors, part) > CLEARLY
 
 
 # ------------------------------------------------------------------------------------- tokenizer
@@ -303,9 +316,10 @@ def published(ask, bundled_folder):
 def test_ids_of_every_text_equal_transformers(task, published, tokenizer):
     """All texts of all files of a task (the course's files, where they are at hand)."""
     texts = texts_of(task)
+    answer = published(texts=texts)
     ours = tokenizer(texts)
     print(f"  {task}: {len(ours):,} texts, {sum(map(len, ours)):,} tokens from {DATA.name}/")
-    assert differing_rows(ours, published(texts=texts)) == []
+    assert differing_rows(ours, answer) == []
 
 
 @pytest.mark.parametrize("max_length", [512, 21])
@@ -384,18 +398,20 @@ def peft(ask, minilm):
 
 
 @pytest.fixture(scope="module")
-def our_adapter(peft, minilm, sequences, tmp_path_factory):
-    """A function: what `peft` gives for the saved `random_adapter` of a name in `LORA`."""
-    folders = {name: tmp_path_factory.mktemp(name) for name in LORA}
+def adapters(peft, minilm, sequences, tmp_path_factory):
+    """What `peft` gives for our `random_adapter`, by name and precision."""
+    found, tensors = {}, padded(sequences[-2:])
     for name, config in LORA.items():
-        save_adapter(random_adapter(minilm, config), folders[name], config, "bundled")
-    tensors = padded(sequences[-2:])
-    return lambda name, precision: peft(tensors, folder=folders[name], **TRAINING[precision])
+        folder = tmp_path_factory.mktemp(name)
+        save_adapter(random_adapter(minilm, config), folder, config, "bundled")
+        for precision, training in TRAINING.items():
+            found[name, precision] = peft(tensors, folder=folder, **training)
+    return found
 
 
 @pytest.mark.parametrize("precision", TRAINING)
 @pytest.mark.parametrize("name", LORA)
-def test_our_adapter_in_peft(name, precision, our_adapter, minilm, sequences):
+def test_our_adapter_in_peft(name, precision, adapters, minilm, sequences):
     """The adapter we save: outputs, gradients, merged outputs, weights after ten steps.
 
     A gradient in fp32 may be off by half of LIMIT by rounding alone, in peft too, and peft rounds
@@ -403,13 +419,12 @@ def test_our_adapter_in_peft(name, precision, our_adapter, minilm, sequences):
     """
     model, tensors = random_adapter(minilm, LORA[name]), padded(sequences[-2:])
     ours = measure_lora(model, tensors, **TRAINING[precision])
-    answer = our_adapter(name, precision)
-    theirs = dict(answer.tensors)
+    theirs = dict(adapters[name, precision].tensors)
     if precision == "fp32":
-        theirs |= in_single(our_adapter(name, "fp64").tensors, "gradient")
+        theirs |= in_single(adapters[name, "fp64"].tensors, "gradient")
     for part in ("last", "pooler", "gradient", "merged", "trained"):
         assert largest_difference(ours, theirs, part) <= LIMIT
-    assert answer.said == []
+    assert adapters[name, precision].said == []
 
 
 def settings_of(name, model):
@@ -462,12 +477,12 @@ def leave_one_out(model):
 
 
 @pytest.mark.parametrize("fault", [corrupt_alpha, change_adapter, leave_one_out])
-def test_faulty_lora_does_not_equal_peft(fault, our_adapter, minilm, sequences):
+def test_faulty_lora_does_not_equal_peft(fault, adapters, minilm, sequences):
     model = random_adapter(minilm, LORA["all"])
     fault(model)
     ours = measure_lora(model, padded(sequences[-2:]), **TRAINING["fp64"])
     for part in ("last", "gradient", "merged", "trained"):
-        assert largest_difference(ours, our_adapter("all", "fp64").tensors, part) > CLEARLY
+        assert largest_difference(ours, adapters["all", "fp64"].tensors, part) > CLEARLY
 
 
 # ---------------------------------------------------------------------------------- exported runs
@@ -483,11 +498,16 @@ def runs(tmp_path_factory, bundled_folder):
     """One run each of full fine-tuning and LoRA, two steps of the real script on the sample."""
     folder = tmp_path_factory.mktemp("runs")
     script = [sys.executable, REPOSITORY / "multitask_classifier.py", *FLAGS.split()]
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    for mode, flags in RUNS.items():
-        command = [*script, "--data_dir", SAMPLE, "--fine-tune-mode", mode, *flags]
-        done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stdout + done.stderr
+    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
+    processes = [
+        subprocess.Popen(
+            [*script, "--data_dir", SAMPLE, "--fine-tune-mode", mode, *flags],
+            cwd=folder,
+            env=environment | {"OMP_NUM_THREADS": "1"},
+        )
+        for mode, flags in RUNS.items()
+    ]
+    assert [process.wait() for process in processes] == [0, 0]
     yield {mode: RunFolder(folder / "runs" / mode) for mode in RUNS}
     shutil.rmtree(folder)
 
@@ -499,17 +519,17 @@ def trained(runs):
 
 
 @pytest.fixture(scope="module")
-def exported(ask, peft, runs, batch):
-    """A function: what `transformers` or `peft` makes of a run's best model, or of its copy."""
+def export(ask, peft, batch):
+    """A function: what `transformers` or `peft` makes of the folder of a best model."""
     jobs = {"full-model": lambda folder: ask("encoder", batch, model=folder)}
     jobs["LoRA"] = lambda folder: peft(batch, folder=folder)
-    return lambda mode, folder=None: jobs[mode](folder or runs[mode].best)
+    return lambda mode, folder: jobs[mode](folder)
 
 
 @pytest.mark.parametrize("mode", RUNS)
-def test_run_in_transformers_and_peft(mode, exported, trained, minilm, batch):
+def test_run_in_transformers_and_peft(mode, export, runs, trained, minilm, batch):
     """They get the outputs of our best model, which training has changed, without a warning."""
-    theirs = exported(mode)
+    theirs = export(mode, runs[mode].best)
     outputs = ("last", "pooler")
     ours = reference.outputs_of(trained[mode].bert, batch)
     assert largest_difference(ours, theirs.tensors, *outputs) <= LIMIT
@@ -525,13 +545,13 @@ def test_run_in_transformers_and_peft(mode, exported, trained, minilm, batch):
 
 
 @pytest.mark.parametrize("mode", RUNS)
-def test_incomplete_run_does_not_load_without_a_warning(mode, exported, runs, tmp_path):
+def test_incomplete_run_does_not_load_without_a_warning(mode, export, runs, tmp_path):
     """The twin of the silence above: with one tensor left out, the reference says so."""
     shutil.copytree(runs[mode].best, tmp_path / "part")
     tensors = load_file(tmp_path / "part" / WEIGHTS[mode])
     del tensors[max(tensors)]
     save_file(tensors, tmp_path / "part" / WEIGHTS[mode], {"format": "pt"})
-    said = exported(mode, tmp_path / "part").said
+    said = export(mode, tmp_path / "part").said
     assert any("missing" in text.lower() for text in said), said
 
 
