@@ -38,9 +38,9 @@ from reporting.results import (
 from runtime import distributed
 from runtime.device import Compute, memory_errors, select_device
 from runtime.files import file_sha256
+from training.data_files import MOVED, paths_of_run
 from training.run_folder import RunFolder, newest_run
 from training.saved_models import load_run
-from training.setup import MOVED, paths_of_run
 
 # ----------------------------------------------------------------------------------------- predict
 

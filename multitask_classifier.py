@@ -34,7 +34,7 @@ from runtime import distributed
 from runtime.device import Compute, memory_errors, seed_everything, select_device
 from runtime.distributed import check_stop, mean_over_processes
 from runtime.files import write_files
-from training import setup
+from training import data_files, setup
 from training.log import Meter, log_step, not_finite, progress_bar, read_back
 from training.plan import make_plan
 from training.run_folder import RunFolder, run_path
@@ -251,7 +251,7 @@ def predict_and_write(run, model, data, plan, compute):
     for split in ("dev", "test"):
         datasets = {name: of_task[split] for name, of_task in data.items() if split in of_task}
         scores = evaluate(model, datasets, compute)
-        paths = {name: setup.output_path(plan.flags, name, split) for name in scores}
+        paths = {name: data_files.output_path(plan.flags, name, split) for name in scores}
         files |= results.prediction_files(plan.flags.predictions_dir, scores, split, paths)
         texts |= results.prediction_files(folder, scores, split) | results.score_files(
             folder, scores, split
@@ -283,7 +283,7 @@ def fine_tune(command, device):
 
     # ---- seed, data, encoder, run folder: all is checked before weights load
     seed_everything(flags.seed)
-    files = setup.read_data(setup.find_data(command, earlier), flags)
+    files = data_files.read_data(data_files.find_data(command, earlier), flags)
     plan = make_plan(flags, {name: len(task["train"].examples) for name, task in files.items()})
     encoder, tokenizer = setup.find_encoder(run, flags, earlier)
     setup.check_fit(plan, encoder, tokenizer)
@@ -294,7 +294,7 @@ def fine_tune(command, device):
 
     # ---- model, pretrained weights, LoRA, freezing, device
     model = setup.build_model(plan, encoder, tokenizer)
-    data = setup.tokenize_data(files, model)
+    data = data_files.tokenize_data(files, model)
     with memory_errors(device, "the model"):
         model.to(device)
     if compute.precision == "bf16" and plan.lora:  # in other modes the weights are saved, in fp32

@@ -22,10 +22,11 @@ from evaluation import evaluate
 from multitask_classifier import make_batches, train
 from runtime.device import Compute
 from runtime.hub import resolve_encoder
+from training.data_files import data_paths
 from training.flags import make_parser, parse_command
 from training.plan import make_plan
 from training.run_folder import RunFolder, run_path
-from training.setup import build_model, data_paths, make_optimizer
+from training.setup import build_model, make_optimizer
 
 ENDLESS = 10**12  # steps of an epoch, so that `train` never evaluates
 MAX_LENGTH = 512  # tokens

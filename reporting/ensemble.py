@@ -7,16 +7,10 @@ from pathlib import Path
 import numpy as np
 
 from config import TASKS, UserError
-from reporting.results import (
-    format_table,
-    overall_score,
-    read_scores,
-    result_of_scores,
-    write_predictions,
-)
+from reporting import results
 from runtime.hub import STOOD_IN
+from training.data_files import uses_sample
 from training.run_folder import RunFolder
-from training.setup import uses_sample
 
 
 @dataclass
@@ -51,7 +45,7 @@ def finished_run(run):
     evaluated = [set(line.get("dev", ())) for line in lines if line.get("kind") == "eval"]
     if not any(set(dev) <= tasks for tasks in evaluated):
         raise UserError(f"{run.metrics_file}: no evaluation of all tasks; the run is unfinished")
-    return Run(str(run.path), run.description(), lines, dev, overall_score(dev))
+    return Run(str(run.path), run.description(), lines, dev, results.overall_score(dev))
 
 
 def read_run_scores(run, split):
@@ -64,7 +58,7 @@ def read_run_scores(run, split):
     for name in description["args"]["tasks"]:
         path = folder / f"{name}-{split}-scores.tsv"
         if path.exists():
-            found[name] = read_scores(folder, name, split)
+            found[name] = results.read_scores(folder, name, split)
         elif split == "dev":
             raise UserError(
                 f"{path}: no such file, so the run is not finished; finish it with "
@@ -90,7 +84,7 @@ def average_results(runs):
     """
     averaged = {}
     for name, task in TASKS.items():
-        members = {run: results[name] for run, results in runs.items() if name in results}
+        members = {run: found[name] for run, found in runs.items() if name in found}
         if not members:
             continue
         (first_run, first), *others = members.items()
@@ -100,7 +94,8 @@ def average_results(runs):
             if not np.array_equal(result.labels, first.labels):
                 raise UserError(f"{run}: other {name} labels than {first_run}")
         scores = np.mean([result.scores for result in members.values()], axis=0, dtype=np.float64)
-        averaged[name] = result_of_scores(task, first.ids, scores.astype(np.float32), first.labels)
+        scores = scores.astype(np.float32)
+        averaged[name] = results.result_of_scores(task, first.ids, scores, first.labels)
     return averaged
 
 
@@ -112,8 +107,10 @@ def evaluate_ensemble(paths, predictions_dir):
     runs = {str(path): RunFolder(path) for path in paths}
     if len({run.path.resolve() for run in runs.values()}) < len(paths):
         raise UserError("--checkpoint: a run is named twice; expected different runs")
-    dev = {name: read_run_scores(run, "dev") for name, run in runs.items()}
-    test = {name: read_run_scores(run, "test") for name, run in runs.items()}
+    dev, test = (
+        {name: read_run_scores(run, split) for name, run in runs.items()}
+        for split in ("dev", "test")
+    )
     averaged = {"dev": average_results(dev), "test": average_results(test)}
     for name in runs:
         if missing := sorted(set(dev[name]) & set(averaged["test"]) - set(test[name])):
@@ -122,15 +119,11 @@ def evaluate_ensemble(paths, predictions_dir):
             )
     for run in runs.values():
         print_caveats(run)
-    for name, results in {**dev, name_ensemble(dev): averaged["dev"]}.items():
-        print(f"{name}\n{format_table(results)}\n")
-    write_predictions(predictions_dir, averaged)
-
-
-def name_ensemble(runs):
-    """Name of an ensemble: its number of runs, and that of each task where they differ."""
-    counts = Counter(task for results in runs.values() for task in results)
-    name = f"ensemble of {len(runs)} runs"
-    if set(counts.values()) == {len(runs)}:
-        return name
-    return f"{name} ({', '.join(f'{task} of {counts[task]}' for task in TASKS if task in counts)})"
+    counts = Counter(task for found in dev.values() for task in found)
+    together = f"ensemble of {len(runs)} runs"
+    if set(counts.values()) != {len(runs)}:
+        of_task = (f"{task} of {counts[task]}" for task in TASKS if task in counts)
+        together += f" ({', '.join(of_task)})"
+    for name, found in {**dev, together: averaged["dev"]}.items():
+        print(f"{name}\n{results.format_table(found)}\n")
+    results.write_predictions(predictions_dir, averaged)

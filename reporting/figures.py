@@ -7,6 +7,7 @@ an `ensemble.Run`.
 
 from collections.abc import Callable
 from functools import partial
+from itertools import cycle, product
 from typing import NamedTuple
 
 import numpy as np
@@ -68,18 +69,18 @@ def loss_pictures(runs):
     """Figures 1 to 4: the summed loss of the tasks that all runs have, then each task's."""
     tasks = [name for name in PAPERS_ORDER if any(name in run.dev for run in runs)]
     shared = [name for name in tasks if all(name in run.dev for run in runs)]
-    title = f"Sum of the task losses ({', '.join(shared)}; without SimCSE and R-Drop)"
-    shown = [("overall", title, shared, "sum of the task losses")] if shared else []
-    for name in tasks:
-        title = f"{TASKS[name].title.capitalize()} loss ({name})"
-        shown.append((name, title, [name], LOSSES[TASKS[name].kind]))
     pictures = []
-    for name, title, summed, unit in shown:
+    for name, summed in [("overall", shared), *((name, [name]) for name in tasks)]:
         having = [run for run in runs if set(summed) <= set(run.dev)]
+        title = f"Sum of the task losses ({', '.join(shared)}; without SimCSE and R-Drop)"
+        unit = "sum of the task losses"
+        if name in TASKS:
+            title = f"{TASKS[name].title.capitalize()} loss ({name})"
+            unit = LOSSES[TASKS[name].kind]
         caption = f"{title} in training (solid: smoothed, pale: as logged) and on dev (dashed)."
         alt = f"{title} against optimiser steps, one curve per run"
         draw = partial(draw_losses, runs=having, tasks=summed, unit=unit)
-        pictures.append(Picture(f"loss-{name}", alt, caption, (8, 5), draw))
+        pictures += [Picture(f"loss-{name}", alt, caption, (8, 5), draw)] if summed else []
     return pictures
 
 
@@ -102,12 +103,9 @@ def draw_losses(figure, runs, tasks, unit):
 def looks_of(runs):
     """(colour, marker, legend label) of each run; of many runs, those of one row share them."""
     labels = [run.row if len(runs) > len(COLOURS) else run.name for run in runs]
-    distinct = list(dict.fromkeys(labels))
-    looks = []
-    for label in labels:
-        cycle, place = divmod(distinct.index(label), len(COLOURS))
-        looks.append((COLOURS[place], MARKERS[cycle % len(MARKERS)], label))
-    return looks
+    looks = zip(dict.fromkeys(labels), cycle(product(MARKERS, COLOURS)), strict=False)
+    look_of = {label: (colour, marker, label) for label, (marker, colour) in looks}
+    return [look_of[label] for label in labels]
 
 
 def loss_curves(run, tasks):

@@ -7,6 +7,7 @@ come from a run's `predictions/`, times and losses from `metrics.jsonl`, the res
 """
 
 import argparse
+import contextlib
 import json
 import re
 import shlex
@@ -19,11 +20,12 @@ import numpy as np
 from config import RECIPES, TASKS, UserError, overall_tasks
 from datasets import read_task_file
 from reporting.figures import cosine_pictures, loss_pictures, scatter_picture, write_pictures
-from reporting.results import accuracy, mean_score, pearson
+from reporting.results import TaskResult, overall_score, pearson
 from runtime.files import file_sha256, write_file
+from training.data_files import uses_sample
 from training.flags import FREE_WHEN_RESUMING, OF_ONE_COMMAND, default_flags
 from training.plan import make_plan
-from training.setup import identity, uses_sample
+from training.setup import identity
 
 ERRORS_SHOWN = 8
 LONGEST_TEXT = 160  # characters of a sentence in a table
@@ -67,11 +69,9 @@ def group_runs(runs):
     recipes = [recipe_of(group[0]) for group in groups.values()]
     rows = {}
     for group, recipe in zip(groups.values(), recipes, strict=True):
-        label = group[0].name
-        if recipe and recipes.count(recipe) == 1:
-            label = recipe
-        elif len(group) > 1:
-            label = re.sub(r"[-_.]?(seed|s)?\d+$", "", label)
+        label = re.sub(r"[-_.]?(seed|s)?\d+$", "", group[0].name)
+        label = label if len(group) > 1 else group[0].name
+        label = recipe if recipe and recipes.count(recipe) == 1 else label
         label = group[0].path if label in rows else label
         rows[label] = group
         for run in group:
@@ -84,31 +84,27 @@ def by_value(runs, describe):
     found = {}
     for run in runs:
         found.setdefault(describe(run), []).append(run.name)
-    if len(found) == 1:
-        return next(iter(found))
-    return "; ".join(f"{value} ({', '.join(names)})" for value, names in found.items())
+    texts = [f"{value} ({', '.join(names)})" for value, names in found.items()]
+    return "; ".join(texts) if len(found) > 1 else next(iter(found))
 
 
 def provenance(runs):
     """The end of every caption: the encoder, substituted or not, and the data, sample or not."""
-    return f"Encoder: {by_value(runs, describe_encoder)}. Data: {by_value(runs, describe_data)}."
 
+    def encoder(run):
+        about, how = run.description["encoder"], "as asked for"
+        if about["substituted"]:
+            how = "**substituted**, since bert-base-uncased could not be reached"
+        return f"`{about['name']}` ({how})"
 
-def describe_encoder(run):
-    """Name of a run's encoder, and whether it is a substitute."""
-    encoder, how = run.description["encoder"], "as asked for"
-    if encoder["substituted"]:
-        how = "**substituted**, since bert-base-uncased could not be reached"
-    return f"`{encoder['name']}` ({how})"
+    def data(run):
+        counts = [f"{n} {f['train']['examples']:,}" for n, f in run.description["data"].items()]
+        kind = "the files named in `run.json`, not the sample"
+        if uses_sample(run.description):
+            kind = "the **generated sample**"
+        return f"{kind}; training examples: {', '.join(counts)}"
 
-
-def describe_data(run):
-    """Whether a run's data is the generated sample, and its number of training examples."""
-    kind, data = "the files named in `run.json`, not the sample", run.description["data"]
-    if uses_sample(run.description):
-        kind = "the **generated sample**"
-    counts = ", ".join(f"{name} {data[name]['train']['examples']:,}" for name in data)
-    return f"{kind}; training examples: {counts}"
+    return f"Encoder: {by_value(runs, encoder)}. Data: {by_value(runs, data)}."
 
 
 def paraphrase_notes(runs):
@@ -126,7 +122,7 @@ def paraphrase_notes(runs):
     return tuple(notes)
 
 
-# ---------------------------------------------------------------------------- tables 1 and 2: runs
+# ------------------------------------------------------------------------------------------ tables
 
 
 def bootstrap_interval(results, draws=1000, seed=224):
@@ -147,11 +143,14 @@ def bootstrap_interval(results, draws=1000, seed=224):
 
 def overall_of_rows(results, *rows):
     """Overall score of some dev examples: `rows` are an array of row numbers for each task."""
-    scores = {}
+    drawn = {}
     for name, chosen in zip(overall_tasks(results), rows, strict=True):
-        metric = pearson if TASKS[name].kind == "score" else accuracy
-        scores[name] = metric(results[name].predictions[chosen], results[name].labels[chosen])
-    return mean_score(scores)
+        task, found = TASKS[name], results[name]
+        predictions, labels = found.predictions[chosen], found.labels[chosen]
+        correct = predictions == labels
+        score = pearson(predictions, labels) if task.kind == "score" else np.mean(correct)
+        drawn[name] = TaskResult([], predictions, None, labels, metrics={task.metric: score})
+    return overall_score(drawn)
 
 
 def spread(values, form="{:.3f}"):
@@ -210,13 +209,16 @@ COSTS = {
 
 def cost_table(rows):
     """Table 2: time, speed, memory and trained parameters."""
-    cells = []
+    runs, cells = [run for group in rows.values() for run in group], []
     for label, group in rows.items():
         steps = max(line["step"] for line in group[0].lines)
+        plan = make_plan(argparse.Namespace(**group[0].args), {})
+        sizes = {name: size * plan.flags.accumulate for name, size in plan.batch_sizes.items()}
+        batch = ", ".join(f"{size} {name}" for name, size in sizes.items())
+        batch = batch if len(set(sizes.values())) > 1 else str(min(sizes.values()))
         costs = [spread([cost(run) for run in group], form) for cost, form in COSTS.values()]
         parameters = [f"{group[0].description['parameters'][key]:,}" for key in ("trained", "all")]
         hardware = by_value(group, lambda run: "{device}, {precision}".format(**run.description))
-        batch = examples_per_step(group[0].args)
         cells.append([label, f"{steps:,}", batch, *costs, *parameters, hardware])
     header = ["strategy", "steps", "batch", *COSTS, "trained parameters", "of all", "hardware"]
     caption = (
@@ -226,20 +228,7 @@ def cost_table(rows):
         "frozen encoder's sentences were all encoded before the first step. Peak memory: allocated "
         "on a GPU, else of the whole process. "
     )
-    caption += provenance([run for group in rows.values() for run in group])
-    return Table(caption, header, cells)
-
-
-def examples_per_step(args):
-    """Examples of each task in an optimiser step, as text: one number if all are equal."""
-    sizes = make_plan(argparse.Namespace(**args), {}).batch_sizes
-    sizes = {name: size * args["accumulate"] for name, size in sizes.items()}
-    if len(set(sizes.values())) == 1:
-        return str(next(iter(sizes.values())))
-    return ", ".join(f"{size} {name}" for name, size in sizes.items())
-
-
-# -------------------------------------------------------------------------- tables 3 to 5: errors
+    return Table(caption + provenance(runs), header, cells)
 
 
 def worst_errors(task, result):
@@ -247,47 +236,45 @@ def worst_errors(task, result):
 
     For a score these are the largest distances from the label.
     """
-    scores = result.scores
-    if task.kind == "score":
-        wrong = np.abs(result.predictions - result.labels)
-    else:
+    wrong = np.abs(result.predictions - result.labels)
+    if task.kind != "score":
+        scores = result.scores
         sure = scores.max(1) if task.kind == "classes" else np.maximum(scores, 1 - scores)[:, 0]
-        wrong = np.where(result.predictions == result.labels, 0, sure)
+        wrong = np.where(wrong > 0, sure, 0)
     order = [row for row in np.argsort(-wrong, kind="stable") if wrong[row] > 0]
     return [(int(row), float(wrong[row])) for row in order[:ERRORS_SHOWN]]
 
 
 def dev_texts(run, name):
-    """Sentences by id from the run's dev file, None if it is missing or has changed."""
+    """Sentences by id from the run's dev file, empty if it is missing or has changed."""
     file = run.description["data"][name]["dev"]
-    try:
+    with contextlib.suppress(OSError, UserError):
         if file_sha256(file["path"]) == file["sha256"]:
             examples = read_task_file(file["path"], TASKS[name], "dev").examples
             return {example.id: example.sentences for example in examples}
-    except (OSError, UserError):
-        pass
-    return None
+    return {}
 
 
 def error_table(run, name):
     """The most confident dev errors of one task: text, prediction, truth."""
     task, result, texts = TASKS[name], run.dev[name], dev_texts(run, name)
+    columns, missing = task.sentences, ""
+    if not texts:
+        columns, texts = ["id"], {example: [example] for example in result.ids}
+        missing = " The dev file is missing or has changed, so ids are shown instead of texts."
     worst, distance, digits = "most confident", "probability", 0
     if task.kind == "score":
         worst, distance, digits = "largest", "off by", 2
     cells = []
     for row, by in worst_errors(task, result):
-        example = result.ids[row]
-        shown = map(shorten, texts[example] if texts else [example])
+        shown = [" ".join(text.split()) for text in texts[result.ids[row]]]
+        shown = [
+            t if len(t) <= LONGEST_TEXT else f"{t[: LONGEST_TEXT - 1].rstrip()}…" for t in shown
+        ]
         predicted = f"{result.predictions[row]:.{digits}f}"
         cells.append([*shown, predicted, f"{result.labels[row]:.3g}", f"{by:.2f}"])
-    missing = (
-        ""
-        if texts
-        else " The dev file is missing or has changed, so ids are shown instead of texts."
-    )
+    header = [*columns, "predicted", "truth", distance]
     caption = f"The {worst} dev errors of `{run.name}` in {task.title} (`{name}`).{missing}"
-    header = [*(task.sentences if texts else ["id"]), "predicted", "truth", distance]
     notes = paraphrase_notes([run]) if name == "para" else ()
     return Table(f"{caption} {provenance([run])}", header, cells, notes)
 
@@ -299,21 +286,13 @@ def confusion_table(run, name):
     task, result = TASKS[name], run.dev[name]
     classes = range(task.num_classes)
     counts = confusion_matrix(result.labels, result.predictions, labels=classes)
-    recalls = counts.diagonal() / counts.sum(1).clip(1)
-    cells = [
-        [f"truth {label}", *map(str, counts[label]), f"{recalls[label]:.2f}"] for label in classes
-    ]
+    recalls = [f"{recall:.2f}" for recall in counts.diagonal() / counts.sum(1).clip(1)]
+    cells = [[f"truth {i}", *map(str, counts[i]), recalls[i]] for i in classes]
     caption = (
         f"Confusion matrix of `{run.name}` in {task.title} (`{name}`) on dev: examples by label "
         f"(rows) and prediction (columns), 0 the most negative. {provenance([run])}"
     )
     return Table(caption, ["", *map(str, classes), "recall"], cells)
-
-
-def shorten(text):
-    """A text on one line, of bounded length."""
-    text = " ".join(text.split())
-    return text if len(text) <= LONGEST_TEXT else text[: LONGEST_TEXT - 1].rstrip() + "…"
 
 
 # ------------------------------------------------------------------------------------ the document

@@ -35,12 +35,7 @@ def measure(task, predictions, labels):
     from sklearn.metrics import f1_score
 
     macro_f1 = f1_score(labels, predictions, average="macro", zero_division=0)
-    return {"accuracy": accuracy(predictions, labels), "macro_f1": float(macro_f1)}
-
-
-def accuracy(predictions, labels):
-    """Share of the predictions (n,) that equal their labels (n,)."""
-    return float(np.mean(predictions == labels))
+    return {"accuracy": float(np.mean(predictions == labels)), "macro_f1": float(macro_f1)}
 
 
 def pearson(a, b):
@@ -52,19 +47,15 @@ def pearson(a, b):
 
 def overall_score(results):
     """Mean over the leaderboard's tasks of accuracy or (1 + correlation) / 2."""
-    return mean_score({name: results[name].score(name) for name in overall_tasks(results)})
-
-
-def mean_score(scores):
-    """Mean of accuracies and (1 + correlation) / 2; `scores` maps a task to its metric."""
+    scores = {name: results[name].score(name) for name in overall_tasks(results)}
     values = [(1 + s) / 2 if TASKS[name].kind == "score" else s for name, s in scores.items()]
     return float(np.mean(values))
 
 
 def undefined_correlations(results):
     """Tasks whose predictions are constant, so that their correlation is undefined."""
-    scores = [name for name in results if TASKS[name].kind == "score"]
-    return [name for name in scores if np.ptp(results[name].predictions) == 0]
+    scores = {name: result for name, result in results.items() if TASKS[name].kind == "score"}
+    return [name for name, result in scores.items() if np.ptp(result.predictions) == 0]
 
 
 def format_table(results):
@@ -91,18 +82,18 @@ def result_of_scores(task, ids, scores, labels=None):
     return TaskResult(ids, predictions, scores, labels, metrics=metrics)
 
 
-def format_predictions(task, result):
-    """The course's prediction file, byte for byte."""
-    rows = zip(result.ids, result.predictions, strict=True)
-    return f"id \t {task.header} \n" + "".join(f"{i} , {task.format(p)} \n" for i, p in rows)
-
-
 def prediction_files(folder, results, split, paths=None):
-    """Text of each `<task>-<split>-output.csv` by path; `paths` (task -> path) override names."""
+    """Text of each `<task>-<split>-output.csv` by path, byte for byte as the course has it.
+
+    `paths` (task -> path) override names.
+    """
     files = {}
     for name, result in results.items():
-        path = (paths or {}).get(name) or Path(folder) / TASKS[name].output_name(split)
-        files[path] = format_predictions(TASKS[name], result)
+        task = TASKS[name]
+        rows = zip(result.ids, result.predictions, strict=True)
+        text = "".join(f"{i} , {task.format(prediction)} \n" for i, prediction in rows)
+        path = (paths or {}).get(name) or Path(folder) / task.output_name(split)
+        files[path] = f"id \t {task.header} \n{text}"
     return files
 
 
@@ -127,10 +118,9 @@ def score_files(folder, results, split):
     texts = {}
     for name, result in results.items():
         labels = [""] * len(result.ids) if result.labels is None else result.labels
-        columns = [f"score_{i}" for i in range(result.scores.shape[1])]
-        lines = ["\t".join(["id", "label", "prediction", *columns])]
-        for *row, scores in zip(result.ids, labels, result.predictions, result.scores, strict=True):
-            lines.append("\t".join(map(str, [*row, *scores])))
+        names = [f"score_{i}" for i in range(result.scores.shape[1])]
+        rows = zip(result.ids, labels, result.predictions, *result.scores.T, strict=True)
+        lines = ["\t".join(map(str, row)) for row in [("id", "label", "prediction", *names), *rows]]
         texts[Path(folder) / f"{name}-{split}-scores.tsv"] = "\n".join(lines) + "\n"
     return texts
 

@@ -24,10 +24,11 @@ from reporting.ensemble import Run, finished_run, read_run_scores
 from reporting.figures import COLOURS, LEGEND, Picture, write_pictures
 from runtime.files import file_sha256, write_file
 from runtime.script import NotFinite, run_script, say
+from training.data_files import data_paths
 from training.flags import FREE_WHEN_RESUMING, OF_ONE_COMMAND, SCRIPT, FlagParser, parse_command
 from training.plan import number
 from training.run_folder import RunFolder, run_path
-from training.setup import data_paths, identity
+from training.setup import identity
 
 # Flags that the sweep itself sets; prediction files stay in the runs' own folders.
 OWN_FLAGS = {f"--{task}_{split}_out" for task in TASKS for split in ("dev", "test")}

@@ -11,8 +11,6 @@ from fault_hooks import kill_at, outcome, run, signal_at
 from bert import BertModel
 from tokenizer import BertTokenizer
 
-ROWS = 20  # of each file
-
 
 class Tiny:
     """An encoder's folder, a data folder, and the flags of a run on them."""
@@ -29,11 +27,11 @@ class Tiny:
 
 @pytest.fixture(scope="session")
 def tiny(tiny_config, toy_vocab_folder, tmp_path_factory):
-    """The first rows of the sample, and a random encoder."""
+    """The header and 20 rows of each file of the sample, and a random encoder."""
     data, encoder = tmp_path_factory.mktemp("data"), tmp_path_factory.mktemp("encoder")
     for path in SAMPLE.glob("*.csv"):
         lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-        (data / path.name).write_text("".join(lines[: ROWS + 1]), encoding="utf-8")
+        (data / path.name).write_text("".join(lines[:21]), encoding="utf-8")
     torch.manual_seed(0)
     tokenizer = BertTokenizer.from_pretrained(toy_vocab_folder)
     BertModel(tiny_config).save_pretrained(encoder, tokenizer)

@@ -58,14 +58,16 @@ def start(folder, argv, *faults, main=multitask_classifier.main, env=None):
         forkserver.ensure_running()
     job = (folder, [str(word) for word in argv], faults, main, env or {})
     process = processes.Process(target=_run_job, args=job)
+    (folder / "stderr").unlink(missing_ok=True)
     process.start()
+    wait_for((folder / "stderr").exists)  # it has begun: a signal finds a run
     return process
 
 
 def finish(process, folder):
     """Wait for the end of a run that `start` began in `folder`; returns a `CompletedProcess`."""
     process.join()
-    texts = [(folder / name).read_text(encoding="utf-8") for name in ("stdout", "stderr")]
+    texts = [(folder / name).read_text(errors="replace") for name in ("stdout", "stderr")]
     return subprocess.CompletedProcess(process.name, process.exitcode, *texts)
 
 
@@ -288,10 +290,9 @@ def metrics(run):
     ]
 
 
-def outcome(folder, name="full-model"):
+def outcome(folder):
     """Everything that a run ends with, and that breaking and resuming it must not change."""
-    run = folder / "runs" / name
-    files = {}
+    run, files = folder / "runs/full-model", {}
     for place in (run / "best", run / "predictions", folder / "predictions"):
         paths = [path for path in sorted(place.rglob("*")) if path.is_file()]
         files |= {str(path.relative_to(folder)): digest(path) for path in paths}
@@ -300,14 +301,11 @@ def outcome(folder, name="full-model"):
 
 
 def leftovers(folder):
-    """Files that should be gone after a run: unfinished ones, old checkpoints and best models."""
-    stale = [str(path) for path in folder.rglob(".tmp-*")]
-    for run in [path.parent for path in folder.glob("runs/*/run.json")]:
-        files = checkpoints(run)
-        used = {read_checkpoint(file)[0]["best"] for file in files}
-        stale += map(str, files[:-2])
-        stale += [str(best) for best in run.glob("best-*") if best.name not in used]
-    return stale
+    """What should be gone after a run: unfinished files, old checkpoints and best models."""
+    run = folder / "runs/full-model"
+    used = {read_checkpoint(path)[0]["best"] for path in checkpoints(run)}
+    unused = [best for best in run.glob("best-*") if best.name not in used]
+    return [*folder.rglob(".tmp-*"), *checkpoints(run)[:-2], *unused]
 
 
 def copy(folder, target):

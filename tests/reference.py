@@ -14,7 +14,7 @@ functions, which need torch alone, to the program's own models.
 
 import copy
 import json
-import logging
+import logging.handlers
 import sys
 import traceback
 import warnings
@@ -133,16 +133,6 @@ def sentence_vectors(tensors, model, texts):
     return {"vectors": torch.from_numpy(encoder.encode(texts, show_progress_bar=False))}
 
 
-class Listener(logging.Handler):
-    """Keeps what the libraries log as a warning, or warn of."""
-
-    said = ()
-
-    def emit(self, record):
-        """Keep one message."""
-        self.said.append(f"{record.name}: {record.getMessage()}")
-
-
 def main(folder):
     """Do every job on standard input."""
     torch.set_num_threads(1)
@@ -150,12 +140,14 @@ def main(folder):
     warnings.simplefilter("always")
     warnings.simplefilter("ignore", FutureWarning)
     logging.captureWarnings(True)
-    listener = Listener(logging.WARNING)
+    listener = logging.handlers.BufferingHandler(capacity=10**6)
+    listener.setLevel(logging.WARNING)
     for library in ("transformers", "sentence_transformers", "peft", "py.warnings"):
         logging.getLogger(library).addHandler(listener)
     replies, sys.stdout = sys.stdout, sys.stderr  # the libraries may print
     for line in sys.stdin:
-        job, listener.said, failure = json.loads(line), [], None
+        listener.flush()
+        job, failure = json.loads(line), None
         name, kind = job.pop("name"), job.pop("kind")
         try:
             result = globals()[kind](load_file(folder / f"{name}.in.safetensors"), **job)
@@ -163,7 +155,8 @@ def main(folder):
             save_file(result, folder / f"{name}.out.safetensors")
         except Exception:
             failure = traceback.format_exc()
-        print(json.dumps({"said": listener.said, "failure": failure}), file=replies, flush=True)
+        said = [f"{record.name}: {record.getMessage()}" for record in listener.buffer]
+        print(json.dumps({"said": said, "failure": failure}), file=replies, flush=True)
 
 
 if __name__ == "__main__":

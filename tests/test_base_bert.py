@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from base_bert import load_encoder, parameter_name, read_tensors, write_tensors
+from base_bert import load_encoder, read_tensors, write_tensors
 from bert import BertModel
 from config import UserError
 from runtime.hub import resolve_encoder
@@ -68,21 +68,6 @@ def test_published_names_of_every_age_are_accepted(tiny_folder, prefix):
 
     change_tensors(tiny_folder, age)
     assert torch.equal(BertModel.from_pretrained(tiny_folder)(IDS, MASK)["pooler_output"], expected)
-
-
-@pytest.mark.parametrize(
-    ("published", "expected"),
-    [
-        ("bert.encoder.layer.3.output.LayerNorm.gamma", "encoder.layer.3.output.LayerNorm.weight"),
-        ("encoder.layer.3.output.LayerNorm.beta", "encoder.layer.3.output.LayerNorm.bias"),
-        ("bert.pooler.dense.weight", "pooler.dense.weight"),
-        ("bert.embeddings.position_ids", None),
-        ("cls.predictions.transform.LayerNorm.gamma", None),
-        ("classifier.weight", "classifier.weight"),  # which is unexpected, an error
-    ],
-)
-def test_names_in_published_files(published, expected):
-    assert parameter_name(published) == expected
 
 
 LAYER = "encoder.layer.{}.output.dense.bias"  # of an encoder with the layers 0 and 1

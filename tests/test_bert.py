@@ -19,7 +19,6 @@ from bert import (
     Rows,
     dropout_mask,
     fill_rows,
-    narrower,
     pack,
 )
 
@@ -92,10 +91,6 @@ def test_more_tokens_than_positions_is_an_error(bert):
 NARROWER = {64: 0, 128: 64, 192: 128, 256: 128, 320: 192}  # half, up to a multiple of 64
 
 
-def test_narrower_rows():
-    assert {width: narrower(width) for width in NARROWER} == NARROWER
-
-
 @pytest.mark.parametrize(
     ("lengths", "width", "rows", "left"),
     [
@@ -161,11 +156,13 @@ def test_packed_rows_hold_every_sentence_where_first_says(lengths, data):
 @given(st.lists(LENGTHS, min_size=1, max_size=40))
 def test_packed_rows_are_few_and_as_wide_as_their_sentences_need(lengths):
     """A row is begun by a sentence that fits in no narrower row and into no earlier row. What lies
-    in narrower rows fits into no wider one. Empty rows come last, as few as ROWS_MULTIPLE needs."""
+    in narrower rows fits into no wider one. The widest rows come first. Empty rows come last, as
+    few as ROWS_MULTIPLE needs."""
     packed = pack(random_sequences(lengths), lengths, 0, "cpu")
     widths = [rows.input_ids.size(1) for rows in packed.rows for _ in rows.input_ids]
     assert widths[0] == math.ceil(max(lengths) / 64) * 64
-    assert len({rows.input_ids.size(1) for rows in packed.rows}) == len(packed.rows)
+    assert widths == sorted(widths, reverse=True)
+    assert len(set(widths)) == len(packed.rows)
     assert sum(widths) // ROW_TOKENS % ROWS_MULTIPLE == 0
     row_of = np.searchsorted(np.cumsum(widths), packed.first.numpy(), side="right")
     rows = [np.array(lengths)[row_of == row] for row in range(len(widths))]
@@ -180,22 +177,8 @@ def test_packed_rows_are_few_and_as_wide_as_their_sentences_need(lengths):
 
 def test_packing_by_hand():
     """70 tokens in a row of 128 with the 4 and the 3; 60 alone, and an empty row after it."""
-    sequences = [np.array([2, 9, 3]), np.arange(70) + 5, np.array([2, 8, 7, 3]), np.arange(60) + 9]
-    packed = pack([s.astype(np.int32) for s in sequences], [3, 40, 2, 60], 1, "cpu")
-    wide, narrow = packed.rows
-    assert wide.input_ids.tolist() == [[*range(5, 75), 2, 8, 7, 3, 2, 9, 3, *[1] * 51]]
-    assert wide.position_ids.tolist() == [[*range(70), 0, 1, 2, 3, 0, 1, 2, *[0] * 51]]
-    assert wide.token_type_ids.tolist() == [[*[0] * 40, *[1] * 30, 0, 0, 1, 1, *[0] * 54]]
-    blocks = torch.block_diag(*(torch.ones(n, n) for n in (70, 4, 3, 51))).bool()
-    assert torch.equal(wide.attention_mask[0, 0], blocks)
-    assert narrow.input_ids.tolist() == [[*range(9, 69), *[1] * 4], [1] * 64]
-    assert narrow.position_ids.tolist() == [[*range(60), *[0] * 4], [0] * 64]
-    assert not narrow.token_type_ids.any()
-    blocks = torch.block_diag(torch.ones(60, 60), torch.ones(4, 4)).bool()
-    assert torch.equal(narrow.attention_mask[0, 0], blocks)
-    assert narrow.attention_mask[1].all()
+    packed = pack(random_sequences([3, 70, 4, 60]), [3, 40, 2, 60], 1, "cpu")
     assert packed.first.tolist() == [74, 0, 70, 128]
-    assert packed.lengths.tolist() == [3, 70, 4, 60]
     where = [*[1] * 70, *[2] * 4, *[0] * 3, *[4] * 51, *[3] * 60, *[4] * 68]
     assert packed.sentence.tolist() == where
 
@@ -334,37 +317,28 @@ def test_the_gradient_passes_where_the_value_passed():
     assert 0 < (x.grad == 0).float().mean() < 1
 
 
-def test_the_encoders_dropout_follows_the_seed_and_the_mode(bert):
-    batch = padded(random_sequences([7, 5]))
-
-    def pooled(seed):
-        torch.manual_seed(seed)
-        return bert(*batch)["pooler_output"]
-
-    still = pooled(1)
-    assert torch.equal(pooled(2), still)
-    bert.train()
-    assert torch.equal(pooled(1), pooled(1))
-    assert not torch.equal(pooled(1), pooled(2))
-    bert.set_dropout(0.0)
-    torch.testing.assert_close(pooled(1), still)
-
-
 PLACES = ["embeddings", "layer.1.attention.self", "layer.1.attention.output", "layer.1.output"]
 
 
 @pytest.mark.parametrize("place", PLACES)
 def test_each_dropout_is_set_and_used(bert, place):
-    """With every other one off, each alone must make two passes differ."""
+    """With all of them off, training computes what evaluation does. Each alone follows the seed."""
+    batch = padded(random_sequences([7, 5]))
     dropouts = {n: m for n, m in bert.named_modules() if isinstance(m, FastDropout)}
-    bert.set_dropout(0.0)
+
+    def states(seed):
+        torch.manual_seed(seed)
+        return bert(*batch)["last_hidden_state"]
+
+    still = states(1)
+    assert torch.equal(states(2), still)
+    bert.train().set_dropout(0.0)
     assert [m.p for m in dropouts.values()] == [0.0] * (1 + 3 * bert.config.num_hidden_layers)
+    torch.testing.assert_close(states(1), still)
     (name,) = (name for name in dropouts if name.endswith(f"{place}.dropout"))
     dropouts[name].p = 0.5
-    bert.train()
-    batch = padded(random_sequences([7, 5]))
-    states = [bert(*batch)["last_hidden_state"] for _ in range(2)]
-    assert not torch.allclose(*states, atol=1e-3)
+    assert torch.equal(states(1), states(1))
+    assert not torch.allclose(states(1), states(2), atol=1e-3)
 
 
 # ----------------------------------------------------------------------------------- attention
@@ -394,20 +368,6 @@ def test_attention_by_hand(attention, written_out):
             torch.testing.assert_close(found[b, t, h], scores.softmax(0) @ v[b, :length, h])
 
 
-@pytest.mark.parametrize("training", [False, True])
-def test_attention_gradcheck(attention, training):
-    """In training: the written-out path with dropout, the same mask on every evaluation."""
-    module, rows = attention
-    module.train(training)
-
-    def fixed(x):
-        torch.manual_seed(8)
-        return module(x, [rows])
-
-    hidden = torch.randn(8, 8, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(fixed, (hidden,))
-
-
 def test_attention_dropout_keeps_the_mean(attention):
     """Attention is linear in its probabilities, so many draws average to the plain result."""
     module, rows = attention
@@ -426,12 +386,12 @@ def test_attention_dropout_keeps_the_mean(attention):
 
 def test_keep_frozen_in_casts_frozen_linear_layers_alone(bert):
     bert.requires_grad_(False)
-    trained = bert.encoder["layer"][1].output.dense.requires_grad_(True)
+    bert.encoder["layer"][1].output.requires_grad_(True)
     bert.keep_frozen_in(torch.bfloat16)
-    assert trained.weight.dtype == torch.float32
-    assert bert.encoder["layer"][0].output.dense.weight.dtype == torch.bfloat16
-    assert bert.embeddings.word_embeddings.weight.dtype == torch.float32
-    assert bert.embeddings.LayerNorm.weight.dtype == torch.float32
+    cast = {name for name, parameter in bert.named_parameters() if parameter.dtype != torch.float32}
+    linear = {n for n, m in bert.named_modules() if isinstance(m, torch.nn.Linear)}
+    linear.remove("encoder.layer.1.output.dense")
+    assert cast == {f"{name}.{part}" for name in linear for part in ("weight", "bias")}
 
 
 def test_keep_frozen_in_computes_what_autocast_would(bert):

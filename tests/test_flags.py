@@ -21,10 +21,10 @@ import multitask_classifier
 from bert import BertModel
 from config import LEARNING_RATES, LORA_TARGETS, RECIPES, TASKS, UserError
 from tokenizer import BertTokenizer
+from training.data_files import check_output_paths, data_paths
 from training.flags import make_parser, parse_command
 from training.plan import make_plan
 from training.run_folder import RunFolder, run_path
-from training.setup import check_output_paths, data_paths
 
 FULL, LORA = "--fine-tune-mode full-model", "--fine-tune-mode LoRA"
 FROZEN, PAIRS = "--fine-tune-mode last-linear-layer", "--pair_encoding"

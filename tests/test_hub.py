@@ -209,23 +209,21 @@ def test_an_encoder_is_fetched_from_the_hub_once(tmp_path, contents):
 
 def test_a_download_that_breaks_off_is_an_error_and_never_another_encoder(tmp_path, contents):
     files = of_repository(DEFAULT_ENCODER, contents)
-    weights = f"{DEFAULT_ENCODER}/model.safetensors"
-    with local_hub(files, broken={weights}) as (address, asked):
+    with local_hub(files, broken={f"{DEFAULT_ENCODER}/model.safetensors"}) as (address, _):
         (found,) = resolve_elsewhere([None], tmp_path, address)
-    assert any(re.fullmatch("GET /.*/model.safetensors", request) for request in asked)
     assert found["error"] == "UserError"
     assert f"{DEFAULT_ENCODER}: model.safetensors not downloaded" in found["message"]
     assert found["seconds"] < 60
 
 
-@pytest.mark.parametrize("name", ["tokenizer_config.json", "config.json"])
-def test_a_file_that_the_hub_refuses_does_not_count_as_absent(tmp_path, contents, name):
+def test_a_file_that_the_hub_refuses_does_not_count_as_absent(tmp_path, contents):
     """Without its settings a cased tokenizer would silently make everything lower case."""
-    files = of_repository("toy/encoder", contents)
-    with local_hub(files, refused={f"toy/encoder/{name}"}) as (address, _):
-        (found,) = resolve_elsewhere(["toy/encoder"], tmp_path, address)
-    assert found["error"] == "UserError"
-    assert f"{name} not downloaded" in found["message"]
+    for name in ("tokenizer_config.json", "config.json"):
+        files = of_repository("toy/encoder", contents)
+        with local_hub(files, refused={f"toy/encoder/{name}"}) as (address, _):
+            (found,) = resolve_elsewhere(["toy/encoder"], tmp_path / name, address)
+        assert found["error"] == "UserError"
+        assert f"{name} not downloaded" in found["message"]
 
 
 def test_one_vocabulary_and_no_tokenizer_settings_will_do(tmp_path, contents, tiny_folder):

@@ -16,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -44,7 +45,7 @@ def largest_difference(ours, theirs, *beginnings):
     """Largest difference among tensors by name, relative to their largest value; prints it.
 
     Their names must be the same. `beginnings`: only of tensors whose names begin so. The gradient
-    of key.bias is left out: it is zero in exact arithmetic.
+    of key.bias is zero but for rounding, and therefore relative to that of query.bias.
     """
     ours, theirs = (
         {name: tensor for name, tensor in tensors.items() if name.startswith(beginnings or "")}
@@ -55,9 +56,9 @@ def largest_difference(ours, theirs, *beginnings):
     for name, right in theirs.items():
         assert (ours[name].shape, ours[name].dtype) == (right.shape, right.dtype)
         assert ours[name].isfinite().all() and right.isfinite().all()
-        if not name.endswith("key.bias"):
-            apart, scale = (ours[name] - right).abs().max().item(), right.abs().max().item()
-            found[name] = apart / scale if scale else float(apart > 0)
+        apart = (ours[name] - right).abs().max().item()
+        scale = theirs[name.replace("key.bias", "query.bias")].abs().max().item()
+        found[name] = apart / scale if scale else float(apart > 0)
     worst = max(found, key=found.get)
     print(f"  {len(found)} tensors, largest difference {found[worst]:.1e} ({worst})")
     return found[worst]
@@ -160,22 +161,13 @@ def batch(sequences):
     return padded(sequences)
 
 
-class Answer:
-    """The answer of reference.py to a job, `tensors` and what the libraries `said`.
-
-    It works while the test computes ours. Whoever asks for a part waits for it.
-    """
-
-    def __init__(self, future):
-        self.future = future
-
-    def __getattr__(self, name):
-        return self.future.result()[name]
-
-
 @pytest.fixture(scope="module")
 def ask(tmp_path_factory):
-    """A function: give reference.py a job, of a kind and with arguments that it explains."""
+    """A function: give reference.py a job, of a kind and with arguments that it explains.
+
+    The answer is a future, so that the job is done while the test computes ours. Its result has the
+    `tensors`, and what the libraries `said`.
+    """
     folder = tmp_path_factory.mktemp("exchange")
     process = subprocess.Popen(
         [sys.executable, "-P", Path(reference.__file__), folder],
@@ -191,12 +183,13 @@ def ask(tmp_path_factory):
         print(json.dumps({"name": name, **job}, default=str), file=process.stdin, flush=True)
         reply = json.loads(process.stdout.readline())
         assert reply["failure"] is None, reply["failure"]
-        return reply | {"tensors": load_file(folder / f"{name}.out.safetensors")}
+        tensors = load_file(folder / f"{name}.out.safetensors")
+        return SimpleNamespace(tensors=tensors, said=reply["said"])
 
     names = map(str, itertools.count())
     with ThreadPoolExecutor(max_workers=1) as jobs:
-        yield lambda kind, tensors=None, **arguments: Answer(
-            jobs.submit(work, next(names), tensors or {}, {"kind": kind, **arguments})
+        yield lambda kind, tensors=None, **arguments: jobs.submit(
+            work, next(names), tensors or {}, {"kind": kind, **arguments}
         )
     process.communicate()
     shutil.rmtree(folder)
@@ -246,8 +239,8 @@ def test_encoder_equals_transformers(name, way, answers, request, sequences):
     model = request.getfixturevalue(name)
     tensors = padded(sequences, model.config.hidden_size)
     ours = reference.measure(way(model), tensors)
-    assert largest_difference(ours, answers[name].tensors) <= LIMIT
-    assert answers[name].said == []
+    assert largest_difference(ours, answers[name].result().tensors) <= LIMIT
+    assert answers[name].result().said == []
 
 
 def test_attention_with_dropout_equals_transformers(answers, minilm, batch):
@@ -255,15 +248,7 @@ def test_attention_with_dropout_equals_transformers(answers, minilm, batch):
     model = copy.deepcopy(minilm).train()
     model.set_dropout(1e-9)
     ours = reference.measure(InRows(model), batch)
-    assert largest_difference(ours, answers["minilm"].tensors) <= LIMIT
-
-
-def test_gradient_of_key_bias_vanishes(answers, minilm, batch):
-    """It is left out of the comparison because it is zero but for rounding, in both libraries."""
-    for gradients in (reference.measure(minilm, batch), answers["minilm"].tensors):
-        query = max(t.abs().max() for n, t in gradients.items() if n.endswith("query.bias"))
-        key = max(t.abs().max() for n, t in gradients.items() if n.endswith("key.bias"))
-        assert key <= LIMIT * query
+    assert largest_difference(ours, answers["minilm"].result().tensors) <= LIMIT
 
 
 @pytest.mark.parametrize("fault", ["a weight", "segments", "mask"])
@@ -281,7 +266,7 @@ def test_faulty_encoder_does_not_equal_transformers(fault, answers, minilm, batc
         )
     ours = reference.measure(model, tensors)
     for part in ("last", "gradient"):
-        assert largest_difference(ours, answers["minilm"].tensors, part) > CLEARLY
+        assert largest_difference(ours, answers["minilm"].result().tensors, part) > CLEARLY
 
 
 # ------------------------------------------------------------------------------------- tokenizer
@@ -289,8 +274,8 @@ def test_faulty_encoder_does_not_equal_transformers(fault, answers, minilm, batc
 
 def differing_rows(ours, answer, kind="texts.input_ids"):
     """Numbers of the rows in which our ids (or segments) differ from an answer's."""
-    lengths = answer.tensors[f"{kind.split('.')[0]}.lengths"].tolist()
-    theirs = np.split(answer.tensors[kind].numpy(), np.cumsum(lengths)[:-1])
+    lengths = answer.result().tensors[f"{kind.split('.')[0]}.lengths"].tolist()
+    theirs = np.split(answer.result().tensors[kind].numpy(), np.cumsum(lengths)[:-1])
     rows = zip(ours, theirs, strict=True)
     return [number for number, (a, b) in enumerate(rows) if not np.array_equal(a, b)]
 
@@ -339,7 +324,7 @@ def test_saved_tokenizer_gives_the_same_ids(lowercase, ask, tokenizer, tmp_path)
     answer = ask("tokens", tokenizer=tmp_path, texts=ODD_TEXTS, pairs=ODD_PAIRS)
     assert differing_rows(saved(ODD_TEXTS), answer) == []
     assert not differing_pairs(saved, answer)
-    assert answer.said == []
+    assert answer.result().said == []
 
 
 def test_faulty_tokenizer_does_not_equal_transformers(published, tokenizer):
@@ -351,7 +336,7 @@ def test_faulty_tokenizer_does_not_equal_transformers(published, tokenizer):
     marked._tokenizer.add_special_tokens(["[SEP]", "[CLS]", "[MASK]"])
     wrong = differing_rows(marked(ODD_TEXTS), answer)
     assert all("[" in ODD_TEXTS[row] for row in wrong) and len(wrong) >= 2
-    lengths = answer.tensors["pairs.lengths"].tolist()
+    lengths = answer.result().tensors["pairs.lengths"].tolist()
     one_segment = [np.zeros(length, dtype=np.int64) for length in lengths]
     assert differing_rows(one_segment, answer, "pairs.token_type_ids")
 
@@ -419,12 +404,12 @@ def test_our_adapter_in_peft(name, precision, adapters, minilm, sequences):
     """
     model, tensors = random_adapter(minilm, LORA[name]), padded(sequences[-2:])
     ours = measure_lora(model, tensors, **TRAINING[precision])
-    theirs = dict(adapters[name, precision].tensors)
+    theirs = dict(adapters[name, precision].result().tensors)
     if precision == "fp32":
-        theirs |= in_single(adapters[name, "fp64"].tensors, "gradient")
+        theirs |= in_single(adapters[name, "fp64"].result().tensors, "gradient")
     for part in ("last", "pooler", "gradient", "merged", "trained"):
         assert largest_difference(ours, theirs, part) <= LIMIT
-    assert adapters[name, precision].said == []
+    assert adapters[name, precision].result().said == []
 
 
 def settings_of(name, model):
@@ -440,7 +425,7 @@ def settings_of(name, model):
 def test_adapter_of_peft_in_ours(name, peft, minilm, batch, tmp_path):
     """The adapter that peft saves, with its own way to write the targets, in both precisions."""
     settings = settings_of(name, minilm) | {"init_lora_weights": False}  # B is not 0
-    theirs = peft(batch, folder=tmp_path, settings=settings, double=True).tensors
+    theirs = peft(batch, folder=tmp_path, settings=settings, double=True).result().tensors
     model = apply_lora(copy.deepcopy(minilm), LORA[name]).eval()
     load_adapter(model, tmp_path, LORA[name])
     assert largest_difference(measure_lora(model, batch, double=True), theirs) <= LIMIT
@@ -451,7 +436,7 @@ def test_adapter_of_peft_in_ours(name, peft, minilm, batch, tmp_path):
 def test_fresh_adapter_is_drawn_as_peft_draws_it(name, peft, minilm, batch, tmp_path):
     """The same names and shapes; B all zero; A uniform with the same limits and deviation."""
     fresh = adapter_tensors(apply_lora(copy.deepcopy(minilm), LORA[name]))
-    answer = peft(batch, folder=tmp_path, settings=settings_of(name, minilm)).tensors
+    answer = peft(batch, folder=tmp_path, settings=settings_of(name, minilm)).result().tensors
     theirs = {n.removeprefix("trained "): t for n, t in answer.items() if n.startswith("trained")}
     assert {n: t.shape for n, t in fresh.items()} == {n: t.shape for n, t in theirs.items()}
     for matrix, ours in fresh.items():
@@ -482,7 +467,7 @@ def test_faulty_lora_does_not_equal_peft(fault, adapters, minilm, sequences):
     fault(model)
     ours = measure_lora(model, padded(sequences[-2:]), **TRAINING["fp64"])
     for part in ("last", "gradient", "merged", "trained"):
-        assert largest_difference(ours, adapters["all", "fp64"].tensors, part) > CLEARLY
+        assert largest_difference(ours, adapters["all", "fp64"].result().tensors, part) > CLEARLY
 
 
 # ---------------------------------------------------------------------------------- exported runs
@@ -495,27 +480,18 @@ EXPORT_TEXTS = [*ODD_TEXTS[3:10], "a [SEP] b", "A film to fall in love with .", 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory, bundled_folder):
-    """One run each of full fine-tuning and LoRA, two steps of the real script on the sample."""
+    """Two steps of the real script on the sample: mode -> folder of the best model, and the model."""
     folder = tmp_path_factory.mktemp("runs")
     script = [sys.executable, REPOSITORY / "multitask_classifier.py", *FLAGS.split()]
-    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
-    processes = [
-        subprocess.Popen(
-            [*script, "--data_dir", SAMPLE, "--fine-tune-mode", mode, *flags],
-            cwd=folder,
-            env=environment | {"OMP_NUM_THREADS": "1"},
-        )
-        for mode, flags in RUNS.items()
-    ]
-    assert [process.wait() for process in processes] == [0, 0]
-    yield {mode: RunFolder(folder / "runs" / mode) for mode in RUNS}
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    found = {}
+    for mode, flags in RUNS.items():
+        command = [*script, "--data_dir", SAMPLE, "--fine-tune-mode", mode, *flags]
+        subprocess.run(command, cwd=folder, env=environment, check=True)
+        run = RunFolder(folder / "runs" / mode)
+        found[mode] = run.best, load_run(run, torch.device("cpu"))[0]
+    yield found
     shutil.rmtree(folder)
-
-
-@pytest.fixture(scope="module")
-def trained(runs):
-    """The best model of each run, a `MultitaskBERT` by mode."""
-    return {mode: load_run(run, torch.device("cpu"))[0] for mode, run in runs.items()}
 
 
 @pytest.fixture(scope="module")
@@ -527,31 +503,30 @@ def export(ask, peft, batch):
 
 
 @pytest.mark.parametrize("mode", RUNS)
-def test_run_in_transformers_and_peft(mode, export, runs, trained, minilm, batch):
+def test_run_in_transformers_and_peft(mode, export, runs, minilm, batch):
     """They get the outputs of our best model, which training has changed, without a warning."""
-    theirs = export(mode, runs[mode].best)
-    outputs = ("last", "pooler")
-    ours = reference.outputs_of(trained[mode].bert, batch)
-    assert largest_difference(ours, theirs.tensors, *outputs) <= LIMIT
-    assert theirs.said == []
-    untrained = reference.outputs_of(minilm, batch)
-    assert largest_difference(untrained, theirs.tensors, *outputs) > CLEARLY
+    folder, model = runs[mode]
+    answer, outputs = export(mode, folder), ("last", "pooler")
+    ours, untrained = (reference.outputs_of(bert, batch) for bert in (model.bert, minilm))
+    theirs = answer.result().tensors
+    assert largest_difference(ours, theirs, *outputs) <= LIMIT
+    assert largest_difference(untrained, theirs, *outputs) > CLEARLY
+    assert answer.result().said == []
     if mode == "LoRA":
         merged = {f"merged {name}": tensor for name, tensor in ours.items()}
-        assert largest_difference(merged, theirs.tensors, "merged") <= LIMIT
-        corrupt_alpha(wrong := copy.deepcopy(trained[mode].bert))
-        wrong = reference.outputs_of(wrong, batch)
-        assert largest_difference(wrong, theirs.tensors, *outputs) > CLEARLY
+        assert largest_difference(merged, theirs, "merged") <= LIMIT
+        corrupt_alpha(wrong := copy.deepcopy(model.bert))
+        assert largest_difference(reference.outputs_of(wrong, batch), theirs, *outputs) > CLEARLY
 
 
 @pytest.mark.parametrize("mode", RUNS)
 def test_incomplete_run_does_not_load_without_a_warning(mode, export, runs, tmp_path):
     """The twin of the silence above: with one tensor left out, the reference says so."""
-    shutil.copytree(runs[mode].best, tmp_path / "part")
+    shutil.copytree(runs[mode][0], tmp_path / "part")
     tensors = load_file(tmp_path / "part" / WEIGHTS[mode])
     del tensors[max(tensors)]
     save_file(tensors, tmp_path / "part" / WEIGHTS[mode], {"format": "pt"})
-    said = export(mode, tmp_path / "part").said
+    said = export(mode, tmp_path / "part").result().said
     assert any("missing" in text.lower() for text in said), said
 
 
@@ -563,16 +538,16 @@ def vectors(model):
 
 
 @pytest.mark.parametrize(("pooling", "other"), [("mean", "cls"), ("cls", "mean")])
-def test_run_in_sentence_transformers(pooling, other, ask, trained, tmp_path):
+def test_run_in_sentence_transformers(pooling, other, ask, runs, tmp_path):
     """SentenceTransformer(best/) gives the vectors that our heads see; the other pooling not."""
-    model = copy.copy(trained["full-model"])
+    model = copy.copy(runs["full-model"][1])
     model.config = replace(model.config, pooling=pooling)
     save_model(model, None, tmp_path)
     theirs = ask("sentence_vectors", model=tmp_path, texts=EXPORT_TEXTS)
-    assert largest_difference(vectors(model), theirs.tensors) <= LIMIT
-    assert theirs.said == []
+    assert largest_difference(vectors(model), theirs.result().tensors) <= LIMIT
+    assert theirs.result().said == []
     model.config = replace(model.config, pooling=other)
-    assert largest_difference(vectors(model), theirs.tensors) > CLEARLY
+    assert largest_difference(vectors(model), theirs.result().tensors) > CLEARLY
 
 
 # ------------------------------------------------------------------------------ bert-base-uncased

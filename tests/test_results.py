@@ -10,7 +10,6 @@ from sklearn.metrics import accuracy_score, f1_score
 from config import TASKS, UserError
 from reporting.results import (
     TaskResult,
-    format_predictions,
     format_table,
     measure,
     overall_score,
@@ -158,7 +157,8 @@ def test_score_files_are_read_back_bit_by_bit(tmp_path, name, labelled):
     np.testing.assert_array_equal(found.scores, result.scores)
     np.testing.assert_array_equal(found.predictions, result.predictions)
     assert found.labels is None if labels is None else (found.labels == labels).all()
-    assert format_predictions(task, found) == format_predictions(task, result)
+    texts = [prediction_files(tmp_path, {name: r}, "dev") for r in (found, result)]
+    assert texts[0] == texts[1]
 
 
 def test_a_damaged_or_missing_score_file_is_named(tmp_path):

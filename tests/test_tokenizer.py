@@ -47,10 +47,6 @@ def test_a_text_is_cut_into_the_longest_pieces(tokenizer, text, expected):
     assert pieces(tokenizer, text) == expected
 
 
-def test_without_lowercasing_accents_stay(toy_vocab):
-    assert pieces(BertTokenizer(toy_vocab, lowercase=False), "Thé the") == "[UNK] the"
-
-
 def test_a_text_is_cut_to_the_limit_with_its_markers(tokenizer):
     assert pieces(tokenizer, "good " * 50).split() == ["good"] * 38
     assert pieces(tokenizer, "good movie bad", max_length=4) == "good movie"
@@ -147,12 +143,6 @@ def test_a_damaged_or_missing_file_is_the_users_mistake(tmp_path, toy_vocab, nam
 # ---------------------------------------------------------------------------------------- pairs
 
 
-def test_a_pair_that_fits_is_joined_whole():
-    joined, start = join_pair(np.array([2, 10, 11, 3]), np.array([2, 20, 3]), 8)
-    assert joined.tolist() == [2, 10, 11, 3, 20, 3]
-    assert start == 4  # [CLS] a [SEP] is segment 0
-
-
 @settings(max_examples=300, deadline=None)
 @given(st.integers(0, 30), st.integers(0, 30), st.integers(3, 40))
 def test_the_longer_sentence_is_cut_first_token_by_token(a, b, max_length):
@@ -162,4 +152,4 @@ def test_the_longer_sentence_is_cut_first_token_by_token(a, b, max_length):
     while a + b + 3 > max_length:
         a, b = (a - 1, b) if a > b else (a, b - 1)
     assert joined.tolist() == [2, *first[:a], 3, *second[:b], 3]
-    assert start == a + 2
+    assert start == a + 2  # [CLS] a [SEP] is segment 0

@@ -1,154 +1,26 @@
-"""The set-up of a run: data, model, optimiser, and the record of all that it depends on."""
+"""The set-up of a run: encoder, model, optimiser, and the record of all that it depends on."""
 
-import os
 import platform
 import re
 import shlex
 import shutil
 import subprocess
 from importlib.metadata import version
-from pathlib import Path
 
 import torch
 
 from base_bert import load_encoder, load_encoder_of_run, load_strictly
 from bert import BertModel
 from config import REPOSITORY, TASKS, BertConfig, MultitaskConfig, UserError
-from datasets import TaskDataset, read_task_file
 from lora import apply_lora
 from multitask_bert import VECTOR_CACHE_MIB, MultitaskBERT
 from runtime import distributed
 from runtime.device import device_name
-from runtime.files import OutputError, file_sha256
+from runtime.files import file_sha256
 from runtime.hub import STANDS_IN, STOOD_IN
 from runtime.script import say
-from training.flags import SPLITS
 
 PACKAGES = ("torch", "numpy", "tokenizers", "safetensors", "scikit-learn")
-MOVED = "no such file; name the folder of the run's data files with --data_dir"
-
-# ------------------------------------------------------------------------------------------ data
-
-
-def data_paths(flags):
-    """Path of every file, `{task: {split: Path}}`.
-
-    If no file of the data folder exists and none was named, all are the sample's, and this says so.
-    """
-    folder = Path(flags.data_dir or "data")
-    named = any(getattr(flags, f"{name}_{split}") for name in flags.tasks for split in SPLITS)
-    files = [folder / task.file_name(split) for task in TASKS.values() for split in SPLITS]
-    # A dangling link is broken, not missing.
-    is_missing = not any(map(os.path.lexists, files)) and os.path.lexists(folder) == folder.exists()
-    if is_missing and not flags.data_dir and not named:
-        say(
-            f"warning: none of the course's files is in {folder}/: using the small generated "
-            f"sample in data/sample instead, good for a first run only (python data/prepare.py "
-            f"fetches them)"
-        )
-        folder = REPOSITORY / "data" / "sample"
-    return {
-        name: {
-            split: Path(getattr(flags, f"{name}_{split}") or folder / TASKS[name].file_name(split))
-            for split in SPLITS
-        }
-        for name in flags.tasks
-    }
-
-
-def paths_of_run(description):
-    """As `data_paths`, for the values of a run's `run.json`.
-
-    If the run has no test file, the path is the one beside its dev file: it may have come since.
-    """
-    paths = {}
-    for name, files in description["data"].items():
-        paths[name] = {split: Path(file["path"]) for split, file in files.items()}
-        paths[name].setdefault("test", paths[name]["dev"].with_name(TASKS[name].file_name("test")))
-    return paths
-
-
-def find_data(command, earlier):
-    """As `data_paths`, checked: predictions can be written, and replace no data.
-
-    `earlier` are the values of `run.json` of a resumed run, else None: its own files are taken
-    unless the command names others.
-    """
-    flags = command.flags
-    names = {"data_dir", *(f"{name}_{split}" for name in flags.tasks for split in SPLITS)}
-    if earlier is None or command.given & names:
-        paths = data_paths(flags)
-    else:
-        paths = paths_of_run(earlier)
-        for path in (paths[name][split] for name in paths for split in earlier["data"][name]):
-            if not os.path.lexists(path):
-                raise UserError(f"{path}: {MOVED}")
-        if uses_sample(earlier):
-            say("warning: the data is the small generated sample, as when the run began")
-    check_output_paths(flags, paths)
-    return paths
-
-
-def uses_sample(description):
-    """Whether a run, by the values of its `run.json`, has a data file of the generated sample."""
-    files = (file for files in description["data"].values() for file in files.values())
-    return any(Path(file["path"]).parent.parts[-2:] == ("data", "sample") for file in files)
-
-
-def output_path(flags, name, split):
-    """Path of a prediction file."""
-    path = getattr(flags, f"{name}_{split}_out")
-    return Path(path or Path(flags.predictions_dir) / TASKS[name].output_name(split))
-
-
-def check_output_paths(flags, data):
-    """Check, before hours of training, that the prediction files can be written.
-
-    `data` is what `data_paths` returned: predictions must not replace it. Raises `UserError`, or
-    `OutputError` if only the permission is missing.
-    """
-    taken = {os.path.realpath(path): "data" for files in data.values() for path in files.values()}
-    for name, split in ((name, split) for name in flags.tasks for split in ("dev", "test")):
-        what, path = f"{name} {split}", output_path(flags, name, split)
-        folder = next(parent for parent in path.absolute().parents if parent.exists())
-        if not folder.is_dir() or (path.exists() and not path.is_file()):
-            raise UserError(f"{path}: for predictions; expected a file, new or to be replaced")
-        if not os.access(folder, os.W_OK | os.X_OK):
-            raise OutputError(f"{path}: for predictions; {folder} is not writable")
-        other = taken.setdefault(os.path.realpath(path), what)
-        if other == "data":
-            raise UserError(f"{path}: for predictions ({what}), which would replace the data in it")
-        if other != what:
-            raise UserError(f"{path}: one file for several predictions ({other}, {what})")
-
-
-def read_data(paths, flags):
-    """Read every file: `{task: {split: TaskFile}}`; says what was skipped or is missing."""
-    files = {}
-    for name, of_task in paths.items():
-        files[name] = {}
-        for split, path in of_task.items():
-            if split == "test" and not os.path.lexists(path):
-                if flags.require_test or getattr(flags, f"{name}_test"):
-                    raise UserError(f"{path}: no such file; the command asks for this test file")
-                say(f"warning: {path}: no such file; no test predictions for {name}")
-                continue
-            files[name][split] = read_task_file(path, TASKS[name], split)
-            for warning in files[name][split].warnings:
-                say(f"warning: {warning}")
-    return files
-
-
-def tokenize_data(files, model):
-    """The files of `read_data` as `{task: {split: TaskDataset}}`, for a `MultitaskBERT`."""
-    return {
-        name: {
-            split: TaskDataset(file, TASKS[name], model.tokenizer, model.config.max_length)
-            for split, file in of_task.items()
-        }
-        for name, of_task in files.items()
-    }
-
 
 # ---------------------------------------------------------------------------------- the description
 
