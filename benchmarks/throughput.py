@@ -359,9 +359,9 @@ def versions():
 
 def head_lines(report):
     """Yield command, hardware, versions and data."""
-    devices = ", ".join(sorted({row["device"] for row in report["rows"] if "device" in row}))
+    devices = sorted({row["device"] for row in report["rows"] if "device" in row})
     yield f"command: {report['command']}"
-    yield f"hardware: {devices}; {report['hardware']}"
+    yield f"hardware: {'; '.join([*devices, report['hardware']])}"
     yield "versions: " + ", ".join(f"{name} {text}" for name, text in report["versions"].items())
     if report["examples"]:
         counts = ", ".join(f"{name} {number:,}" for name, number in report["examples"].items())

@@ -83,10 +83,8 @@ def average_results(runs):
     runs that have it. Raises `UserError` where ids or labels differ.
     """
     averaged = {}
-    for name, task in TASKS.items():
+    for name in [name for name in TASKS if any(name in found for found in runs.values())]:
         members = {run: found[name] for run, found in runs.items() if name in found}
-        if not members:
-            continue
         (first_run, first), *others = members.items()
         for run, result in others:
             if result.ids != first.ids:
@@ -95,7 +93,7 @@ def average_results(runs):
                 raise UserError(f"{run}: other {name} labels than {first_run}")
         scores = np.mean([result.scores for result in members.values()], axis=0, dtype=np.float64)
         scores = scores.astype(np.float32)
-        averaged[name] = results.result_of_scores(task, first.ids, scores, first.labels)
+        averaged[name] = results.result_of_scores(TASKS[name], first.ids, scores, first.labels)
     return averaged
 
 
@@ -107,10 +105,8 @@ def evaluate_ensemble(paths, predictions_dir):
     runs = {str(path): RunFolder(path) for path in paths}
     if len({run.path.resolve() for run in runs.values()}) < len(paths):
         raise UserError("--checkpoint: a run is named twice; expected different runs")
-    dev, test = (
-        {name: read_run_scores(run, split) for name, run in runs.items()}
-        for split in ("dev", "test")
-    )
+    dev = {name: read_run_scores(run, "dev") for name, run in runs.items()}
+    test = {name: read_run_scores(run, "test") for name, run in runs.items()}
     averaged = {"dev": average_results(dev), "test": average_results(test)}
     for name in runs:
         if missing := sorted(set(dev[name]) & set(averaged["test"]) - set(test[name])):

@@ -1,8 +1,7 @@
-"""The report's figures, each as PNG and PDF.
+"""The report's figures, as PNG and PDF.
 
-Figures 1 to 4 are the paper's: the losses in training and on dev, one curve per run. Two are new:
-similarity predicted against true, and the cosines of the tasks' gradients over time. A run here is
-an `ensemble.Run`.
+Figures 1 to 4 are the paper's losses in training and on dev. Two are new: similarity predicted
+against true, and the cosines of the tasks' gradients. A run here is an `ensemble.Run`.
 """
 
 from collections.abc import Callable
@@ -69,10 +68,11 @@ def loss_pictures(runs):
     """Figures 1 to 4: the summed loss of the tasks that all runs have, then each task's."""
     tasks = [name for name in PAPERS_ORDER if any(name in run.dev for run in runs)]
     shared = [name for name in tasks if all(name in run.dev for run in runs)]
+    groups = ({"overall": shared} if shared else {}) | {name: [name] for name in tasks}
     pictures = []
-    for name, summed in [("overall", shared), *((name, [name]) for name in tasks)]:
+    for name, summed in groups.items():
         having = [run for run in runs if set(summed) <= set(run.dev)]
-        title = f"Sum of the task losses ({', '.join(shared)}; without SimCSE and R-Drop)"
+        title = f"Sum of the task losses ({', '.join(summed)}; without SimCSE and R-Drop)"
         unit = "sum of the task losses"
         if name in TASKS:
             title = f"{TASKS[name].title.capitalize()} loss ({name})"
@@ -80,7 +80,7 @@ def loss_pictures(runs):
         caption = f"{title} in training (solid: smoothed, pale: as logged) and on dev (dashed)."
         alt = f"{title} against optimiser steps, one curve per run"
         draw = partial(draw_losses, runs=having, tasks=summed, unit=unit)
-        pictures += [Picture(f"loss-{name}", alt, caption, (8, 5), draw)] if summed else []
+        pictures.append(Picture(f"loss-{name}", alt, caption, (8, 5), draw))
     return pictures
 
 

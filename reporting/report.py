@@ -46,9 +46,6 @@ class Table(NamedTuple):
     notes: tuple = ()
 
 
-# ------------------------------------------------------------------------------- rows and captions
-
-
 def recipe_of(run):
     """Name of a run's recipe; None without one, or if other flags make it another strategy."""
     name = run.args["recipe"]
@@ -69,9 +66,9 @@ def group_runs(runs):
     recipes = [recipe_of(group[0]) for group in groups.values()]
     rows = {}
     for group, recipe in zip(groups.values(), recipes, strict=True):
-        label = re.sub(r"[-_.]?(seed|s)?\d+$", "", group[0].name)
-        label = label if len(group) > 1 else group[0].name
-        label = recipe if recipe and recipes.count(recipe) == 1 else label
+        name = group[0].name
+        stem = re.sub(r"[-_.]?(seed|s)?\d+$", "", name) if len(group) > 1 else name
+        label = recipe if recipe and recipes.count(recipe) == 1 else stem
         label = group[0].path if label in rows else label
         rows[label] = group
         for run in group:
@@ -110,10 +107,10 @@ def provenance(runs):
 def paraphrase_notes(runs):
     """Notes that belong beside every paraphrase score."""
     runs, notes = [run for run in runs if "para" in run.dev], []
-    seen = {run.description["data"]["para"]["train"]["examples"] for run in runs}
-    if few := sorted(number for number in seen if number < 200_000):
-        counts = " and ".join(f"{number:,}" for number in few)
-        notes.append(f"Paraphrase: trained on {counts} pairs; the paper had about 283,000.")
+    counts = {run.description["data"]["para"]["train"]["examples"] for run in runs}
+    few = " and ".join(f"{count:,}" for count in sorted(counts) if count < 200_000)
+    if few:
+        notes.append(f"Paraphrase: trained on {few} pairs; the paper had about 283,000.")
     if any("MiniLM" in run.description["encoder"]["name"] for run in runs):
         notes.append(
             "all-MiniLM-L6-v2 was itself trained contrastively on Quora duplicates (its model "
@@ -126,10 +123,7 @@ def paraphrase_notes(runs):
 
 
 def bootstrap_interval(results, draws=1000, seed=224):
-    """95 % interval, an array (2,), of the overall score when dev examples are drawn anew.
-
-    The percentile bootstrap (Efron 1979) over `draws` draws of each task's examples.
-    """
+    """95 % percentile bootstrap interval (Efron 1979) of the overall score, an array (2,)."""
     from scipy.stats import bootstrap
 
     # SciPy wants two rows or more: a single example is drawn as two copies of itself.
@@ -145,11 +139,11 @@ def overall_of_rows(results, *rows):
     """Overall score of some dev examples: `rows` are an array of row numbers for each task."""
     drawn = {}
     for name, chosen in zip(overall_tasks(results), rows, strict=True):
-        task, found = TASKS[name], results[name]
-        predictions, labels = found.predictions[chosen], found.labels[chosen]
-        correct = predictions == labels
-        score = pearson(predictions, labels) if task.kind == "score" else np.mean(correct)
-        drawn[name] = TaskResult([], predictions, None, labels, metrics={task.metric: score})
+        task, result = TASKS[name], results[name]
+        predictions, labels = result.predictions[chosen], result.labels[chosen]
+        is_score = task.kind == "score"
+        value = pearson(predictions, labels) if is_score else np.mean(predictions == labels)
+        drawn[name] = TaskResult([], predictions, None, metrics={task.metric: value})
     return overall_score(drawn)
 
 
@@ -232,10 +226,7 @@ def cost_table(rows):
 
 
 def worst_errors(task, result):
-    """The most confident errors, worst first: (row, probability of the wrong answer).
-
-    For a score these are the largest distances from the label.
-    """
+    """The worst errors, worst first: (row, probability of the wrong answer or distance)."""
     wrong = np.abs(result.predictions - result.labels)
     if task.kind != "score":
         scores = result.scores
@@ -255,6 +246,12 @@ def dev_texts(run, name):
     return {}
 
 
+def shorten(text):
+    """A text on one line, of bounded length."""
+    text = " ".join(text.split())
+    return text if len(text) <= LONGEST_TEXT else text[: LONGEST_TEXT - 1].rstrip() + "…"
+
+
 def error_table(run, name):
     """The most confident dev errors of one task: text, prediction, truth."""
     task, result, texts = TASKS[name], run.dev[name], dev_texts(run, name)
@@ -267,12 +264,8 @@ def error_table(run, name):
         worst, distance, digits = "largest", "off by", 2
     cells = []
     for row, by in worst_errors(task, result):
-        shown = [" ".join(text.split()) for text in texts[result.ids[row]]]
-        shown = [
-            t if len(t) <= LONGEST_TEXT else f"{t[: LONGEST_TEXT - 1].rstrip()}…" for t in shown
-        ]
-        predicted = f"{result.predictions[row]:.{digits}f}"
-        cells.append([*shown, predicted, f"{result.labels[row]:.3g}", f"{by:.2f}"])
+        predicted, truth = f"{result.predictions[row]:.{digits}f}", f"{result.labels[row]:.3g}"
+        cells.append([*map(shorten, texts[result.ids[row]]), predicted, truth, f"{by:.2f}"])
     header = [*columns, "predicted", "truth", distance]
     caption = f"The {worst} dev errors of `{run.name}` in {task.title} (`{name}`).{missing}"
     notes = paraphrase_notes([run]) if name == "para" else ()
@@ -346,8 +339,7 @@ def write_report(runs, folder):
     images = [format_picture(number, p, runs) for number, p in enumerate(pictures, start=1)]
     names = ", ".join(dict.fromkeys(f"`{run.name}`" for run in best.values()))
     command = shlex.join(["python", "evaluation.py", "--report", *(run.path for run in runs)])
-    described = (run.description for run in runs)
-    commands = [about["expanded_command"] or about["command"] for about in described]
+    commands = [run.description["expanded_command"] or run.description["command"] for run in runs]
     parts = [
         f"# Report\n\nMade by `{command}`. Each picture links to its PDF.\n",
         f"## Scores\n\n{scores}",

@@ -83,10 +83,7 @@ def result_of_scores(task, ids, scores, labels=None):
 
 
 def prediction_files(folder, results, split, paths=None):
-    """Text of each `<task>-<split>-output.csv` by path, byte for byte as the course has it.
-
-    `paths` (task -> path) override names.
-    """
+    """Text of each of the course's prediction files by path; `paths`: task -> another path."""
     files = {}
     for name, result in results.items():
         task = TASKS[name]
@@ -111,10 +108,7 @@ def write_predictions(folder, results):
 
 
 def score_files(folder, results, split):
-    """Text of each `<task>-<split>-scores.tsv` by path.
-
-    Columns: id, label, prediction, then the probabilities or the score.
-    """
+    """Text of each `<task>-<split>-scores.tsv` by path: id, label, prediction, then the scores."""
     texts = {}
     for name, result in results.items():
         labels = [""] * len(result.ids) if result.labels is None else result.labels

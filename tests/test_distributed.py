@@ -459,6 +459,6 @@ def test_more_processes_than_gpus_are_refused(launch, monkeypatch):
     """NCCL would fail on a GPU that does not exist, in one process, while the others wait."""
     launch(64)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    message = "nproc_per_node 64: this machine has 2 GPUs"
-    with pytest.raises(UserError, match=message):
-        distributed.joined_processes(torch.device("cuda")).__enter__()
+    processes = distributed.joined_processes(torch.device("cuda"))
+    with pytest.raises(UserError, match="nproc_per_node 64: this machine has 2 GPUs"), processes:
+        pass

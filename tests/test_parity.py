@@ -480,7 +480,7 @@ EXPORT_TEXTS = [*ODD_TEXTS[3:10], "a [SEP] b", "A film to fall in love with .", 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory, bundled_folder):
-    """Two steps of the real script on the sample: mode -> folder of the best model, and the model."""
+    """Best models after two steps of the real script on the sample: mode -> folder, model."""
     folder = tmp_path_factory.mktemp("runs")
     script = [sys.executable, REPOSITORY / "multitask_classifier.py", *FLAGS.split()]
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}

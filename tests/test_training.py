@@ -489,10 +489,6 @@ def test_mean_cosines_leave_out_the_steps_that_had_none():
 # ----------------------------------------------------------------------------------------- resuming
 
 
-class Broken(Exception):
-    """In place of a kill right after a checkpoint was saved."""
-
-
 def assert_resumed_is_unbroken(train, monkeypatch, flags):
     """A run that breaks off after the first of two epochs ends bitwise as the unbroken one."""
     flags += " --epochs 2 --steps_per_epoch 5 --batch_size 3 --model_file_suffix"
@@ -502,9 +498,9 @@ def assert_resumed_is_unbroken(train, monkeypatch, flags):
     def save_and_break(run, tensors):
         save_checkpoint(run, tensors)
         if run.progress.step == 5:
-            raise Broken
+            raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch, pytest.raises(Broken):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(RunFolder, "save_checkpoint", save_and_break)
         train(f"{flags} broken")
     broken = train(f"{flags} broken --resume")
@@ -517,8 +513,7 @@ def assert_resumed_is_unbroken(train, monkeypatch, flags):
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("flags", [FROZEN, "", f"{LORA} 32", "--freeze_word_embeddings"])
 def test_a_resumed_run_is_the_unbroken_one(train, monkeypatch, flags, precision):
-    """The kept vectors of a frozen encoder are gone with the process, and must come back bitwise,
-    though the last bits of a vector depend on the batch in which it is encoded."""
+    """A frozen encoder's kept vectors too come back bitwise, though batches change the last bits."""
     assert_resumed_is_unbroken(train, monkeypatch, f"--precision {precision} {flags}")
 
 
