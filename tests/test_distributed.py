@@ -164,7 +164,7 @@ def assert_same_files(one, other, count):
     assert len(files[0]) == count
 
 
-# ----------------------------------------------------------------------- one process and two
+# ------------------------------------------------------------------------------ one process and two
 
 
 @pytest.fixture(scope="module")

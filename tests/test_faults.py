@@ -691,8 +691,8 @@ def test_38_two_runs_in_one_folder(tiny, expected, tmp_path):
     paused = start(first, tiny.argv(), partial(signal_at, "forward", 8, signal.SIGSTOP))
     wait_for(lambda: "step 7/" in (first / "stdout").read_text())
     done = run(second, tiny.argv("--resume"), no_weights)
-    assert_error(done, 2, "runs/full-model", "in use by another run", f"process {paused.pid}")
     paused.kill()
+    assert_error(done, 2, "runs/full-model", "in use by another run", f"process {paused.pid}")
     assert finish(paused, first).returncode == -signal.SIGKILL
     assert_resumes(first, tiny.argv("--resume"), expected)
 

@@ -303,7 +303,7 @@ def test_commands_to_paste_name_the_script_where_it_is(train, monkeypatch, capsy
         multitask_classifier.main(shlex.split(command)[2:])
 
 
-# ------------------------------------------------------------------------------- messages and bars
+# -------------------------------------------------------------------------------- messages and bars
 
 
 @pytest.mark.parametrize(
@@ -513,7 +513,7 @@ def assert_resumed_is_unbroken(train, monkeypatch, flags):
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("flags", [FROZEN, "", f"{LORA} 32", "--freeze_word_embeddings"])
 def test_a_resumed_run_is_the_unbroken_one(train, monkeypatch, flags, precision):
-    """A frozen encoder's kept vectors too come back bitwise, though batches change the last bits."""
+    """Vectors of a frozen encoder too: their last bits depend on the batch they are encoded in."""
     assert_resumed_is_unbroken(train, monkeypatch, f"--precision {precision} {flags}")
 
 
@@ -637,7 +637,7 @@ def test_a_copy_whose_best_is_a_folder_is_evaluated(train, capsys):
     assert "best model, cpu" in capsys.readouterr().out
 
 
-# ------------------------------------------------------------ slow: the bundled encoder learns
+# ----------------------------------------------------------------- slow: the bundled encoder learns
 
 
 @pytest.mark.slow
