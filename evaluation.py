@@ -26,15 +26,9 @@ import torch.nn.functional as F
 
 from datasets import Example, TaskDataset, TaskFile, read_task_file
 from multitask_bert import task_loss
+from reporting import results
 from reporting.ensemble import evaluate_ensemble, finished_run, print_caveats
 from reporting.report import write_report
-from reporting.results import (
-    TaskResult,
-    format_table,
-    measure,
-    scores_to_predictions,
-    write_predictions,
-)
 from runtime import distributed
 from runtime.device import Compute, memory_errors, select_device
 from runtime.files import file_sha256
@@ -80,11 +74,10 @@ def predict_dataset(model, dataset, compute):
     else:
         scores = outputs.clamp(task.low, task.high).numpy()
     ids = [example.id for example in dataset.examples]
-    result = TaskResult(ids, scores_to_predictions(task, scores), scores)
-    if dataset.labels is not None:
-        result.labels = dataset.labels.numpy()
+    labels = None if dataset.labels is None else dataset.labels.numpy()
+    result = results.result_of_scores(task, ids, scores, labels)
+    if labels is not None:
         result.loss = float(task_loss(task, outputs, dataset.labels))
-        result.metrics = measure(task, result.predictions, result.labels)
     return result
 
 
@@ -150,8 +143,8 @@ def evaluate_run(run, compute, data_dir=None):
     has changed.
     """
     model, description = load_run(run, compute.device)
-    results, paths = {"dev": {}, "test": {}}, paths_of_run(description)
-    for split, of_split in results.items():
+    found, paths = {"dev": {}, "test": {}}, paths_of_run(description)
+    for split, of_split in found.items():
         for name in model.config.tasks:
             recorded, path = description["data"][name].get(split), paths[name][split]
             path = Path(data_dir) / path.name if data_dir else path
@@ -165,7 +158,7 @@ def evaluate_run(run, compute, data_dir=None):
                 raise UserError(f"{path}: changed since {run.path} was trained on it")
             dataset = TaskDataset(task_file, TASKS[name], model.tokenizer, model.config.max_length)
             of_split[name] = predict_dataset(model, dataset, compute)
-    return results
+    return found
 
 
 def predict_text(run, sentences, compute):
@@ -255,10 +248,10 @@ def evaluate_one(run, compute, flags):
             sentences = [text for text in (flags.sentence, flags.sentence2) if text is not None]
             predict_text(run, tuple(sentences), compute)
             return
-        results = evaluate_run(run, compute, flags.data_dir)
-    say(format_table(results["dev"]))
+        scores = evaluate_run(run, compute, flags.data_dir)
+    say(results.format_table(scores["dev"]))
     if is_first():
-        write_predictions(flags.predictions_dir, results)
+        results.write_predictions(flags.predictions_dir, scores)
 
 
 if __name__ == "__main__":

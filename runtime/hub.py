@@ -13,6 +13,7 @@ from pathlib import Path
 
 from config import UserError
 from runtime.files import file_sha256
+from runtime.script import say
 
 DEFAULT_ENCODER = "google-bert/bert-base-uncased"
 BUNDLED_ENCODER = "sentence-transformers/all-MiniLM-L6-v2"
@@ -173,7 +174,7 @@ def _download(repo):
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import RemoteEntryNotFoundError
 
-    print(f"downloading {repo} from the hub", flush=True)
+    say(f"downloading {repo} from the hub")
 
     def fetch(file):
         """The file's path in the cache, None where the hub has no file of that name."""

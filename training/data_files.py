@@ -111,8 +111,10 @@ def read_data(paths, flags):
         files[name] = {}
         for split, path in of_task.items():
             if split == "test" and not os.path.lexists(path):
-                if flags.require_test or getattr(flags, f"{name}_test"):
-                    raise UserError(f"{path}: no such file; the command asks for this test file")
+                if flags.require_test:
+                    raise UserError(f"{path}: no such file, and --require_test was given")
+                if getattr(flags, f"{name}_test"):
+                    raise UserError(f"--{name}_test {path}: no such file")
                 say(f"warning: {path}: no such file; no test predictions for {name}")
                 continue
             files[name][split] = read_task_file(path, TASKS[name], split)

@@ -12,6 +12,7 @@ checkpoint has its SHA-256 in its name; a best model has a manifest with those o
 model is kept while any checkpoint refers to it. Nothing here needs torch until tensors are written.
 """
 
+import contextlib
 import functools
 import json
 import os
@@ -22,6 +23,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from filelock import FileLock, Timeout
+from safetensors import SafetensorError, safe_open
 
 from config import UserError
 from runtime.files import (
@@ -258,7 +260,8 @@ class RunFolder:
 
     def _checkpoints(self):
         """The files of all checkpoints, the newest step first."""
-        return sorted((self.path / "state").glob("step-*.safetensors"), reverse=True)
+        pattern = f"step-{'[0-9]' * 8}-{'[0-9a-f]' * HASH_DIGITS}.safetensors"
+        return sorted((self.path / "state").glob(pattern), reverse=True)
 
     @only_first_process
     def save_checkpoint(self, tensors):
@@ -288,7 +291,10 @@ class RunFolder:
         one_per_step[newest.name[:13]] = newest
         kept = sorted(one_per_step.values(), reverse=True)[:CHECKPOINTS_KEPT]
         remove(path for path in self._checkpoints() if path not in kept)
-        names = {self.best.resolve().name, *(_read_progress(path).best for path in kept)}
+        names = {self.best.resolve().name}
+        for path in kept:
+            with contextlib.suppress(UserError):  # a damaged one refers to none
+                names.add(_read_progress(path).best)
         remove(path for path in self.path.glob("best-*") if path.name not in names)
 
     def load_checkpoint(self):
@@ -304,14 +310,14 @@ class RunFolder:
                 continue
             from base_bert import read_tensors
 
-            self.progress, tensors = _read_progress(path), read_tensors(path)
+            self.progress = _read_progress(path)
+            self._forget_later_metrics()
             if is_first():
                 remove(paths[:place])
             if self.progress.best:
                 self._link_best(self.progress.best)
             self._remove_old(path)
-            self._forget_later_metrics()
-            return tensors
+            return read_tensors(path)
         if paths:
             raise UserError(
                 f"{self.path / 'state'}: no undamaged checkpoint among {len(paths)}; "
@@ -323,16 +329,17 @@ class RunFolder:
         """Why a checkpoint cannot be resumed from, None if it can."""
         try:
             if not file_sha256(path).startswith(path.stem.split("-")[2]):
-                return f"{path}: damaged (SHA-256 differs from its name)"
+                return "damaged (SHA-256 differs from its name)"
             best = _read_progress(path).best
-        except (OSError, ValueError, TypeError, LookupError) as error:
-            return f"{path}: damaged ({error})"
+        except (OSError, UserError) as error:
+            return f"damaged ({error})"
         return best and find_damage(self.path / best)
 
 
 def _read_progress(path):
-    """The `Progress` in a checkpoint's metadata."""
-    from safetensors import safe_open
-
-    with safe_open(path, framework="numpy") as file:
-        return Progress(**json.loads(file.metadata()["progress"]))
+    """The `Progress` in a checkpoint's metadata. Raises `UserError` if there is none."""
+    try:
+        with safe_open(path, framework="numpy") as file:
+            return Progress(**json.loads(file.metadata()["progress"]))
+    except (OSError, SafetensorError, ValueError, TypeError, LookupError) as error:
+        raise UserError(f"{path}: not a checkpoint: {error}") from error
