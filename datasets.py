@@ -20,7 +20,13 @@ ID_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(?: [A-Za-z0-9._-]+)*")
 INTEGER = re.compile(r"[+-]?[0-9]+(?:\.0*)?")
 DECIMAL = re.compile(r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?")
 FETCH = "fetch the data with: python data/prepare.py"
-HTML = (b"<!doctype", b"<!--", b"<html", b"<head", b"<?xml")  # how a web page begins
+FOREIGN = {  # how files of other kinds begin, in lower case
+    (b"version https://git-lfs",): "a git-LFS pointer, not the data; run: git lfs pull",
+    (b"<!doctype", b"<!--", b"<html", b"<head", b"<?xml"): f"an HTML page, not data; {FETCH}",
+    (b"\x1f\x8b",): "a gzip file; unpack it first",
+    (b"pk\x03\x04",): "a zip or Excel file; expected tab-separated UTF-8 text",
+    (b"\xff\xfe", b"\xfe\xff"): "UTF-16 text; save it as UTF-8",
+}
 
 
 @dataclass(frozen=True)
@@ -78,6 +84,19 @@ def read_task_file(path, task, split):
     return TaskFile(path, examples, warnings + repeated, rows)
 
 
+def odd_labels(task, examples):
+    """What is odd about training labels: another scale, or a class without examples; else None."""
+    labels = [example.label for example in examples]
+    low, high = min(labels), max(labels)
+    if task.kind == "score":
+        is_narrow = high - low <= (task.high - task.low) / 5
+        expected = f"expected a scale from {task.low:g} to {task.high:g}"
+        return f"every {task.label} is from {low:g} to {high:g}; {expected}" if is_narrow else None
+    found = sorted({int(label) for label in labels})
+    missing = [c for c in range(int(task.low), int(task.high) + 1) if c not in found]
+    return f"no {task.label} is {missing}; found {found}" if missing else None
+
+
 def _read_bytes(path):
     """The content of a file. Raises `UserError` where there is no regular, readable file."""
     try:
@@ -99,11 +118,10 @@ def _decode(path):
     content = _read_bytes(path)
     if not content.strip(b"\0\r\n\t " + codecs.BOM_UTF8):
         raise UserError(f"{path}: an empty file; {FETCH}")
-    if content.startswith(b"version https://git-lfs"):
-        raise UserError(f"{path}: a git-LFS pointer, not the data; run: git lfs pull")
     body = content.removeprefix(codecs.BOM_UTF8)
-    if body.lstrip()[:15].lower().startswith(HTML):
-        raise UserError(f"{path}: an HTML page, not data; {FETCH}")
+    for beginnings, kind in FOREIGN.items():
+        if body.lstrip()[:30].lower().startswith(beginnings):
+            raise UserError(f"{path}: {kind}")
     try:
         text = body.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -163,6 +181,8 @@ def _columns(path, header, task, split):
     missing = [name for name in wanted if names.count(name) != 1]
     if missing:
         expected = f"expected {', '.join(wanted)}, found {header}"
+        if len(header) == 1 and max(header[0].count(","), header[0].count(";")) > 0:
+            expected += " (the file looks comma-separated; expected tabs)"
         raise UserError(f"{path}:1: column {', '.join(missing)} missing or repeated; {expected}")
     return [names.index(name) for name in wanted]
 

@@ -216,8 +216,8 @@ def evaluate_and_keep_best(run, model, data, plan, compute):
         scores = evaluate(model, dev_sets, compute)
     except NotFinite as error:
         raise NotFinite(f"step {progress.step}: {error}; try a lower --lr") from error
-    for name in results.undefined_correlations(scores):
-        say(f"warning: {name}: all dev predictions are the same; its correlation counts as 0")
+    for name, reason in results.undefined_correlations(scores).items():
+        say(f"warning: {name}: {reason}; its correlation counts as 0")
     overall, epoch = results.overall_score(scores), progress.step // plan.steps_per_epoch
     run.log(
         kind="eval",

@@ -53,9 +53,14 @@ def overall_score(results):
 
 
 def undefined_correlations(results):
-    """Tasks whose predictions are constant, so that their correlation is undefined."""
-    scores = {name: result for name, result in results.items() if TASKS[name].kind == "score"}
-    return [name for name, result in scores.items() if np.ptp(result.predictions) == 0]
+    """Why correlations are undefined: task -> which side is the same in all rows of its file."""
+    reasons = {}
+    for name, result in results.items():
+        sides = {"predictions": result.predictions, "labels": result.labels}
+        constant = [s for s, values in sides.items() if values is not None and np.ptp(values) == 0]
+        if TASKS[name].kind == "score" and constant:
+            reasons[name] = f"all dev {' and '.join(constant)} are the same"
+    return reasons
 
 
 def format_table(results):

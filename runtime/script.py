@@ -15,7 +15,9 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SIGNALS = [signal.SIGINT, signal.SIGTERM]
+if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as `nohup` has it
+    SIGNALS.append(signal.SIGHUP)  # the terminal was closed
 RELAY_SECONDS = 5  # within these a signal that comes again is torchrun's copy of the first
 LOCAL_FAULT_SECONDS = 5  # how long a process waits for the first one to report the same error
 
@@ -72,7 +74,7 @@ received = {"number": None, "time": 0.0}  # the first signal after `catch_signal
 
 
 def catch_signals():
-    """From now on the first SIGINT or SIGTERM asks for an orderly end; the second ends at once.
+    """From now on the first of `SIGNALS` asks for an orderly end; the second ends at once.
 
     `distributed.check_stop` ends the run. Under torchrun a process may get the first signal twice:
     from outside, and passed on by torchrun.

@@ -5,6 +5,7 @@ Numbers in names are rows of the fault table, of which test_faults.py runs some 
 
 import codecs
 import csv
+import gzip
 import os
 import time
 from pathlib import Path
@@ -16,7 +17,14 @@ from conftest import REAL_DATA, SAMPLE
 
 from bert import BertModel
 from config import TASKS, UserError
-from datasets import Example, MultitaskBatches, TaskDataset, TaskFile, read_task_file
+from datasets import (
+    Example,
+    MultitaskBatches,
+    TaskDataset,
+    TaskFile,
+    odd_labels,
+    read_task_file,
+)
 from tokenizer import BertTokenizer
 
 SST, STS = "\tid\tsentence\tsentiment\n", "\tid\tsentence1\tsentence2\tsimilarity\n"
@@ -111,6 +119,10 @@ REFUSED = [  # row of the fault table, task, file, words of the message
     ("22", "sst", LFS, ["a git-LFS pointer"]),
     ("22", "sst", "\n<!DOCTYPE html>\n<html><body>404</body></html>", ["an HTML page"]),
     ("22", "sst", BOM + b"<!-- 404 --><html></html>", ["an HTML page"]),
+    ("54", "sst", (SST + rows(3)).replace("\t", ","), [":1:", "looks comma-separated"]),
+    ("54", "sst", (SST + rows(3)).encode("utf-16"), ["UTF-16 text"]),
+    ("54", "sst", gzip.compress(SST.encode()), ["a gzip file"]),
+    ("54", "sst", b"PK\x03\x04 workbook", ["a zip or Excel file"]),
 ]
 QUOTED = SST + '0\ta\t"of ""two""\nlines"\t0\n'
 READ = [  # row of the fault table, task, file, (id, sentences, label) of its rows
@@ -345,3 +357,18 @@ def test_batches_of_tokens_of_chosen_rows(tokenizer):
     batches = [rows.tolist() for rows, _ in dataset.batches_of(20, np.array([9, 1, 4, 5, 7]))]
     assert [len(rows) for rows in batches] == [4, 1]
     assert sorted(np.concatenate(batches).tolist()) == [1, 4, 5, 7, 9]
+
+
+@pytest.mark.parametrize(
+    ("task", "labels", "words"),
+    [
+        ("sst", [0, 1, 2, 4], "no sentiment is [3]; found [0, 1, 2, 4]"),
+        ("sst", range(5), None),
+        ("para", [1], "no is_duplicate is [0]; found [1]"),
+        ("sts", [0.0, 0.5, 1.0], "every similarity is from 0 to 1; expected a scale from 0 to 5"),
+        ("sts", [0.0, 1.1], None),
+    ],
+)
+def test_fault_47_training_labels_on_another_scale_are_warned_of(task, labels, words):
+    examples = [Example("a", ("x",), float(label)) for label in labels]
+    assert odd_labels(TASKS[task], examples) == words

@@ -174,6 +174,39 @@ def test_24_constant_predictions(tiny, tmp_path):
     assert (tmp_path / "runs/full-model/best/model.safetensors").exists()
 
 
+def test_48_constant_labels_on_dev_and_49_a_batch_larger_than_its_file(tiny, tmp_path):
+    data = copy(tiny.data, tmp_path / "data")
+    path = data / TASKS["sts"].file_name("dev")
+    lines = path.read_text().splitlines()
+    label = lines[0].split("\t").index("similarity")
+    rows = [line.split("\t") for line in lines[1:]]
+    rows = ["\t".join([*row[:label], "2.5", *row[label + 1 :]]) for row in rows]
+    path.write_text("\n".join([lines[0], *rows, ""]))
+    done = run(tmp_path, tiny.argv("--epochs", 1, "--task_batch_sizes", "sts=64", data=data))
+    assert_succeeded(done)
+    assert "warning: sts: all dev labels are the same; its correlation counts as 0" in done.stdout
+    assert "warning: sts: a batch of 64 holds training examples several times" in done.stdout
+
+
+def test_47_labels_on_another_scale(tiny, tmp_path):
+    data = copy(tiny.data, tmp_path / "data")
+    path = data / TASKS["sts"].file_name("train")
+    header, *lines = (line.split("\t") for line in path.read_text().splitlines())
+    label = header.index("similarity")
+    for line in lines:
+        line[label] = str(float(line[label]) / 5)
+    path.write_text("".join("\t".join(line) + "\n" for line in [header, *lines]))
+    done = run(tmp_path, tiny.argv("--epochs", 0, data=data))
+    assert_succeeded(done)
+    assert "every similarity is from 0" in done.stdout
+
+
+def test_52_a_path_that_is_not_utf8(tiny, tmp_path):
+    done = run(tmp_path, tiny.argv("--predictions_dir", "caf\udce9"), no_weights)
+    assert_error(done, 2, "caf", "not UTF-8")
+    assert not (tmp_path / "runs").exists()
+
+
 # -------------------------------------------------------------------------------------- encoders
 
 
@@ -493,13 +526,14 @@ STOPS = [  # a method of the model, the call in which a signal comes, and the si
     ("__init__", 1, signal.SIGINT),
     ("forward", 3, signal.SIGTERM),  # a training step
     ("forward", 3, signal.SIGINT),
+    ("forward", 3, signal.SIGHUP),  # row 46: the terminal was closed
     ("predict", 1, signal.SIGTERM),  # the evaluation after the first epoch: six calls
     ("predict", 13, signal.SIGINT),  # that of the best model at the end
 ]
 
 
 @pytest.mark.parametrize(("method", "call", "number"), STOPS)
-def test_33_one_signal(tiny, expected, tmp_path, method, call, number):
+def test_33_46_one_signal(tiny, expected, tmp_path, method, call, number):
     done = run(tmp_path, tiny.argv(), partial(signal_at, method, call, number))
     assert done.returncode == 128 + number, done
     hint = "" if method == "__init__" else "; continue with --resume"

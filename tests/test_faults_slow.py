@@ -17,6 +17,7 @@ import statistics
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from functools import partial
 
 import pytest
@@ -74,15 +75,15 @@ def test_32_30_kills_at_random_moments(tiny, expected, writing_calls, tmp_path):
 
 def test_33_signals_at_random_moments(tiny, expected, tmp_path):
     """From outside, at any time: the run ends in good order, or had ended before."""
-    moments = random.Random(SEED)
-    codes = []
+    moments, codes = random.Random(SEED), []
     for number in range(12):
         folder = tmp_path / str(number)
         folder.mkdir()
         process = start(folder, tiny.argv())
         process.join(moments.uniform(0.05, 0.8))
         stop = (signal.SIGTERM, signal.SIGINT)[number % 2]
-        os.kill(process.pid, stop)
+        with suppress(ProcessLookupError):  # it has ended
+            os.kill(process.pid, stop)
         done = finish(process, folder)
         codes.append(done.returncode)
         assert done.returncode in (0, 128 + stop), done
@@ -117,9 +118,9 @@ def test_35_a_closed_pipe_or_full_disk_as_output(tiny, expected, tmp_path, redir
 
 
 def test_33_ctrl_c(tiny, expected, tmp_path):
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    env = os.environ | ONE_THREAD
-    process = subprocess.Popen(words(tiny.argv()), cwd=tmp_path, env=env, **pipes)
+    options = {"env": os.environ | ONE_THREAD, "cwd": tmp_path, "text": True}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    process = subprocess.Popen(words(tiny.argv()), **options, **pipes)
     for line in process.stdout:
         if line.startswith("step 3/"):
             process.send_signal(signal.SIGINT)

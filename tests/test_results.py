@@ -44,8 +44,11 @@ def test_correlations_equal_scipys_with_ties_and_are_0_if_undefined(rows):
     """A nan score would be neither larger nor smaller than another: never the best model."""
     predictions, labels = (np.array(column, dtype=np.float32) for column in zip(*rows, strict=True))
     found = measure(TASKS["sts"], predictions / 4, labels)
-    results = {"sts": TaskResult([], predictions, predictions[:, None])}
-    assert bool(undefined_correlations(results)) == (len(set(predictions)) == 1)
+    result = TaskResult([], predictions, predictions[:, None], labels)
+    sides = [("predictions", predictions), ("labels", labels)]  # row 48: which one is constant
+    constant = " and ".join(side for side, values in sides if len(set(values)) == 1)
+    reasons = {"sts": f"all dev {constant} are the same"} if constant else {}
+    assert undefined_correlations({"sts": result}) == reasons
     if np.ptp(predictions) == 0 or np.ptp(labels) == 0:
         assert found == {"pearson": 0.0, "spearman": 0.0}
     else:

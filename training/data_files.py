@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 
 from config import REPOSITORY, TASKS, UserError
-from datasets import TaskDataset, read_task_file
+from datasets import TaskDataset, odd_labels, read_task_file
 from runtime.files import OutputError
 from runtime.script import say
 from training.flags import SPLITS
@@ -120,6 +120,8 @@ def read_data(paths, flags):
             files[name][split] = read_task_file(path, TASKS[name], split)
             for warning in files[name][split].warnings:
                 say(f"warning: {warning}")
+        if problem := odd_labels(TASKS[name], files[name]["train"].examples):
+            say(f"warning: {of_task['train']}: {problem}")
     return files
 
 

@@ -6,6 +6,7 @@ that `--help` and a wrong flag are answered at once.
 
 import argparse
 import difflib
+import os
 import shlex
 import sys
 from dataclasses import dataclass
@@ -253,6 +254,9 @@ def parse_command(argv=None):
     if recipe:
         parser.set_defaults(**RECIPES[recipe].flags)
     flags = parser.parse_args(argv)
+    for path in (os.getcwd(), *argv):
+        if any("\ud800" <= character <= "\udfff" for character in path):
+            raise UserError(f"{path!a}: not UTF-8; rename the folder, or set PYTHONUTF8=1")
     given = names_given(parser, argv)
     flags.tasks = [name for name in TASKS if name in flags.tasks]
     flags.LoRA_targets = [name for name in LORA_TARGETS if name in flags.LoRA_targets]

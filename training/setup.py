@@ -268,6 +268,8 @@ def announce(run, model, data, plan, compute):
     for name, of_task in data.items():
         counts = ", ".join(f"{split} {len(dataset):,}" for split, dataset in of_task.items())
         say(f"{name}: {counts} examples")
+        if sizes[name] > len(of_task["train"]):
+            say(f"warning: {name}: a batch of {sizes[name]} holds training examples several times")
     batch = ", ".join(f"{size} of {name}" for name, size in sizes.items())
     if len(set(sizes.values())) == 1:
         batch = f"{sizes[flags.tasks[0]]} of each task"
