@@ -41,7 +41,7 @@ def write_tensors(path, tensors, metadata=None):
     path = Path(path)
     path.touch()
     mode = path.stat().st_mode  # safetensors would leave 0600
-    save_file(tensors, path, metadata={"format": "pt"} | (metadata or {}))
+    save_file(tensors, path, metadata=metadata or {"format": "pt"})
     path.chmod(mode)
 
 

@@ -31,6 +31,7 @@ LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789"
 
 def pytest_configure(config):
     """Hide the GPU, since expected numbers are those of a CPU; `-m cuda` sees it."""
+    torch.set_num_threads(THREADS)  # fixtures of a module or a session come before `seeded`
     if "cuda" not in config.getoption("markexpr", "").split(" and "):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
         torch.backends.mps.is_available = lambda: False

@@ -368,6 +368,20 @@ def test_attention_by_hand(attention, written_out):
             torch.testing.assert_close(found[b, t, h], scores.softmax(0) @ v[b, :length, h])
 
 
+@pytest.mark.parametrize("training", [False, True])
+def test_attention_gradcheck(attention, training):
+    """In training: the written-out path with dropout, the same mask on every evaluation."""
+    module, rows = attention
+    module.train(training)
+
+    def attend(x):
+        torch.manual_seed(8)
+        return module(x, [rows])
+
+    hidden = torch.randn(8, 8, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(attend, (hidden,))
+
+
 def test_attention_dropout_keeps_the_mean(attention):
     """Attention is linear in its probabilities, so many draws average to the plain result."""
     module, rows = attention

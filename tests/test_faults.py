@@ -672,6 +672,13 @@ def test_36_a_file_system_without_locks_can_be_worked_on(tmp_path, monkeypatch):
         fill_run(tmp_path / "runs/x", [1])
 
 
+@pytest.mark.parametrize("code", [errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL])
+def test_36_a_file_system_that_refuses_locks_is_warned_of(tmp_path, monkeypatch, capsys, code):
+    monkeypatch.setattr(fcntl, "flock", refusing(code))
+    fill_run(tmp_path / "runs/x", [1])
+    assert "no file locks here" in capsys.readouterr().out
+
+
 def test_37_the_run_exists(tiny, halfway, tmp_path):
     copy(halfway, tmp_path)
     before = snapshot(tmp_path / "runs")

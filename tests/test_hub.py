@@ -197,8 +197,9 @@ def test_an_encoder_is_fetched_from_the_hub_once(tmp_path, contents):
     names = ["toy/encoder", "toy/encoder", "toy/absent", None, None]
     with local_hub(files) as (address, asked):
         first, second, missing, *wrong = resolve_elsewhere(names, tmp_path, address)
-    gets = [request for request in asked if request.startswith("GET /toy/encoder/")]
-    assert sorted(gets) == [f"GET /toy/encoder/resolve/main/{name}" for name in sorted(contents)]
+    requests = [request for request in asked if "/toy/encoder/" in request]
+    gets = {f"GET /toy/encoder/resolve/main/{name}" for name in contents}
+    assert gets <= set(requests) and len(requests) == len(set(requests))
     assert first["name"] == "toy/encoder"
     assert first["sha256"] == sha256(contents["model.safetensors"]).hexdigest()
     assert first["folder"] == second["folder"]

@@ -61,7 +61,8 @@ def test_the_scripts_take_the_commands_that_are_printed(tmp_path, monkeypatch):
     """All that is checked before anything loads."""
     monkeypatch.chdir(tmp_path)
     parsed = []
-    for words in [*commands("README.md"), *commands("RESULTS.md")]:
+    documents = ("README.md", "RESULTS.md", "results/experiments.md")
+    for words in (words for document in documents for words in commands(document)):
         for place, word in enumerate(words):
             assert not word.endswith(".py") or (REPOSITORY / word).exists(), words
             script = word.removesuffix(".py").replace("/", ".")

@@ -13,6 +13,7 @@ model is kept while any checkpoint refers to it. Nothing here needs torch until 
 """
 
 import contextlib
+import errno
 import functools
 import json
 import os
@@ -39,6 +40,7 @@ from runtime.script import is_first, say
 
 CHECKPOINTS_KEPT = 2
 HASH_DIGITS = 16  # of a SHA-256 in a name
+NO_LOCKS = {errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL}  # of this file system
 SUFFIX_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
@@ -135,6 +137,13 @@ class RunFolder:
             except Timeout:
                 process = owner.read_text() if owner.exists() else "unknown"
                 raise UserError(f"{self.path}: in use by another run (process {process})") from None
+            except OSError as error:
+                if error.errno not in NO_LOCKS:
+                    raise
+                say(
+                    f"warning: {self.path}: no file locks here ({error.strerror}): nothing keeps a "
+                    "second run out of the folder"
+                )
             owner.write_text(str(os.getpid()))
             remove(self.path.rglob(f"{TEMPORARY}*"))
         try:
