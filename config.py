@@ -215,7 +215,7 @@ LEARNING_RATES = {
 
 @dataclass(frozen=True)
 class Recipe:
-    """A row of the paper's Table 1 as flags, and the overall dev score printed there."""
+    """Preset flags: a row of the paper's Table 1 with its overall dev score, or our own."""
 
     flags: dict  # name in the parser's namespace -> value
     reading: str  # what the row means here, where the paper leaves a choice

@@ -50,7 +50,7 @@ def head_outputs(model, dataset, compute, rows=None):
     outputs = torch.zeros(len(dataset), dataset.task.num_classes, device=model.device)
     tokens = compute.batch_tokens
     memory = memory_errors(model.device, f"evaluation batches of up to {tokens:,} tokens")
-    with memory, compute.autocast():  # once: it keeps the weights that it converts
+    with memory, compute.autocast():  # one context for all batches: converted weights are reused
         for number, (batch_rows, batch) in enumerate(dataset.batches_of(tokens, rows)):
             turn = number % distributed.world_size()
             if turn == 0:
@@ -98,10 +98,10 @@ def evaluate(model, datasets, compute):
 
 
 def calibrate(model, train_sets, examples, compute):
-    """Fit what `model.predict` adds to each head's outputs, on training examples in eval mode.
+    """Fit the offsets that `model.predict` adds to the heads' outputs, on training examples.
 
-    A head is trained on vectors with dropout, which lowers the cosine of two of them, and predicts
-    from vectors without it: uncorrected, it predicts "paraphrase" too often. `train_sets` maps a
+    Training uses dropout, prediction does not. Dropout lowers the cosine of two vectors, so that
+    an uncorrected head predicts "paraphrase" too often. `train_sets` maps a
     task to its `TaskDataset`. The same `examples` rows are used every time; 0 changes nothing.
     """
     if not examples:
@@ -139,8 +139,8 @@ def best_offset(task, outputs, labels):
 def evaluate_run(run, compute, data_dir=None):
     """Dev and test results of a run's best model: `{"dev": {task: TaskResult}, "test": {…}}`.
 
-    On the run's own files, which lie in `data_dir` now if that is given. Raises `UserError` if one
-    has changed.
+    Uses the run's own data files, in `data_dir` if that is given. Raises `UserError` if one has
+    changed.
     """
     model, description = load_run(run, compute.device)
     found, paths = {"dev": {}, "test": {}}, paths_of_run(description)
@@ -217,7 +217,7 @@ def parse_flags(argv=None):
         parser.error("--sentence takes one run")
     if flags.report and flags.checkpoint:
         parser.error("--report and --checkpoint exclude each other")
-    if flags.data_dir and (flags.report or flags.sentence or has_several):
+    if flags.data_dir and (flags.report or flags.sentence is not None or has_several):
         parser.error("--data_dir goes with the evaluation of one run")
     return flags
 

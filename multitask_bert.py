@@ -1,8 +1,8 @@
 """The multitask model: an encoder, a head for each task, and every loss.
 
 One forward pass encodes all sentences of a step together and returns one scalar per loss. The
-script sums them: L = the task losses + unsupervised SimCSE on each task's sentences + supervised
-SimCSE on the paraphrase pairs + R-Drop on single tasks; the last three only if asked for.
+script sums them with their weights: the task losses, and if asked for unsupervised SimCSE on each
+task's sentences, supervised SimCSE on the paraphrase pairs, and R-Drop on single tasks.
 """
 
 import torch
@@ -22,7 +22,7 @@ VECTOR_CACHE_MIB = 1024  # sentence vectors of a frozen encoder that are kept, a
 
 
 class SentenceHead(nn.Module):
-    """Logits of one vector: a linear layer, behind a feed-forward layer if `feed_forward`."""
+    """Logits of one vector: a linear layer, after a feed-forward layer if `feed_forward`."""
 
     def __init__(self, hidden, outputs, dropout, feed_forward=False):
         super().__init__()
@@ -73,12 +73,12 @@ class DotHead(nn.Module):
 
 
 class CosineHead(nn.Module):
-    """scale · cos(u, v) + bias: fixed at the label's range for a score, learned for a yes or no."""
+    """scale · cos(u, v) + bias: fixed for a score task, learned for a binary task."""
 
     def __init__(self, task):
         super().__init__()
         learned = task.kind == "binary"
-        # It starts with probability ½ at cosine .7: an encoder's sentence vectors are all alike.
+        # Probability ½ at cosine 0.7 at first: a pretrained encoder's vectors have high cosines.
         scale, bias = (10.0, -7.0) if learned else (task.high, 0.0)
         self.scale = nn.Parameter(torch.tensor([scale])) if learned else scale
         self.bias = nn.Parameter(torch.tensor([bias])) if learned else bias
@@ -89,7 +89,7 @@ class CosineHead(nn.Module):
 
 
 class SumHead(nn.Module):
-    """The sum of several heads' outputs; `places[i]` are the vectors that the i-th is given."""
+    """The sum of several heads' outputs; `places[i]` are the indices of the i-th head's vectors."""
 
     def __init__(self, heads, places):
         super().__init__()
@@ -104,8 +104,10 @@ class SumHead(nn.Module):
 def make_head(task, kind, roles, hidden, dropout):
     """The head module of `task` (a row of `TASKS`), of the kind that `--<task>_head` names.
 
-    `roles` are the sequences whose vectors it is given (`MultitaskConfig.roles`).
+    `roles` name the sequences whose vectors it takes: "first", "second", or "pair" for both as one.
     """
+    if kind not in (*task.heads, "linear"):
+        raise ValueError(f"{task.name} has no head {kind!r}; expected one of {task.heads}")
     if len(roles) == 1:
         return SentenceHead(hidden, task.num_classes, dropout, feed_forward=kind == "ffn")
     if len(roles) == 3:
@@ -135,11 +137,11 @@ def task_loss(task, outputs, labels):
 
 
 def consistency_loss(task, first, second):
-    """How far two passes under different dropout masks predict different things (R-Drop).
+    """Symmetric KL divergence between the predictions of two dropout passes (R-Drop).
 
     Mean of both Kullback-Leibler divergences (Liang et al. 2021, eq. 2). `first` and `second` are
     outputs (batch, num_classes) of a head. Returns a scalar. The paper adds up the task losses of
-    the two passes, which are averaged here: its α is twice the factor of this loss.
+    the two passes, which are averaged here: our weight is its α / 2.
     """
     if task.kind == "binary":  # as logits of the two answers
         first, second = (torch.cat([torch.zeros_like(x), x], dim=-1) for x in (first, second))
@@ -230,7 +232,7 @@ class MultitaskBERT(nn.Module):
         return {name: loss, f"r_drop_{name}": consistency_loss(task, outputs, again)}
 
     def unsupervised_simcse(self, name, first, second):
-        """The task's contrastive loss; a pair's first and second sentences are two groups."""
+        """The task's contrastive loss; a pair's first and second sentences are contrasted apart."""
         losses = []
         for role in ("first", "second") if TASKS[name].is_pair else ("first",):
             anchors = self.contrast(first[role])
@@ -258,7 +260,7 @@ class MultitaskBERT(nn.Module):
         return self.outputs(name, vectors).float() + self.get_buffer(f"offset_{name}")
 
     def outputs(self, name, vectors, is_swapped=False):
-        """The task's head on its vectors by role; `is_swapped`: the two sentences change places."""
+        """The task's head on its vectors by role; `is_swapped`: the two sentences are swapped."""
         roles = self.config.roles(name)
         if is_swapped:
             roles = (*roles[:-2], *reversed(roles[-2:]))
@@ -313,7 +315,9 @@ class MultitaskBERT(nn.Module):
             return hidden_states[packed.first].float()
         hidden_states = hidden_states.float()
         sums = hidden_states.new_zeros(len(packed.lengths) + 1, hidden_states.size(1))
-        sums = sums.index_add(0, packed.sentence, hidden_states)  # the last row is the padding's
+        sums = sums.index_add(
+            0, packed.sentence, hidden_states
+        )  # the last row collects the padding
         return sums[:-1] / packed.lengths[:, None]
 
     @torch.no_grad()

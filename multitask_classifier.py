@@ -45,12 +45,12 @@ from training.setup import save_checkpoint
 
 
 def weighted_sum(losses, plan):
-    """The loss that is trained: every loss times its weight, summed."""
+    """The total training loss: every loss times its weight, summed."""
     return sum(plan.loss_weights[name] * loss for name, loss in losses.items())
 
 
 def compute_gradients(model, step_batches, step, plan, compute):
-    """Compute the gradients of a step into the parameters' `.grad`.
+    """Run forward and backward of a step; the gradients are in the parameters' `.grad`.
 
     `model` is the `MultitaskBERT`, or its `DistributedDataParallel`; `step_batches` are the step's
     batches, one unless they are accumulated. Returns each loss as a detached scalar, and a dict of
@@ -80,8 +80,8 @@ def backward(model, step_batches, step, plan, compute):
 def backward_with_surgery(model, batches, step, plan, compute):
     """As `backward`, task by task, with the encoder's conflicting gradients projected.
 
-    A task's SimCSE and R-Drop losses belong to it. The gradients are averaged over the processes
-    here. Returns each loss, and the share of conflicts and the cosines of the gradients.
+    A task's SimCSE and R-Drop losses count toward its gradient. Gradients are averaged over the
+    processes here. Returns each loss, and the share of conflicts and the gradients' cosines.
     """
     shared = [p for p in model.bert.parameters() if p.requires_grad]
     losses, gradients = {}, {}
@@ -114,8 +114,8 @@ def synchronised(model, batches, plan, compute):
     if distributed.world_size() == 1 or plan.flags.gradient_surgery:
         return model
     replica = DistributedDataParallel(model, broadcast_buffers=False)
-    # DDP rebuilds its buckets after the first backward; one discarded pass gives a resumed run the
-    # same order.
+    # DDP rebuilds its buckets after the first backward. Discarding one pass gives new and resumed
+    # runs the same bucket order.
     seed_everything(plan.flags.seed)
     with compute.autocast():
         losses = replica.train()(batches)
@@ -157,7 +157,7 @@ def train(run, model, optimizer, data, plan, compute):
     with progress_bar(run, plan) as bar:
         while not progress.is_finished(plan):
             if progress.needs_evaluation(plan):
-                with suppress(Stopped):  # `check_stop` raises it again, once all is saved
+                with suppress(Stopped):  # `check_stop` below raises it again, after saving
                     evaluate_and_keep_best(run, model, data, plan, compute)
                 save_checkpoint(run, model, optimizer, compute)
                 check_stop()
@@ -244,7 +244,7 @@ def evaluate_and_keep_best(run, model, data, plan, compute):
 def predict_and_write(run, model, data, plan, compute):
     """Predict dev and test with the best model; write the prediction files and the scores.
 
-    All files are written together at the end: a full disk leaves all those of an earlier run.
+    All files are written together at the end: if the disk is full, the old files remain.
     """
     load_weights(model, plan.lora, run.best)
     files, texts, folder = {}, {}, run.path / "predictions"
@@ -297,12 +297,12 @@ def fine_tune(command, device):
     data = data_files.tokenize_data(files, model)
     with memory_errors(device, "the model"):
         model.to(device)
-    if compute.precision == "bf16" and plan.lora:  # in other modes the weights are saved, in fp32
+    if compute.precision == "bf16" and plan.lora:  # other modes save these weights, in fp32
         model.bert.keep_frozen_in(torch.bfloat16)
 
     # ---- optimiser, resume, loop
     optimizer = setup.make_optimizer(model, plan)
-    if tensors is None:  # only now, after every check: it removes an earlier run
+    if tensors is None:  # last, after every check: it removes an earlier run
         run.start(description | {"parameters": setup.count_parameters(model)})
     else:
         setup.restore(model, optimizer, compute, run.progress, tensors)

@@ -16,9 +16,9 @@ from pathlib import Path
 from tqdm import tqdm
 
 SIGNALS = [signal.SIGINT, signal.SIGTERM]
-if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as `nohup` has it
+if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # `nohup` ignores it
     SIGNALS.append(signal.SIGHUP)  # the terminal was closed
-RELAY_SECONDS = 5  # within these a signal that comes again is torchrun's copy of the first
+RELAY_SECONDS = 5  # a signal that comes again within this time is torchrun's copy
 LOCAL_FAULT_SECONDS = 5  # how long a process waits for the first one to report the same error
 
 
@@ -46,7 +46,7 @@ class Stopped(Exception):
 def say(text, file=None):
     """Print a line on standard output, or on `file`, above the progress bar if there is one.
 
-    The line is lost, and nothing else, if nobody reads it (`| head`) or its disk is full.
+    If nobody reads the output (`| head`) or its disk is full, only this line is lost.
     """
     with contextlib.suppress(OSError):
         tqdm.write(str(text), file=file or sys.stdout)
@@ -60,7 +60,7 @@ def bar_size():
 
 
 def protect_streams():
-    """Open standard streams that are closed, and let them write names that they cannot encode."""
+    """Open closed standard streams, and let all escape the characters they cannot encode."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name) or open(os.devnull, "w")  # noqa: SIM115
         if hasattr(stream, "reconfigure"):
@@ -164,7 +164,7 @@ def print_failure(line, error):
     """Print `line` on standard error, once if all processes fail alike.
 
     The first process prints at once; then torchrun ends the others, which wait for that. A rank
-    that is still alive after `LOCAL_FAULT_SECONDS` failed by itself and prints its own error. An
+    that is still alive after `LOCAL_FAULT_SECONDS` failed alone and prints its own error. An
     error with `is_on_all_processes` ends every process by itself.
     """
     is_lost_connection = getattr(error, "is_lost_connection", False)
@@ -179,7 +179,7 @@ def print_failure(line, error):
     if not is_first_here():
         say(f"rank {os.environ['RANK']}: {line}", sys.stderr)
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
-    if path and not is_lost_connection:  # torchrun's report would say that there is no traceback
+    if path and not is_lost_connection:  # torchrun would report a missing traceback
         extra = {"timestamp": str(int(time.time()))}
         with contextlib.suppress(OSError), open(path, "w", encoding="utf-8") as file:
             json.dump({"message": {"message": line, "extraInfo": extra}}, file)

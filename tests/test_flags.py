@@ -195,7 +195,7 @@ REFUSED = {
     "01 --precision fp8": "invalid choice.*bf16",
     "01 --r_drop sts": "invalid choice: 'sts'.*para",
     "01 --r_drop para --tasks sst": "--r_drop para: not among --tasks sst",
-    f"01 {FROZEN} --r_drop sst": "its two passes would be one",
+    f"01 {FROZEN} --r_drop sst": "both passes would be identical",
     "01 --r_drop sst --swap_pairs": "--swap_pairs: only with --r_drop para",
     "01 --simcse_tasks sst": "only with --unsupervised_simcse",
     f"01 {SIMCSE} --simcse_tasks cfimdb": "not among --tasks",

@@ -457,7 +457,7 @@ def test_a_frozen_encoder_encodes_in_advance_what_fits(train, monkeypatch, capsy
 def test_an_encoder_with_one_segment_takes_no_joint_pairs(train):
     config = json.loads(Path("encoder/config.json").read_text(encoding="utf-8"))
     Path("encoder/config.json").write_text(json.dumps(config | {"type_vocab_size": 1}))
-    with pytest.raises(UserError, match="knows one segment"):
+    with pytest.raises(UserError, match="has one segment"):
         train("--pair_encoding para=both")
 
 

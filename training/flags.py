@@ -27,7 +27,7 @@ from training.run_folder import RunFolder, run_path
 
 SCRIPT = "multitask_classifier.py"
 SPLITS = ("train", "dev", "test")
-# Flags of one command: never compared when a run is resumed.
+# Flags of one call: never compared when a run is resumed.
 OF_ONE_COMMAND = {"resume", "overwrite", "debug", "runs_dir"}
 # Flags that may differ when a run is resumed: training does not depend on them. The content of the
 # data files is compared, wherever they lie.
@@ -35,7 +35,7 @@ FREE_WHEN_RESUMING = {
     *("save_every", "log_every", "use_gpu", "predictions_dir", "require_test", "data_dir"),
     *(f"{task}_{what}" for task in TASKS for what in (*SPLITS, "dev_out", "test_out")),
 }
-# What other training scripts call a flag.
+# Names of flags in other training scripts.
 OTHER_NAMES = {"learning_rate": "lr", "rank": "lora_r", "alpha": "lora_alpha", "wd": "weight_decay"}
 OTHER_NAMES |= {"dropout": "hidden_dropout_prob", "bs": "batch_size", "steps": "steps_per_epoch"}
 OTHER_NAMES |= {"gradient_accumulation_steps": "accumulate", "name": "model_file_suffix"}
@@ -65,7 +65,7 @@ class FlagParser(argparse.ArgumentParser):
 
 
 def plain_name(flag):
-    """A flag in lower case, without dashes in front and inside."""
+    """A flag in lower case, without leading dashes, with underscores inside."""
     return flag.strip("-").lower().replace("-", "_")
 
 
@@ -187,7 +187,7 @@ def make_parser():
 
     add = parser.add_argument_group("hardware").add_argument
     add("--use_gpu", action="store_true",
-        help="fail without a GPU; by default the best device there is is used")
+        help="fail without a GPU; by default the best available device is used")
     add("--precision", choices=PRECISIONS, default="auto",
         help="%(default)s (default): bf16 if the hardware has it")
     add("--deterministic", action="store_true", help="the same bits on every run on CUDA; slower")
@@ -305,7 +305,7 @@ def drop_inapplicable_flags(flags, given):
 def take_flags_of_run(flags, given, description):
     """Fill in the flags of the run to resume; raises `UserError` where a given one differs.
 
-    Returns the given names that may differ: the others were checked when the run began.
+    Returns the given names that may differ, without those that were compared.
     """
     differences = []
     for name, value in description["args"].items():

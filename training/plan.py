@@ -73,7 +73,7 @@ class Plan:
 def make_plan(flags, examples):
     """Derive the `Plan`. `examples` maps a task to the number of its training examples.
 
-    Raises `UserError` for a value that names no task or loss of the run, or is not a value.
+    Raises `UserError` for a value that names no task or loss of the run, or is invalid.
     """
     pairs = [name for name in flags.tasks if TASKS[name].is_pair]
     encodings = dict.fromkeys(pairs, "separate")
@@ -165,9 +165,9 @@ def check_frozen(plan, given):
     flags = plan.flags
     frozen = "the encoder is frozen and in eval mode in --fine-tune-mode last-linear-layer"
     if flags.unsupervised_simcse or flags.supervised_simcse:
-        raise UserError(f"SimCSE: {frozen}; its losses could train nothing")
+        raise UserError(f"SimCSE: {frozen}; its losses would have no effect")
     if flags.r_drop:
-        raise UserError(f"--r_drop: {frozen}; its two passes would be one")
+        raise UserError(f"--r_drop: {frozen}; both passes would be identical")
     if flags.gradient_surgery:
         raise UserError(f"--gradient_surgery: {frozen}; tasks share no trained weights")
     if flags.layer_decay < 1:

@@ -7,7 +7,7 @@
         state/step-<step>-<hash>.safetensors   the last two checkpoints to resume from
         predictions/                           prediction files, and the scores behind them
 
-Every file appears under its name complete or not at all, and the link is exchanged in one step. A
+Every file is written atomically: it appears complete or not at all. So is the link exchanged. A
 checkpoint has its SHA-256 in its name; a best model has a manifest with those of its files. A best
 model is kept while any checkpoint refers to it. Nothing here needs torch until tensors are written.
 """
@@ -52,7 +52,7 @@ class Progress:
     evaluated: int = -1  # step of the last evaluation
     best: str | None = None  # folder of the best model
     best_score: float | None = None  # its overall dev score
-    misses: int = 0  # evaluations since then
+    misses: int = 0  # evaluations since the best one
     totals: dict = field(default_factory=dict)  # sums of the losses that are not logged yet
     scaler: dict = field(default_factory=dict)  # of fp16's gradient scaler
 
@@ -116,7 +116,7 @@ class RunFolder:
         self.metrics_file = self.path / "metrics.jsonl"  # one JSON object per line
         self.best = self.path / "best"  # a link to the folder of the best model
         self.progress = Progress()
-        self._began = time.perf_counter()  # minus what the run took before it was resumed
+        self._began = time.perf_counter()  # shifted back by the time that a resumed run has used
 
     def holds_run(self):
         """Whether a run was ever started here."""
@@ -131,7 +131,7 @@ class RunFolder:
         owner, link = self.path / ".owner", self.path / f"{TEMPORARY}link"
         with output_errors(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = FileLock(self.path / ".lock")  # that of a dead process does not count
+            self._lock = FileLock(self.path / ".lock")  # a dead process's lock is free
             try:
                 self._lock.acquire(timeout=0)
             except Timeout:
@@ -141,8 +141,8 @@ class RunFolder:
                 if error.errno not in NO_LOCKS:
                     raise
                 say(
-                    f"warning: {self.path}: no file locks here ({error.strerror}): nothing keeps a "
-                    "second run out of the folder"
+                    f"warning: {self.path}: no file locks here ({error.strerror}): two runs "
+                    "could use the folder at once"
                 )
             owner.write_text(str(os.getpid()))
             remove(self.path.rglob(f"{TEMPORARY}*"))
@@ -223,7 +223,7 @@ class RunFolder:
     # --------------------------------------------------------------------------- the best model
 
     def describe_best(self):
-        """The best model and its step in words; a copy that followed the link knows no step."""
+        """The best model and its step in words; a copied folder without the link has no step."""
         step = re.fullmatch(r"best-(\d+)-.*", self.best.resolve().name)
         return f"best model of step {int(step[1])}" if step else "best model"
 
@@ -244,7 +244,7 @@ class RunFolder:
                     flush_to_disk(place)
                 digest = file_sha256(manifest)[:HASH_DIGITS]
                 target = self.path / f"best-{self.progress.step:08d}-{digest}"
-                if find_damage(target):  # else the same model is there, saved before a kill
+                if find_damage(target):  # if undamaged, it is the same model, saved before a kill
                     remove([target])
                     temporary.rename(target)
                     flush_to_disk(self.path)

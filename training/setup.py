@@ -1,4 +1,4 @@
-"""The set-up of a run: encoder, model, optimiser, and the record of all that it depends on."""
+"""The set-up of a run: encoder, model, optimiser, and the record of what it depends on."""
 
 import platform
 import re
@@ -61,7 +61,7 @@ def git_commit():
 
 
 def identity(description):
-    """What must not change when a run is resumed or shared: name -> value."""
+    """What must be the same when a run is resumed, and in all processes: name -> value."""
     encoder = description["encoder"]
     values = {
         "encoder": encoder["sha256"],
@@ -76,7 +76,7 @@ def identity(description):
 def check_same_run(earlier, now):
     """Raise `UserError` if a run would be resumed with other data, encoder or precision.
 
-    A test file that has come since is no difference: training does not depend on it. Another number
+    A test file added later is allowed: training does not depend on it. Another number
     of threads is only warned of.
     """
     values = identity(now)
@@ -142,7 +142,7 @@ def check_fit(plan, encoder, tokenizer):
     if length and length > limit:  # which `load_encoder` holds to the encoder's positions
         raise UserError(f"--max_length {length}: this encoder has {limit} positions")
     if plan.joint + plan.both and config.type_vocab_size < 2:
-        raise UserError("--pair_encoding: this encoder knows one segment; expected separate")
+        raise UserError("--pair_encoding: this encoder has one segment; expected separate")
     if plan.lora:
         try:
             with torch.device("meta"):
@@ -227,7 +227,9 @@ def restore(model, optimizer, compute, progress, tensors):
     parameters = trained_parameters(model)
     load_strictly({n: p.data for n, p in parameters.items()}, parts.pop("trained"), "checkpoint")
     for part, moments in parts.items():
-        is_moved = part != "step" or optimizer.defaults["fused"]  # where AdamW keeps it itself
+        is_moved = (
+            part != "step" or optimizer.defaults["fused"]
+        )  # fused AdamW keeps `step` on the device
         for name, value in moments.items():
             if name not in parameters:
                 raise UserError(f"checkpoint: does not fit: unexpected {part}:{name}")
@@ -237,7 +239,7 @@ def restore(model, optimizer, compute, progress, tensors):
 
 
 def encode_in_advance(model, batches, plan, compute):
-    """Encode the training sentences of a frozen encoder once, in a fixed order, as far as they fit.
+    """Encode a frozen encoder's training sentences once, in a fixed order, until the cache is full.
 
     The last bits of a vector depend on the batch in which it was encoded, so the batches must not
     depend on the step at which a run was stopped.
@@ -248,7 +250,9 @@ def encode_in_advance(model, batches, plan, compute):
         if len(rows) and model.vectors_to_keep():
             say(f"{name}: encoding {len(rows):,} training examples, once for all epochs")
             parts = [batch for _, batch in dataset.batches_of(compute.batch_tokens, rows)]
-        for number in range(distributed.largest(len(parts))):  # every process checks as often
+        for number in range(
+            distributed.largest(len(parts))
+        ):  # every process must check equally often
             distributed.check_stop()
             if number < len(parts) and model.vectors_to_keep():
                 with compute.autocast(), torch.no_grad():
