@@ -15,7 +15,7 @@ from pathlib import Path
 
 from config import PRECISIONS, TASKS, UserError
 from runtime.script import NotFinite, is_first, run_script, say
-from training.flags import FlagParser
+from training.flags import FlagParser, is_utf8
 
 if __name__ == "__main__":  # Ctrl-C during the seconds of the imports below: no traceback
     signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -211,7 +211,7 @@ def parse_flags(argv=None):
     if flags.sentence2 is not None and flags.sentence is None:
         parser.error("--sentence2 goes with --sentence")
     for flag, text in (("--sentence", flags.sentence), ("--sentence2", flags.sentence2)):
-        if text is not None and any("\ud800" <= character <= "\udfff" for character in text):
+        if text is not None and not is_utf8(text):
             parser.error(f"{flag} {text!a}: not UTF-8")
     if flags.sentence is not None and (flags.report or has_several):
         parser.error("--sentence takes one run")

@@ -35,6 +35,7 @@ from runtime.device import Compute, memory_errors, seed_everything, select_devic
 from runtime.distributed import check_stop, mean_over_processes
 from runtime.files import write_files
 from training import data_files, setup
+from training.data_files import of_split
 from training.log import Meter, log_step, not_finite, progress_bar, read_back
 from training.plan import make_plan
 from training.run_folder import RunFolder, run_path
@@ -138,9 +139,8 @@ def set_learning_rate(optimizer, step, plan):
 
 def make_batches(data, plan):
     """The `MultitaskBatches` of a run: this process's share of each batch."""
-    train_sets = {name: of_task["train"] for name, of_task in data.items()}
     shares = {name: distributed.share(size, name) for name, size in plan.batch_sizes.items()}
-    return MultitaskBatches(train_sets, plan.batch_sizes, plan.flags.seed, shares)
+    return MultitaskBatches(of_split(data, "train"), plan.batch_sizes, plan.flags.seed, shares)
 
 
 def train(run, model, optimizer, data, plan, compute):
@@ -209,11 +209,9 @@ def evaluate_and_keep_best(run, model, data, plan, compute):
     Raises `Stopped`, with `run.progress` unchanged, if a signal comes in the middle.
     """
     began, progress = time.perf_counter(), run.progress
-    train_sets = {name: of_task["train"] for name, of_task in data.items()}
-    dev_sets = {name: of_task["dev"] for name, of_task in data.items()}
     try:
-        calibrate(model, train_sets, plan.flags.calibration_examples, compute)
-        scores = evaluate(model, dev_sets, compute)
+        calibrate(model, of_split(data, "train"), plan.flags.calibration_examples, compute)
+        scores = evaluate(model, of_split(data, "dev"), compute)
     except NotFinite as error:
         raise NotFinite(f"step {progress.step}: {error}; try a lower --lr") from error
     for name, reason in results.undefined_correlations(scores).items():
@@ -249,8 +247,7 @@ def predict_and_write(run, model, data, plan, compute):
     load_weights(model, plan.lora, run.best)
     files, texts, folder = {}, {}, run.path / "predictions"
     for split in ("dev", "test"):
-        datasets = {name: of_task[split] for name, of_task in data.items() if split in of_task}
-        scores = evaluate(model, datasets, compute)
+        scores = evaluate(model, of_split(data, split), compute)
         paths = {name: data_files.output_path(plan.flags, name, split) for name in scores}
         files |= results.prediction_files(plan.flags.predictions_dir, scores, split, paths)
         texts |= results.prediction_files(folder, scores, split) | results.score_files(

@@ -125,6 +125,11 @@ def read_data(paths, flags):
     return files
 
 
+def of_split(data, split):
+    """The files or datasets of one split by task, of those tasks that have it."""
+    return {name: of_task[split] for name, of_task in data.items() if split in of_task}
+
+
 def tokenize_data(files, model):
     """The files of `read_data` as `{task: {split: TaskDataset}}`, for a `MultitaskBERT`."""
     return {

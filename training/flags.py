@@ -69,6 +69,11 @@ def plain_name(flag):
     return flag.strip("-").lower().replace("-", "_")
 
 
+def is_utf8(text):
+    """Whether a word of the command line can be written as UTF-8; a raw byte in it cannot."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)
+
+
 # fmt: off
 def make_parser():
     """All flags, by group."""
@@ -255,7 +260,7 @@ def parse_command(argv=None):
         parser.set_defaults(**RECIPES[recipe].flags)
     flags = parser.parse_args(argv)
     for path in (os.getcwd(), *argv):
-        if any("\ud800" <= character <= "\udfff" for character in path):
+        if not is_utf8(path):
             raise UserError(f"{path!a}: not UTF-8; rename the folder, or set PYTHONUTF8=1")
     given = names_given(parser, argv)
     flags.tasks = [name for name in TASKS if name in flags.tasks]
