@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,19 +13,41 @@ from torch import nn
 
 from config import BertConfig, UserError
 from runtime.hub import Encoder, checked_encoder, resolve_encoder
+from runtime.script import say
 from tokenizer import BertTokenizer
 
-# Names in published files -> names here. Anything else is missing or unexpected, and an error.
+# Names in published files -> names here.
 RENAMED = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
-DROPPED = ("cls.", "embeddings.position_ids")  # pre-training heads; a constant of old versions
+PARTS = ("embeddings", "encoder", "pooler")  # of an encoder; whatever else a file has is left out
+CONSTANT = "embeddings.position_ids"  # of old versions
 
 
 def parameter_name(published):
-    """The parameter's name here for a tensor's name in a published file, None for an unused one."""
-    name = published.removeprefix("bert.")
+    """The parameter's name here for a tensor's name in a published file."""
+    name = published.removeprefix("module.").removeprefix("bert.")
     for old, new in RENAMED.items():
         name = name.replace(old, new)
-    return None if name.startswith(DROPPED) else name
+    return name
+
+
+def encoder_tensors(tensors, path, expected):
+    """The encoder's tensors of a published file, by the names here; says what is left out.
+
+    `expected` are the encoder's parameters by name. A file without a pooler, which this program
+    does not use, gets one of zeros.
+    """
+    tensors = {parameter_name(name): tensor for name, tensor in tensors.items()}
+    tensors.pop(CONSTANT, None)
+    parts = Counter(name.split(".")[0] for name in sorted(tensors))
+    notes = [f"{part} ({n} tensors) left out" for part, n in parts.items() if part not in PARTS]
+    tensors = {n: tensor for n, tensor in tensors.items() if n.split(".")[0] in PARTS}
+    if tensors and "pooler" not in parts:
+        notes.append("no pooler (its output will be 0)")
+        poolers = {n: p for n, p in expected.items() if n.startswith("pooler.")}
+        tensors |= {name: torch.zeros(p.shape) for name, p in poolers.items()}
+    if notes:
+        say(f"{path}: {', '.join(notes)}")
+    return tensors
 
 
 def read_tensors(path):
@@ -86,7 +109,8 @@ class BertPreTrainedModel(nn.Module):
         """The model of a resolved `Encoder` or of a local folder, in fp32, dropout off.
 
         `model.origin` is the `Encoder`. A name on the hub goes through `resolve_encoder` first.
-        Raises `UserError` where a file is damaged, or a tensor missing, unexpected or misshapen.
+        Raises `UserError` where a file is damaged, or a tensor of the encoder is missing,
+        unexpected or misshapen.
         """
         if not isinstance(encoder, Encoder):
             encoder = checked_encoder(Path(encoder))
@@ -94,9 +118,8 @@ class BertPreTrainedModel(nn.Module):
             model = cls(BertConfig.from_file(encoder.folder / "config.json"))
         model.to_empty(device="cpu")
         path = encoder.folder / "model.safetensors"
-        tensors = {parameter_name(name): tensor for name, tensor in read_tensors(path).items()}
-        tensors.pop(None, None)
-        load_strictly(model.state_dict(), tensors, path)
+        parameters = model.state_dict()
+        load_strictly(parameters, encoder_tensors(read_tensors(path), path, parameters), path)
         model.origin = encoder
         return model.eval()
 
@@ -118,15 +141,15 @@ class BertPreTrainedModel(nn.Module):
 def load_encoder(name=None):
     """`(Encoder, BertTokenizer)` of a name; raises `UserError` where they do not fit each other."""
     encoder = resolve_encoder(name)
-    tokenizer = BertTokenizer.from_pretrained(encoder.folder)
     config = BertConfig.from_file(encoder.folder / "config.json")
+    tokenizer = BertTokenizer.from_pretrained(encoder.folder)
     if len(tokenizer) > config.vocab_size:
         raise UserError(
             f"{encoder.folder}: vocabulary of {len(tokenizer)} word pieces does not fit "
             f"vocab_size {config.vocab_size} of config.json"
         )
     tokenizer.model_max_length = min(tokenizer.model_max_length, config.max_position_embeddings)
-    settings = json.dumps([config.to_dict(), tokenizer.settings(), tokenizer.vocab])
+    settings = json.dumps([config.to_dict(), tokenizer.describe()])
     digest = hashlib.sha256(settings.encode()).hexdigest()
     return replace(encoder, settings_sha256=digest), tokenizer
 

@@ -1,7 +1,8 @@
 """Text to WordPiece ids, on the `tokenizers` library.
 
-The vocabulary and the lower-casing rule come from the encoder's folder. A literal `[SEP]` in a text
-is text, not a marker (as in `transformers` with `split_special_tokens=True`).
+The vocabulary, the added tokens and the rules for normalising come from the encoder's folder. A
+literal `[SEP]` in a text is text, not a marker (as in `transformers` with
+`split_special_tokens=True`).
 """
 
 import json
@@ -19,63 +20,62 @@ from config import UserError
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 # A longer text is cut before it is tokenised, for speed: 512 tokens are some 3,000 characters.
 MAX_CHARACTERS = 100_000
-# Classes that normalise a text as `tokenizer.json` says; the others follow `tokenizer_config.json`.
+# `transformers` builds the first classes from the vocabulary and `tokenizer_config.json`. Of the
+# others it takes all of `tokenizer.json` as it is.
+BERT_CLASSES = ("BertTokenizer", "BertTokenizerFast")
 COMPLETE_CLASSES = ("PreTrainedTokenizerFast", "TokenizersBackend")
+
+
+def wordpiece(vocab, lowercase=True, strip_accents=None, split_chinese=True):
+    """BERT's own pipeline, a `tokenizers.Tokenizer`.
+
+    `vocab` maps word pieces to ids, or lists them in the order of their ids. `strip_accents` None:
+    as `lowercase`. `split_chinese`: each Chinese character becomes a word.
+    """
+    ids = vocab if isinstance(vocab, dict) else {piece: i for i, piece in enumerate(vocab)}
+    pipeline = Tokenizer(WordPiece(ids, unk_token="[UNK]", max_input_chars_per_word=100))
+    pipeline.normalizer = BertNormalizer(
+        lowercase=lowercase, strip_accents=strip_accents, handle_chinese_chars=split_chinese
+    )
+    pipeline.pre_tokenizer = BertPreTokenizer()
+    return pipeline
 
 
 class BertTokenizer:
     """WordPiece tokenizer of one encoder (Devlin et al. 2019; Wu et al. 2016).
 
-    `vocab` lists the word pieces in the order of their ids. `strip_accents` None: as `lowercase`.
-    `split_chinese`: each Chinese character becomes a word.
+    `pipeline` is a `tokenizers.Tokenizer`; `name` is the class by which `transformers` loads it.
     """
 
-    def __init__(
-        self, vocab, lowercase=True, model_max_length=512, strip_accents=None, split_chinese=True
-    ):
-        ids = {piece: number for number, piece in enumerate(vocab)}
+    def __init__(self, pipeline, model_max_length=512, name="BertTokenizer"):
+        self._pipeline, self.model_max_length, self.name = pipeline, model_max_length, name
+        ids = pipeline.get_vocab()
         missing = [token for token in SPECIAL_TOKENS if token not in ids]
         if missing:
-            raise UserError(f"vocabulary: no {' '.join(missing)} among {len(vocab)} word pieces")
-        self.vocab, self.lowercase, self.model_max_length = list(vocab), lowercase, model_max_length
+            raise UserError(f"vocabulary: no {' '.join(missing)} among {len(ids)} word pieces")
+        # Of a piece that a vocabulary lists twice only the last id counts; the other has no piece.
+        self.vocab = [pipeline.id_to_token(i) or "" for i in range(max(ids.values()) + 1)]
         self.pad_id, self.unk_id, self.cls_id, self.sep_id = (ids[t] for t in SPECIAL_TOKENS[:4])
-        self._tokenizer = Tokenizer(WordPiece(ids, unk_token="[UNK]", max_input_chars_per_word=100))
-        self.strip_accents, self.split_chinese = strip_accents, split_chinese
-        self._tokenizer.normalizer = BertNormalizer(
-            lowercase=lowercase, strip_accents=strip_accents, handle_chinese_chars=split_chinese
-        )
-        self._tokenizer.pre_tokenizer = BertPreTokenizer()
 
     @classmethod
     def from_pretrained(cls, folder):
-        """Read `vocab.txt` (else `tokenizer.json`) and `tokenizer_config.json` of a local folder.
-
-        Normalises as `transformers` does. Raises `UserError` where no vocabulary can be read.
-        """
+        """Read the tokenizer of a local folder: the same ids as `transformers`, or `UserError`."""
         folder = Path(folder)
         try:
-            settings, complete = (
+            settings, complete, added = (
                 json.loads(path.read_text(encoding="utf-8") if path.is_file() else "{}")
-                for path in (folder / "tokenizer_config.json", folder / "tokenizer.json")
+                for path in map(folder.joinpath, SETTINGS_FILES)
             )
-            if complete and not (folder / "vocab.txt").is_file():
-                ids = complete["model"]["vocab"]
-                vocab = sorted(ids, key=ids.get)
-            else:
-                text = (folder / "vocab.txt").read_text(encoding="utf-8")
-                vocab = text.removesuffix("\n").split("\n")
-            if settings.get("tokenizer_class") in COMPLETE_CLASSES:
-                rules = complete.get("normalizer") or {}
-                names = ("lowercase", "strip_accents", "handle_chinese_chars")
-            else:
-                rules = settings
-                names = ("do_lower_case", "strip_accents", "tokenize_chinese_chars")
-            lowercase, strip_accents, split_chinese = map(rules.get, names)
+            name = settings.get("tokenizer_class") or BERT_CLASSES[0]
+            pipeline = _read_pipeline(folder, name, settings, complete)
+            _add_tokens(pipeline, _added_tokens(settings, complete, added))
             length = settings.get("model_max_length", 512)
             length = length if length < 10**6 else 512  # 10^30 stands for no limit
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except UserError as error:
+            raise UserError(f"{folder}: {error}") from error
+        except Exception as error:  # the library's own errors have no other base
             raise UserError(f"{folder}: no readable vocabulary: {error}") from error
-        return cls(vocab, lowercase is not False, length, strip_accents, split_chinese is not False)
+        return cls(pipeline, length, name.removesuffix("Fast") if name in BERT_CLASSES else name)
 
     def __len__(self):
         return len(self.vocab)
@@ -84,36 +84,40 @@ class BertTokenizer:
         """Ids of each text as an int32 array `[CLS] … [SEP]` of at most `max_length` tokens."""
         room = (max_length or self.model_max_length) - 2
         texts = [text[:MAX_CHARACTERS] for text in texts]
-        encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        encodings = self._pipeline.encode_batch_fast(texts, add_special_tokens=False)
         return [
             np.array([self.cls_id, *encoding.ids[:room], self.sep_id], dtype=np.int32)
             for encoding in encodings
         ]
 
-    def settings(self):
-        """How a text is normalised and cut, under `transformers`' names."""
-        return {
-            "do_lower_case": self.lowercase,
-            "model_max_length": self.model_max_length,
-            "strip_accents": self.strip_accents,
-            "tokenize_chinese_chars": self.split_chinese,
-        }
+    def describe(self):
+        """Everything that the ids of a text depend on, as JSON."""
+        return json.dumps([self.model_max_length, self._pipeline.to_str()])
 
     def save_pretrained(self, folder):
         """Write the files by which `transformers` and other tools load this same tokenizer."""
         folder = Path(folder)
         special = {f"{token[1:-1].lower()}_token": token for token in SPECIAL_TOKENS}
         settings = {
-            "tokenizer_class": "BertTokenizer",
-            **self.settings(),
+            "tokenizer_class": self.name,
+            "model_max_length": self.model_max_length,
+            "model_input_names": ["input_ids", "token_type_ids", "attention_mask"],
             "split_special_tokens": True,  # a literal [SEP] in a text is text for them too
             **special,
         }
-        (folder / "vocab.txt").write_text("\n".join(self.vocab) + "\n", encoding="utf-8")
+        if self.name in BERT_CLASSES:
+            rules = self._pipeline.normalizer
+            settings |= {
+                "do_lower_case": rules.lowercase,
+                "strip_accents": rules.strip_accents,
+                "tokenize_chinese_chars": rules.handle_chinese_chars,
+            }
+        size = max(self._pipeline.get_vocab(with_added_tokens=False).values()) + 1
+        (folder / "vocab.txt").write_text("\n".join(self.vocab[:size]) + "\n", encoding="utf-8")
         contents = {"tokenizer_config.json": settings, "special_tokens_map.json": special}
         for name, content in contents.items():
             (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        complete = Tokenizer.from_str(self._tokenizer.to_str())
+        complete = Tokenizer.from_str(self._pipeline.to_str())
         complete.add_special_tokens([AddedToken(t, special=True) for t in SPECIAL_TOKENS])
         complete.post_processor = TemplateProcessing(
             single="[CLS] $A [SEP]",
@@ -121,6 +125,74 @@ class BertTokenizer:
             special_tokens=[("[CLS]", self.cls_id), ("[SEP]", self.sep_id)],
         )
         complete.save(str(folder / "tokenizer.json"))
+
+
+# ------------------------------------------------------------------------------ a folder's files
+
+SETTINGS_FILES = ("tokenizer_config.json", "tokenizer.json", "added_tokens.json")
+
+
+def _read_pipeline(folder, name, settings, complete):
+    """The pipeline of a folder without its added tokens; `complete` is its `tokenizer.json`.
+
+    Raises `UserError` for a tokenizer that is not BERT's.
+    """
+    kind = complete.get("model", {}).get("type") or "WordPiece"  # old files leave it out
+    if name not in BERT_CLASSES + COMPLETE_CLASSES or kind != "WordPiece":
+        raise UserError(f"tokenizer: {name}, {kind}; expected {BERT_CLASSES[0]}, WordPiece")
+    for token in SPECIAL_TOKENS:
+        found = settings.get(f"{token[1:-1].lower()}_token") or token
+        found = found["content"] if isinstance(found, dict) else found
+        if found != token:
+            raise UserError(f"tokenizer_config.json: {found!r} in place of {token}")
+    if name in COMPLETE_CLASSES:
+        parts = dict.fromkeys(("truncation", "padding", "post_processor"))
+        return Tokenizer.from_str(json.dumps(complete | parts | {"added_tokens": []}))
+    if complete:
+        vocab = complete["model"]["vocab"]
+    else:
+        text = (folder / "vocab.txt").read_text(encoding="utf-8")
+        vocab = text.removesuffix("\n").split("\n")
+    rules = ("do_lower_case", "strip_accents", "tokenize_chinese_chars")
+    lowercase, strip_accents, split_chinese = map(settings.get, rules)
+    return wordpiece(vocab, lowercase is not False, strip_accents, split_chinese is not False)
+
+
+def _added_tokens(settings, complete, added):
+    """The added tokens of a folder's files: text -> (id or None for the next one, `AddedToken`).
+
+    `complete` is `tokenizer.json`, `added` is `added_tokens.json`.
+    """
+    special = settings.get("additional_special_tokens") or []
+    ids = dict.fromkeys(special) | added
+    entries = [
+        {"content": text, "id": number, "normalized": text not in special}
+        for text, number in ids.items()
+    ]
+    decoder = settings.get("added_tokens_decoder", {})
+    entries += [{**entry, "id": int(number)} for number, entry in decoder.items()]
+    entries += complete.get("added_tokens", [])
+    how = ("single_word", "lstrip", "rstrip", "normalized")
+    return {
+        entry["content"]: (
+            entry["id"],
+            AddedToken(entry["content"], **{key: entry[key] for key in how if key in entry}),
+        )
+        for entry in entries
+        if entry["content"] not in SPECIAL_TOKENS
+    }
+
+
+def _add_tokens(pipeline, tokens):
+    """Add tokens by text to a pipeline, in the order of their ids. Raises `UserError`.
+
+    A special one among them is matched like the others; only BERT's own five are text.
+    """
+    last = pipeline.get_vocab_size() + len(tokens)
+    for text, (number, token) in sorted(tokens.items(), key=lambda item: item[1][0] or last):
+        pipeline.add_tokens([token])
+        if number not in (None, pipeline.token_to_id(text)):
+            raise UserError(f"added token {text!r}: its id is {number}, which does not follow")
 
 
 def join_pair(first, second, max_length):

@@ -11,7 +11,7 @@ import threading
 from dataclasses import dataclass
 from pathlib import Path
 
-from config import UserError
+from config import BertConfig, UserError
 from runtime.files import file_sha256
 from runtime.script import say
 
@@ -33,6 +33,12 @@ SHA256 = {
 }
 FILES = ("config.json", "model.safetensors")
 VOCABULARIES = ("vocab.txt", "tokenizer.json")  # either will do
+OPTIONAL = ("tokenizer_config.json", "added_tokens.json")
+CONVERT = (
+    'convert pytorch_model.bin, from another folder: python -c "import transformers as t; '
+    "[kind.from_pretrained('{name}').save_pretrained('NEW_FOLDER') "
+    'for kind in (t.AutoModel, t.AutoTokenizer)]"'
+)
 STANDS_IN = (
     "bert-base-uncased is not in the cache and the hub cannot be reached: using the bundled "
     "all-MiniLM-L6-v2 instead, a smaller encoder"
@@ -104,11 +110,13 @@ def checked_encoder(folder, name=None, substituted=False):
     Raises `UserError` where a file is missing, or is not the published one of that name.
     """
     missing = [file for file in FILES if not (folder / file).exists()]
+    if missing == [FILES[1]] and (folder / "pytorch_model.bin").exists():
+        raise UserError(f"{folder}: no {missing[0]}; {CONVERT.format(name=folder.resolve())}")
     if missing:
         raise UserError(f"{folder}: no {' and no '.join(missing)}; not an encoder's folder")
     path = folder / "model.safetensors"
     digest = file_sha256(path)
-    for file in FILES + VOCABULARIES:
+    for file in FILES + VOCABULARIES + OPTIONAL:
         _check_download(folder / file, digest if file == path.name else None)
     expected = SHA256.get(name, digest)
     if digest != expected:
@@ -186,8 +194,13 @@ def _download(repo):
             why = (str(error).strip() or repr(error)).splitlines()[0]
             raise UserError(f"encoder {repo}: {file} not downloaded: {why}; {WAY_OUT}") from error
 
-    fetch("tokenizer_config.json")  # first: a cache that has the others counts as complete
-    for alternatives in (VOCABULARIES, *((file,) for file in FILES)):
-        if not any(map(fetch, alternatives)):
-            raise UserError(f"encoder {repo}: the hub has no {' and no '.join(alternatives)} of it")
+    # The weights last: a cache that has them counts as complete.
+    for alternatives in (OPTIONAL, VOCABULARIES, *((file,) for file in FILES)):
+        found = [path for path in map(fetch, alternatives) if path]
+        if alternatives != OPTIONAL and not found:
+            hint = f"; {CONVERT.format(name=repo)}" if alternatives == FILES[1:] else ""
+            missing = " and no ".join(alternatives)
+            raise UserError(f"encoder {repo}: the hub has no {missing} of it{hint}")
+        if alternatives == FILES[:1]:
+            BertConfig.from_file(found[0])  # another architecture: refused before its weights
     return _cached_folder(repo)

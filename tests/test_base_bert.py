@@ -70,6 +70,30 @@ def test_published_names_of_every_age_are_accepted(tiny_folder, prefix):
     assert torch.equal(BertModel.from_pretrained(tiny_folder)(IDS, MASK)["pooler_output"], expected)
 
 
+def test_row_51_what_is_not_used_is_left_out_and_named(tiny_folder, capsys):
+    """No pooler, other heads and the prefix of `DataParallel`, all in one file."""
+    expected = BertModel.from_pretrained(tiny_folder)(IDS, MASK)["last_hidden_state"]
+
+    def change(tensors):
+        for name in list(tensors):
+            tensor = tensors.pop(name)
+            if not name.startswith("pooler."):
+                tensors[f"module.bert.{name}"] = tensor
+        tensors["module.classifier.weight"] = torch.zeros(2, 32)
+        tensors["module.classifier.bias"] = torch.zeros(2)
+        tensors["cls.predictions.bias"] = torch.zeros(7)
+
+    capsys.readouterr()
+    change_tensors(tiny_folder, change)
+    outputs = BertModel.from_pretrained(tiny_folder)(IDS, MASK)
+    assert torch.equal(outputs["last_hidden_state"], expected)
+    assert not outputs["pooler_output"].any()
+    assert capsys.readouterr().out == (
+        f"{tiny_folder / 'model.safetensors'}: classifier (2 tensors) left out, cls (1 "
+        "tensors) left out, no pooler (its output will be 0)\n"
+    )
+
+
 LAYER = "encoder.layer.{}.output.dense.bias"  # of an encoder with the layers 0 and 1
 
 
@@ -77,8 +101,7 @@ LAYER = "encoder.layer.{}.output.dense.bias"  # of an encoder with the layers 0 
     ("message", "name", "replacement"),
     [
         (f"missing {LAYER.format(1)}", LAYER.format(1), None),
-        ("missing pooler.dense.weight", "pooler.dense.weight", None),
-        ("unexpected classifier.weight", "classifier.weight", torch.zeros(2, 32)),
+        ("missing pooler.dense.weight", "pooler.dense.weight", None),  # of a pooler with a bias
         (f"unexpected {LAYER.format(2)}", LAYER.format(2), torch.zeros(32)),
         ("pooler.dense.bias is (33,), expected (32,)", "pooler.dense.bias", torch.zeros(33)),
     ],

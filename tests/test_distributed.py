@@ -23,7 +23,7 @@ from bert import BertModel
 from config import UserError
 from runtime import distributed, script
 from runtime.device import Compute
-from tokenizer import BertTokenizer
+from tokenizer import BertTokenizer, wordpiece
 from training.run_folder import RunFolder
 from training.setup import encode_in_advance
 
@@ -60,7 +60,7 @@ class Bench:
     def __init__(self, folder, config, vocab):
         self.folder = folder
         torch.manual_seed(11711)
-        tokenizer = BertTokenizer(vocab, model_max_length=40)
+        tokenizer = BertTokenizer(wordpiece(vocab), model_max_length=40)
         BertModel(config).save_pretrained(folder / "encoder", tokenizer)
         (folder / "data").mkdir()
         for path in SAMPLE.glob("*.csv"):

@@ -39,6 +39,23 @@ def test_a_folder_without_an_encoder_says_what_is_missing(tiny_folder, name):
         resolve_encoder(str(tiny_folder))
 
 
+def test_row_51_pickled_weights_are_refused_with_the_way_to_convert_them(tiny_folder):
+    (tiny_folder / "model.safetensors").rename(tiny_folder / "pytorch_model.bin")
+    with pytest.raises(
+        UserError, match=r"no model.safetensors; convert .* python -c .*t.AutoModel"
+    ):
+        resolve_encoder(str(tiny_folder))
+
+
+def test_row_51_another_architecture_is_named_with_its_folder(tiny_folder):
+    path = tiny_folder / "config.json"
+    path.write_text(json.dumps({"model_type": "roberta"}))
+    (tiny_folder / "vocab.txt").write_text("<s>\n</s>\n")
+    (tiny_folder / "tokenizer.json").unlink()
+    with pytest.raises(UserError, match=f"{path}: .*model_type is 'roberta'; expected 'bert'"):
+        load_encoder(str(tiny_folder))
+
+
 NO_ENCODERS = ["no_such_folder", "./a/b", "/no/such/folder", "a/b/c", "~/x", "a/b--c", "a/b.git"]
 NO_ENCODERS += ["C:\\models/bert", "my models/bert", "~nobody of that name/bert", "a/" + 300 * "b"]
 

@@ -31,7 +31,7 @@ from config import TASKS, BertConfig, LoRAConfig
 from datasets import read_task_file
 from lora import adapter_layers, adapter_tensors, apply_lora, load_adapter, merge_lora, save_adapter
 from runtime import hub
-from tokenizer import BertTokenizer, join_pair
+from tokenizer import BertTokenizer, join_pair, wordpiece
 from training.run_folder import RunFolder
 from training.saved_models import load_run, save_model
 
@@ -319,7 +319,7 @@ def test_ids_of_odd_texts_and_pairs_equal_transformers(max_length, published, to
 @pytest.mark.parametrize("lowercase", [True, False])
 def test_saved_tokenizer_gives_the_same_ids(lowercase, ask, tokenizer, tmp_path):
     """The files that `save_pretrained` writes, in `AutoTokenizer` without any option."""
-    saved = BertTokenizer(tokenizer.vocab, lowercase)
+    saved = BertTokenizer(wordpiece(tokenizer.vocab, lowercase))
     saved.save_pretrained(tmp_path)
     answer = ask("tokens", tokenizer=tmp_path, texts=ODD_TEXTS, pairs=ODD_PAIRS)
     assert differing_rows(saved(ODD_TEXTS), answer) == []
@@ -327,13 +327,74 @@ def test_saved_tokenizer_gives_the_same_ids(lowercase, ask, tokenizer, tmp_path)
     assert answer.result().said == []
 
 
+ENTRY = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": True}
+COVID = {"id": 30522, "content": "covid19", "special": False, **ENTRY}
+ENTITY = COVID | {"id": 30523, "content": "<ENT>", "special": True, "normalized": False}
+AMPERSAND = {"type": "Replace", "pattern": {"String": "&"}, "content": "and"}
+LOWERCASE = {"type": "BertNormalizer", "clean_text": True, "handle_chinese_chars": True}
+LOWERCASE |= {"strip_accents": None, "lowercase": True}
+CHANGED = {"type": "Sequence", "normalizers": [AMPERSAND, LOWERCASE]}
+# tokenizer_config.json, what is changed in tokenizer.json (None: there is only vocab.txt), and
+# added_tokens.json.
+FOLDERS = {
+    "vocabulary alone": (None, None, {}),
+    "cased by tokenizer.json": (None, {"normalizer": LOWERCASE | {"lowercase": False}}, {}),
+    "added": ({}, {"added_tokens": [COVID, ENTITY]}, {}),
+    "added, old files": (
+        {"additional_special_tokens": ["<ENT>", "<X>"]},
+        None,
+        {"covid19": 30523, "<ENT>": 30522},
+    ),
+    "added, in the settings": (
+        {"added_tokens_decoder": {"30522": {"content": "covid19"} | ENTRY}},
+        None,
+        {},
+    ),
+    "added, in the vocabulary": ({}, {}, {"good": 2204}),
+    "normaliser": ({"tokenizer_class": "TokenizersBackend"}, {"normalizer": CHANGED}, {}),
+    "no normaliser": ({"tokenizer_class": "PreTrainedTokenizerFast"}, {"normalizer": None}, {}),
+    "normaliser, ignored": ({"tokenizer_class": "BertTokenizer"}, {"normalizer": CHANGED}, {}),
+}
+WITH_SEGMENTS = {"return_token_type_ids": True}
+MARKED_TEXTS = [
+    "covid19 is bad",
+    "Covid19 & <ENT> <ent> <X>",
+    "xcovid19y good",
+    "Ün 中国",
+    "covid19 " * 600,
+]
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_row_50_ids_of_a_changed_tokenizer_equal_transformers(folder, ask, tokenizer, tmp_path):
+    """As it is read, and as it is saved again."""
+    settings, changes, added = FOLDERS[folder]
+    tokenizer.save_pretrained(tmp_path)
+    complete = json.loads((tmp_path / "tokenizer.json").read_text())
+    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
+        (tmp_path / name).unlink()
+    contents = {"config.json": BertConfig().to_dict(), "tokenizer_config.json": settings}
+    contents["tokenizer.json"] = None if changes is None else complete | changes
+    contents["added_tokens.json"] = added or None
+    for name, content in contents.items():
+        if content is not None:
+            (tmp_path / name).write_text(json.dumps(content))
+    ours = BertTokenizer.from_pretrained(tmp_path)
+    (tmp_path / "saved").mkdir()
+    ours.save_pretrained(tmp_path / "saved")
+    for read in (tmp_path, tmp_path / "saved"):
+        answer = ask("tokens", tokenizer=read, texts=MARKED_TEXTS, options=WITH_SEGMENTS)
+        assert differing_rows(ours(MARKED_TEXTS), answer) == []
+    assert BertTokenizer.from_pretrained(tmp_path / "saved").describe() == ours.describe()
+
+
 def test_faulty_tokenizer_does_not_equal_transformers(published, tokenizer):
     """Without lower-casing, with [SEP] as a marker, and with all of a pair in one segment."""
     answer = published(texts=ODD_TEXTS, pairs=ODD_PAIRS, max_length=512)
-    cased = BertTokenizer(tokenizer.vocab, lowercase=False)
+    cased = BertTokenizer(wordpiece(tokenizer.vocab, lowercase=False))
     assert differing_rows(cased(ODD_TEXTS), answer)
-    marked = BertTokenizer(tokenizer.vocab)
-    marked._tokenizer.add_special_tokens(["[SEP]", "[CLS]", "[MASK]"])
+    marked = BertTokenizer(wordpiece(tokenizer.vocab))
+    marked._pipeline.add_special_tokens(["[SEP]", "[CLS]", "[MASK]"])
     wrong = differing_rows(marked(ODD_TEXTS), answer)
     assert all("[" in ODD_TEXTS[row] for row in wrong) and len(wrong) >= 2
     lengths = answer.result().tensors["pairs.lengths"].tolist()

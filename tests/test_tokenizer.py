@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from config import UserError
-from tokenizer import BertTokenizer, join_pair
+from tokenizer import BertTokenizer, join_pair, wordpiece
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +81,7 @@ def test_the_rules_of_a_folder_are_kept_when_it_is_saved(
     toy_vocab, tmp_path, settings, normalizer, expected
 ):
     """Also where `tokenizer.json` is the only vocabulary that is left."""
-    BertTokenizer(toy_vocab).save_pretrained(tmp_path)
+    BertTokenizer(wordpiece(toy_vocab)).save_pretrained(tmp_path)
     complete = json.loads((tmp_path / "tokenizer.json").read_text())
     complete["normalizer"] |= normalizer
     (tmp_path / "tokenizer.json").write_text(json.dumps(complete))
@@ -94,13 +94,13 @@ def test_the_rules_of_a_folder_are_kept_when_it_is_saved(
         if absent:
             (tmp_path / absent).unlink()
         again = BertTokenizer.from_pretrained(tmp_path)
-        assert (again.vocab, again.settings()) == (toy_vocab, read.settings())
+        assert (again.vocab, again.describe()) == (toy_vocab, read.describe())
         assert pieces(again, "Ün") == expected
 
 
 @pytest.mark.parametrize("split", [True, False])
 def test_chinese_characters_are_words_unless_told_otherwise(toy_vocab, tmp_path, split):
-    tokenizer = BertTokenizer(toy_vocab, split_chinese=split)
+    tokenizer = BertTokenizer(wordpiece(toy_vocab, split_chinese=split))
     tokenizer.save_pretrained(tmp_path)
     for either in (tokenizer, BertTokenizer.from_pretrained(tmp_path)):
         assert pieces(either, "中国") == ("[UNK] [UNK]" if split else "[UNK]")
@@ -116,7 +116,7 @@ def test_a_vocabulary_with_crlf_and_without_a_limit_is_read(toy_vocab, tmp_path)
 
 def test_a_vocabulary_without_the_markers_is_refused(toy_vocab):
     with pytest.raises(UserError, match=r"no \[SEP\] \[MASK\]"):
-        BertTokenizer([piece for piece in toy_vocab if piece not in ("[SEP]", "[MASK]")])
+        BertTokenizer(wordpiece([p for p in toy_vocab if p not in ("[SEP]", "[MASK]")]))
 
 
 @pytest.mark.parametrize(
@@ -137,6 +137,34 @@ def test_a_damaged_or_missing_file_is_the_users_mistake(tmp_path, toy_vocab, nam
         (tmp_path / "vocab.txt").write_text("\n".join(toy_vocab) + "\n")
     (tmp_path / name).write_bytes(content.encode("latin-1"))
     with pytest.raises(UserError, match=f"{tmp_path}: no readable vocab"):
+        BertTokenizer.from_pretrained(tmp_path)
+
+
+ENTRY = {"id": 999, "content": "covid19", "normalized": True}
+
+
+@pytest.mark.parametrize(
+    ("settings", "complete", "message"),
+    [
+        ({"tokenizer_class": "BertJapaneseTokenizer"}, {}, "BertJapaneseTokenizer, WordPiece; exp"),
+        (
+            {"tokenizer_class": "TokenizersBackend"},
+            {"model": {"type": "BPE"}},
+            "TokenizersBackend, BPE",
+        ),
+        ({"cls_token": "<s>"}, {}, r"'<s>' in place of \[CLS\]"),
+        ({"sep_token": {"content": "</s>"}}, {}, r"'</s>' in place of \[SEP\]"),
+        ({}, {"added_tokens": [ENTRY]}, "'covid19': its id is 999, which does not follow"),
+    ],
+)
+def test_row_50_a_tokenizer_that_transformers_reads_otherwise_is_refused(
+    toy_vocab, tmp_path, settings, complete, message
+):
+    BertTokenizer(wordpiece(toy_vocab)).save_pretrained(tmp_path)
+    whole = json.loads((tmp_path / "tokenizer.json").read_text()) | complete
+    (tmp_path / "tokenizer.json").write_text(json.dumps(whole))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    with pytest.raises(UserError, match=f"{tmp_path}: .*{message}"):
         BertTokenizer.from_pretrained(tmp_path)
 
 
