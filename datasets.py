@@ -244,6 +244,10 @@ class TaskBatch:
     second: list | None  # None for a task of single sentences
     labels: torch.Tensor | None  # (batch,) fp32; None for a test file
 
+    def columns(self):
+        """The sentences by role, "first" and, of a pair task, "second"."""
+        return {"first": self.first} | ({"second": self.second} if self.second else {})
+
 
 class TaskDataset:
     """The examples of one file, tokenised once."""

@@ -13,7 +13,12 @@ from bert import FastDropout, pack
 from config import TASKS
 from datasets import TaskBatch
 from runtime.distributed import gather_rows, mean_over_processes
-from simcse import supervised_simcse_loss, unsupervised_simcse_loss
+from simcse import (
+    copies_of,
+    sentence_keys,
+    supervised_simcse_loss,
+    unsupervised_simcse_loss,
+)
 from tokenizer import join_pair
 
 VECTOR_CACHE_MIB = 1024  # sentence vectors of a frozen encoder that are kept, at most
@@ -211,7 +216,7 @@ class MultitaskBERT(nn.Module):
         for name in batches:
             if name in self.config.simcse_tasks:
                 passes = vectors[name, 0], vectors[name, 1]
-                losses[f"simcse_{name}"] = self.unsupervised_simcse(name, *passes)
+                losses[f"simcse_{name}"] = self.unsupervised_simcse(batches[name], *passes)
         if self.config.supervised_simcse and "para" in batches:
             loss = self.supervised_simcse(batches["para"], vectors["para", 0])
             losses["simcse_para_supervised"] = loss
@@ -231,13 +236,19 @@ class MultitaskBERT(nn.Module):
         loss = (loss + task_loss(task, again, labels)) / 2
         return {name: loss, f"r_drop_{name}": consistency_loss(task, outputs, again)}
 
-    def unsupervised_simcse(self, name, first, second):
-        """The task's contrastive loss; a pair's first and second sentences are contrasted apart."""
+    def unsupervised_simcse(self, batch, first, second):
+        """The task's contrastive loss; a pair's first and second sentences are contrasted apart.
+
+        `first` and `second` are the vectors of the two passes by role.
+        """
         losses = []
-        for role in ("first", "second") if TASKS[name].is_pair else ("first",):
+        for role, sentences in batch.columns().items():
             anchors = self.contrast(first[role])
             candidates, offset = gather_rows(self.contrast(second[role]))
-            losses.append(unsupervised_simcse_loss(anchors, candidates, offset=offset))
+            keys = sentence_keys(sentences, anchors.device)
+            copies = copies_of(gather_rows(keys)[0], offset, keys)
+            loss = unsupervised_simcse_loss(anchors, candidates, offset=offset, copies=copies)
+            losses.append(loss)
         return sum(losses) / len(losses)
 
     def supervised_simcse(self, batch, vectors):
@@ -245,10 +256,10 @@ class MultitaskBERT(nn.Module):
         anchors = self.contrast(vectors["first"])
         candidates, offset = gather_rows(self.contrast(vectors["second"]))
         is_duplicate = batch.labels.to(anchors.device)
-        count = mean_over_processes(is_duplicate.sum())
-        return supervised_simcse_loss(
-            anchors, candidates, is_duplicate, offset=offset, anchors_per_process=count
-        )
+        weights = is_duplicate / mean_over_processes(is_duplicate.sum()).clamp(min=1e-9)
+        first, second = (sentence_keys(s, anchors.device) for s in batch.columns().values())
+        copies = copies_of(gather_rows(second)[0], offset, first, second)
+        return supervised_simcse_loss(anchors, candidates, weights, offset=offset, copies=copies)
 
     def contrast(self, vectors):
         """The projection before the contrastive losses, (batch, hidden) -> the same."""
@@ -368,9 +379,5 @@ class MultitaskBERT(nn.Module):
 
 def single_sentences(batch):
     """Each sentence of a batch by itself, by role."""
-    columns = {"first": batch.first, "second": batch.second}
-    return {
-        role: [(ids, len(ids)) for ids in sentences]
-        for role, sentences in columns.items()
-        if sentences is not None
-    }
+    columns = batch.columns().items()
+    return {role: [(ids, len(ids)) for ids in sentences] for role, sentences in columns}

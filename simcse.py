@@ -1,47 +1,66 @@
 """The contrastive losses of SimCSE (Gao et al. 2021), as pure functions of embeddings."""
 
+from hashlib import blake2b
+
+import numpy as np
 import torch
 import torch.nn.functional as F
 
 TEMPERATURE = 0.05  # Gao et al. 2021, §3 and table D.1
 
 
-def similarity_logits(anchors, candidates, temperature=TEMPERATURE):
+def similarity_logits(anchors, candidates, temperature=TEMPERATURE, copies=None):
     """Cosine similarity of every anchor with every candidate, divided by the temperature.
 
-    (A, hidden), (C, hidden) -> (A, C), fp32. Raises `ValueError` for a single candidate.
+    (A, hidden), (C, hidden) -> (A, C), fp32; -inf where `copies` (A, C) is True. Raises
+    `ValueError` for a single candidate.
     """
     if len(candidates) < 2:
         raise ValueError("SimCSE needs a batch of at least 2: 1 has no negatives")
     with torch.autocast(anchors.device.type, enabled=False):
         anchors = F.normalize(anchors.float(), dim=-1)
         candidates = F.normalize(candidates.float(), dim=-1)
-        return anchors @ candidates.T / temperature
+        logits = anchors @ candidates.T / temperature
+    return logits if copies is None else logits.masked_fill(copies, -torch.inf)
 
 
-def unsupervised_simcse_loss(first, second, temperature=TEMPERATURE, offset=0):
+def unsupervised_simcse_loss(first, second, temperature=TEMPERATURE, offset=0, copies=None):
     """In-batch cross entropy between two passes over the same sentences (Gao et al. 2021, eq. 4).
 
     `first` and `second` are (batch, hidden). Row i of both is sentence i under two dropout masks;
-    all other rows of `second` are its negatives. Returns a scalar. Where several processes share a
-    batch, `second` holds the rows of all, and this process's rows begin there at `offset`.
+    the other rows of `second` are its negatives, but for its `copies` (of `copies_of`). Returns a
+    scalar. Where several processes share a batch, `second` holds the rows of all, and this
+    process's rows begin there at `offset`.
     """
     labels = torch.arange(offset, offset + len(first), device=first.device)
-    return F.cross_entropy(similarity_logits(first, second, temperature), labels)
+    return F.cross_entropy(similarity_logits(first, second, temperature, copies), labels)
 
 
-def supervised_simcse_loss(
-    first, second, is_duplicate, temperature=TEMPERATURE, offset=0, anchors_per_process=None
-):
+def supervised_simcse_loss(first, second, weights, temperature=TEMPERATURE, offset=0, copies=None):
     """Cross entropy of duplicate pairs against all second sentences (Gao et al. 2021, eq. 5).
 
-    `first` and `second` are (batch, hidden), the sentences of each pair; `is_duplicate` (batch,) is
-    1 for paraphrases. Anchors are the first sentences of duplicates; the second sentences of other
-    pairs are hard negatives. Returns a scalar, exactly 0 for a batch without a duplicate. `offset`
-    is as above; several processes divide their sums by `anchors_per_process`, the mean number.
+    `first` and `second` are (batch, hidden), the sentences of each pair. Anchors are the first
+    sentences of duplicates; the second sentences of other pairs are hard negatives. `weights`
+    (batch,) are 1 / the number of duplicates for a duplicate, else 0. Returns a scalar, exactly 0
+    for a batch without a duplicate. `offset` and `copies` are as above.
     """
-    anchors = is_duplicate.bool().nonzero().squeeze(-1)
-    logits = similarity_logits(first[anchors], second, temperature)
-    total = F.cross_entropy(logits, anchors + offset, reduction="sum")
-    count = len(anchors) if anchors_per_process is None else anchors_per_process
-    return total / (count + (count == 0))
+    labels = torch.arange(offset, offset + len(first), device=first.device)
+    logits = similarity_logits(first, second, temperature, copies)
+    return (F.cross_entropy(logits, labels, reduction="none") * weights).sum()
+
+
+def sentence_keys(sentences, device):
+    """A number for each sentence, equal for copies: arrays of ids -> (batch,) int64."""
+    digests = [blake2b(ids.tobytes(), digest_size=8).digest() for ids in sentences]
+    return torch.from_numpy(np.frombuffer(b"".join(digests), dtype=np.int64).copy()).to(device)
+
+
+def copies_of(candidates, offset, *anchors):
+    """Which candidates are copies of an anchor's sentence, and so not its negatives.
+
+    `candidates` (C,) are the candidates' keys, each of `anchors` (A,) those of one of the anchors'
+    sentences. Returns (A, C) bool, False at each anchor's own candidate, at `offset` + i.
+    """
+    copies = torch.stack([keys[:, None] == candidates for keys in anchors]).any(0)
+    copies.diagonal(offset).fill_(False)
+    return copies

@@ -74,14 +74,19 @@ def check_stop():
         raise script.Stopped(number)
 
 
+def _all_gather(rows):
+    """The rows of all processes, without gradients."""
+    parts = [torch.empty_like(rows) for _ in range(world_size())]
+    dist.all_gather(parts, rows.contiguous())
+    return torch.cat(parts)
+
+
 class _GatherRows(torch.autograd.Function):
     """The rows of all processes. Backward: sum the gradients that all ranks send to these rows."""
 
     @staticmethod
     def forward(ctx, rows):
-        parts = [torch.empty_like(rows) for _ in range(world_size())]
-        dist.all_gather(parts, rows.contiguous())
-        return torch.cat(parts)
+        return _all_gather(rows)
 
     @staticmethod
     def backward(ctx, gradient):
@@ -93,11 +98,14 @@ def gather_rows(rows):
     """The rows of all processes, with gradients, and where this process's begin.
 
     (batch, hidden) -> (processes * batch, hidden) fp32, int. Every process has as many rows. They
-    travel in fp32 under autocast too, so that their gradients are summed in fp32.
+    travel in fp32 under autocast too, so that their gradients are summed in fp32. Integers stay
+    integers.
     """
     if world_size() == 1:
         return rows, 0
-    return _GatherRows.apply(rows.float()), rank() * len(rows)
+    is_float = rows.is_floating_point()
+    gathered = _GatherRows.apply(rows.float()) if is_float else _all_gather(rows)
+    return gathered, rank() * len(rows)
 
 
 @torch.no_grad()

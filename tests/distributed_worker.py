@@ -76,6 +76,7 @@ def unwrapped(model, **_):
 
 
 FAULTS = {
+    "copies": (multitask_bert, "copies_of", lambda *_: None),
     "files": (setup, "file_sha256", lambda path: f"{path} on {rank()}"),  # each machine has its own
     "gather": (multitask_bert, "gather_rows", lambda rows: (rows, 0)),
     "wrapper": (multitask_classifier, "DistributedDataParallel", unwrapped),

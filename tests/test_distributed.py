@@ -64,8 +64,10 @@ class Bench:
         BertModel(config).save_pretrained(folder / "encoder", tokenizer)
         (folder / "data").mkdir()
         for path in SAMPLE.glob("*.csv"):
-            rows = path.read_text(encoding="utf-8").splitlines(keepends=True)
-            (folder / "data" / path.name).write_text("".join(rows[:61]), encoding="utf-8")
+            header, *rows = path.read_text(encoding="utf-8").splitlines(keepends=True)[:31]
+            copies = [row.replace("\t", "\tcopy-", 1) for row in rows]  # the same texts, other ids
+            text = "".join([header, *rows, *copies])
+            (folder / "data" / path.name).write_text(text, encoding="utf-8")
 
     def argv(self, where, *more):
         """Arguments of the training script, with its output under the folder `where`."""
@@ -173,7 +175,7 @@ def quick(bench):
     jobs = [job(name, *flags) for name, flags in COMPARED.items()]
     jobs.append(job("untrained", "--epochs=0"))
     one_step = [*SIMCSE, "--steps_per_epoch=1"]
-    faults = [job(fault, *one_step, fault=fault) for fault in ("wrapper", "gather")]
+    faults = [job(fault, *one_step, fault=fault) for fault in ("wrapper", "gather", "copies")]
     folder = bench.do_jobs("quick", 2, jobs + faults, alone=jobs)
     return folder / "alone", folder / "together"
 
@@ -189,6 +191,14 @@ def test_twin_without_the_wrapper_gradients_are_not_averaged(quick):
     one, several = Record(quick[0], "full"), Record(quick[1], "wrapper")
     assert not torch.equal(*several.weights)
     assert difference(one.gradients[:1], several.gradients) > 1000 * SUM_TOLERANCE
+
+
+def test_row_49_twin_with_copies_as_negatives_is_another_loss(quick):
+    """Half of the rows are copies of the others: as negatives they would raise every such loss."""
+    one, several = Record(quick[0], "full"), Record(quick[1], "copies")
+    for name, loss in one.log()[0]["losses"].items():
+        apart = (several.log()[0]["losses"][name] - loss) / loss
+        assert (apart > 0.01) == (name in ("simcse_sst", "simcse_para", "simcse_sts")), name
 
 
 def test_twin_without_the_gathered_rows_simcse_is_another_loss(quick):

@@ -166,7 +166,7 @@ def test_two_passes_differ_by_dropout_from_the_first_layer_on(build, batches, mo
     layer = model.bert.encoder["layer"][0]
     layer.register_forward_hook(lambda module, inputs, output: seen.append(output.detach()))
 
-    def keep_vectors(anchors, candidates, offset):
+    def keep_vectors(anchors, candidates, **_):
         seen.append(torch.cat([anchors, candidates]).detach())
         return anchors.sum()
 

@@ -2,11 +2,18 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
-from simcse import TEMPERATURE, supervised_simcse_loss, unsupervised_simcse_loss
+from simcse import (
+    TEMPERATURE,
+    copies_of,
+    sentence_keys,
+    supervised_simcse_loss,
+    unsupervised_simcse_loss,
+)
 
 
 def reference(first, second, anchors, temperature):
@@ -32,7 +39,7 @@ def test_supervised_by_hand_anchors_are_duplicates_and_candidates_all():
     second = torch.tensor([[1.0, 0.0], [3.0, 4.0], [4.0, 3.0]])
     of_0 = math.log(math.exp(1) + math.exp(0.6) + math.exp(0.8)) - 1
     of_2 = math.log(math.exp(0) + math.exp(0.8) + math.exp(0.6)) - 0.6
-    loss = supervised_simcse_loss(first, second, torch.tensor([1.0, 0.0, 1.0]), temperature=1.0)
+    loss = supervised_simcse_loss(first, second, torch.tensor([0.5, 0.0, 0.5]), temperature=1.0)
     assert loss.item() == pytest.approx((of_0 + of_2) / 2, rel=1e-6)
 
 
@@ -50,13 +57,48 @@ def test_loss_and_gradients_are_the_references(duplicates, temperature):
         if duplicates is None:
             loss = unsupervised_simcse_loss(first, second, temperature)
         else:
-            loss = supervised_simcse_loss(first, second, torch.tensor(duplicates), temperature)
+            weights = torch.tensor(duplicates) / sum(duplicates)
+            loss = supervised_simcse_loss(first, second, weights, temperature)
     expected = reference(first, second, anchors, temperature)
     assert loss.dtype == torch.float32
     torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=1e-6)
     gradients = torch.autograd.grad(loss, (first, second))
     for found, right in zip(gradients, torch.autograd.grad(expected, (first, second)), strict=True):
         torch.testing.assert_close(found, right, rtol=0, atol=1e-5)
+
+
+def test_row_49_copies_are_not_negatives_by_hand():
+    """Sentence 0 stands in row 2 again. Cosines [[1, 0.6, 0.8], [0, 0.8, 0.6], [1, 0.6, 0.8]]."""
+    first = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 0.0]])
+    second = torch.tensor([[1.0, 0.0], [3.0, 4.0], [4.0, 3.0]])
+    keys = sentence_keys([np.array([2, 7, 3]), np.array([2, 8, 3]), np.array([2, 7, 3])], "cpu")
+    copies = copies_of(keys, 0, keys)
+    assert copies.tolist() == [[False, False, True], [False] * 3, [True, False, False]]
+    of_1 = math.log(math.exp(0) + math.exp(0.8) + math.exp(0.6)) - 0.8
+    of_0 = math.log(math.exp(1) + math.exp(0.6)) - 1
+    of_2 = math.log(math.exp(0.6) + math.exp(0.8)) - 0.8
+    loss = unsupervised_simcse_loss(first, second, 1.0, copies=copies)
+    assert loss.item() == pytest.approx((of_0 + of_1 + of_2) / 3, rel=1e-6)
+    third = torch.tensor([0.0, 0.0, 1.0])
+    loss = supervised_simcse_loss(first, second, third, 1.0, copies=copies)
+    assert loss.item() == pytest.approx(of_2, rel=1e-6)
+
+
+def test_row_49_of_a_pair_both_sentences_copies_count():
+    """Candidates 5 6 5: anchor 0 finds its positive again, anchor 1 its own text."""
+    second, first = torch.tensor([5, 6, 5]), torch.tensor([1, 5, 2])
+    expected = [[False, False, True], [True, False, True], [True, False, False]]
+    assert copies_of(second, 0, first, second).tolist() == expected
+    assert (
+        copies_of(second, 1, first[1:], second[1:]).tolist() == expected[1:]
+    )  # of the 2nd process
+
+
+def test_row_49_a_batch_of_copies_alone_has_no_negatives_and_no_loss():
+    first, second = torch.randn(2, 64, 5)
+    keys = torch.full((64,), 3)
+    assert unsupervised_simcse_loss(first, second, copies=copies_of(keys, 0, keys)).item() == 0.0
+    assert unsupervised_simcse_loss(first, second).item() > 4  # ln 64, whatever is learnt
 
 
 def test_a_batch_of_one_has_no_negatives():
