@@ -113,15 +113,20 @@ def _read_bytes(path):
         raise UserError(f"{path}: not readable: {error.strerror}") from error
 
 
+def foreign_kind(content):
+    """What the beginning of a file looks like if it is not plain UTF-8 text, else None."""
+    beginning = content[:1000].lstrip()[:30].lower()
+    return next((kind for signs, kind in FOREIGN.items() if beginning.startswith(signs)), None)
+
+
 def _decode(path):
     """A file's text without byte-order mark and NULs, and warnings."""
     content = _read_bytes(path)
     if not content.strip(b"\0\r\n\t " + codecs.BOM_UTF8):
         raise UserError(f"{path}: an empty file; {FETCH}")
     body = content.removeprefix(codecs.BOM_UTF8)
-    for beginnings, kind in FOREIGN.items():
-        if body.lstrip()[:30].lower().startswith(beginnings):
-            raise UserError(f"{path}: {kind}")
+    if kind := foreign_kind(body):
+        raise UserError(f"{path}: {kind}")
     try:
         text = body.decode("utf-8")
     except UnicodeDecodeError as error:

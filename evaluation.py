@@ -1,20 +1,25 @@
-"""Predict and evaluate: a run, an ensemble of runs, a sentence; or report on runs.
+"""Predict and evaluate: a run, an ensemble of runs, your own texts; export; report on runs.
 
     python evaluation.py                                   # the newest run
     python evaluation.py --checkpoint runs/LoRA
     python evaluation.py --checkpoint runs/a runs/b        # their ensemble
     python evaluation.py --report runs/a runs/b            # tables and figures
     python evaluation.py --sentence "A film to fall in love with."
+    python evaluation.py --predict texts.txt > predictions.tsv
+    python evaluation.py --export my-encoder               # one plain encoder, LoRA merged
 
 Prints the dev scores and writes the prediction files of dev and test in the course's format.
 """
 
+import csv
+import itertools
 import signal
 import sys
+from contextlib import contextmanager, redirect_stdout, suppress
 from pathlib import Path
 
 from config import PRECISIONS, TASKS, UserError
-from runtime.script import NotFinite, is_first, run_script, say
+from runtime.script import NotFinite, bar_size, is_first, run_script, say
 from training.flags import FlagParser, is_utf8
 
 if __name__ == "__main__":  # Ctrl-C during the seconds of the imports below: no traceback
@@ -23,18 +28,20 @@ if __name__ == "__main__":  # Ctrl-C during the seconds of the imports below: no
 import numpy as np
 import torch
 import torch.nn.functional as F
+from tqdm import tqdm
 
 from datasets import Example, TaskDataset, TaskFile, read_task_file
 from multitask_bert import task_loss
 from reporting import results
 from reporting.ensemble import evaluate_ensemble, finished_run, print_caveats
 from reporting.report import write_report
+from reporting.texts import read_chunks, table_header, table_rows
 from runtime import distributed
 from runtime.device import Compute, memory_errors, select_device
-from runtime.files import file_sha256
+from runtime.files import file_sha256, open_whole, output_errors
 from training.data_files import MOVED, paths_of_run
 from training.run_folder import RunFolder, newest_run
-from training.saved_models import load_run
+from training.saved_models import export_run, load_run
 
 # ----------------------------------------------------------------------------------------- predict
 
@@ -155,27 +162,58 @@ def evaluate_run(run, compute, data_dir=None):
                 raise UserError(f"{path}: {MOVED}")
             task_file = read_task_file(path, TASKS[name], split)
             if recorded and file_sha256(path) != recorded["sha256"]:
-                raise UserError(f"{path}: changed since {run.path} was trained on it")
+                raise UserError(
+                    f"{path}: changed since {run.path} was trained on it; "
+                    f"predict other texts with --predict FILE"
+                )
             dataset = TaskDataset(task_file, TASKS[name], model.tokenizer, model.config.max_length)
             of_split[name] = predict_dataset(model, dataset, compute)
     return found
 
 
+def fitting_tasks(run, sentences):
+    """The run's tasks, rows of `TASKS`, that take so many sentences. Raises `UserError` if none."""
+    names = run.description()["args"]["tasks"]
+    fitting = [TASKS[name] for name in names if len(TASKS[name].sentences) == sentences]
+    if not fitting:
+        kind, hint = ("pair", "add a second sentence (--sentence2, or a second column)")
+        if sentences == 2:
+            kind, hint = "single-sentence", "leave the second sentence out"
+        raise UserError(f"{run.path}: this run has {kind} tasks only ({', '.join(names)}): {hint}")
+    return fitting
+
+
 def predict_text(run, sentences, compute):
     """Print what a run's best model predicts for one sentence, or for a pair of them."""
-    tasks = run.description()["args"]["tasks"]
-    fitting = [name for name in tasks if len(TASKS[name].sentences) == len(sentences)]
-    if not fitting:
-        kind, hint = ("pair", "add") if len(sentences) == 1 else ("single-sentence", "omit")
-        raise UserError(
-            f"{run.path}: this run has {kind} tasks only ({', '.join(tasks)}): {hint} --sentence2"
-        )
+    tasks = fitting_tasks(run, len(sentences))
     model, _ = load_run(run, compute.device)
-    for name in fitting:
-        task = TASKS[name]
-        result = predict_sentences(model, name, [sentences], compute)
+    for task in tasks:
+        result = predict_sentences(model, task.name, [sentences], compute)
         scores = " ".join(f"{score:.3f}" for score in result.scores[0])
-        say(f"{name:<8}{task.title}: {task.format(result.predictions[0])}  ({scores})")
+        say(f"{task.name:<8}{task.title}: {task.format(result.predictions[0])}  ({scores})")
+
+
+def predict_file(run, flags, table, compute):
+    """Write what a run's best model predicts for each row of `--predict` to an open file.
+
+    Only some rows are in memory at a time.
+    """
+    chunks = read_chunks(flags.predict)
+    first = next(chunks)
+    tasks = fitting_tasks(run, len(first[0]))
+    model, _ = load_run(run, compute.device)
+    writer = csv.writer(table, delimiter="\t", lineterminator="\n")
+    writer.writerow(table_header(len(first[0]), tasks))
+    with tqdm(unit=" rows", disable=not (is_first() and sys.stderr.isatty()), **bar_size()) as bar:
+        for texts in itertools.chain([first], chunks):
+            found = [predict_sentences(model, task.name, texts, compute) for task in tasks]
+            model.vectors.clear()
+            with output_errors(flags.out or "standard output"):
+                writer.writerows(table_rows(texts, tasks, found))
+            bar.update(len(texts))
+
+
+USES = ("sentence", "predict", "export", "report")  # flags that ask for something else than scores
 
 
 # fmt: off
@@ -183,7 +221,8 @@ def make_parser():
     """All flags of this script."""
     parser = FlagParser(
         usage="%(prog)s [FLAG ...]",
-        description="Evaluate a run or an ensemble of runs, predict on a text, or write a report.",
+        description="Evaluate a run or an ensemble of runs, predict on texts, export a model, or "
+        "write a report.",
     )
     add = parser.add_argument
     add("--checkpoint", nargs="+", metavar="RUN", help="folder of a run (default: the newest under "
@@ -192,6 +231,12 @@ def make_parser():
     add("--report_dir", default="report", help="folder of the report (default: %(default)s)")
     add("--sentence", help="predict on this text instead of on files")
     add("--sentence2", help="second sentence: paraphrase and similarity of the two")
+    add("--predict", metavar="FILE", help="predict each row of a file and write a tab-separated "
+        "table: with columns 'sentence' or 'sentence1' and 'sentence2' (tabs or commas), else one "
+        "sentence a line, or two with a tab between; '-': standard input")
+    add("--out", metavar="FILE", help="of --predict: the table (default: standard output)")
+    add("--export", metavar="DIR", help="write the best model as one plain encoder (LoRA merged) "
+        "with pooling files and heads: for transformers, sentence-transformers and --pretrained")
     add("--predictions_dir", default="predictions", metavar="DIR",
         help="folder of the prediction files (default: %(default)s)")
     add("--data_dir", metavar="DIR", help="where the run's data files lie now (default: where "
@@ -206,24 +251,31 @@ def make_parser():
 def parse_flags(argv=None):
     """The checked command line. Raises `UserError` for flags that exclude each other."""
     parser = make_parser()
-    flags = parser.parse_args(argv)
-    has_several = len(flags.checkpoint or []) > 1
+    flags = parser.parse_args(parser.attach_texts(argv, ("--sentence", "--sentence2")))
+    uses = [name for name in USES if getattr(flags, name) is not None]
+    if len(uses) > 1:
+        parser.error(f"--{uses[0]} and --{uses[1]} exclude each other")
     if flags.sentence2 is not None and flags.sentence is None:
         parser.error("--sentence2 goes with --sentence")
-    for flag, text in (("--sentence", flags.sentence), ("--sentence2", flags.sentence2)):
+    if flags.out is not None and flags.predict is None:
+        parser.error("--out goes with --predict")
+    if flags.out is not None and Path(flags.out).exists() and not Path(flags.out).is_file():
+        parser.error(f"--out {flags.out}: expected the name of a file")
+    for name in ("sentence", "sentence2", "predict", "out", "export"):
+        text = getattr(flags, name)
         if text is not None and not is_utf8(text):
-            parser.error(f"{flag} {text!a}: not UTF-8")
-    if flags.sentence is not None and (flags.report or has_several):
-        parser.error("--sentence takes one run")
-    if flags.report and flags.checkpoint:
+            parser.error(f"--{name} {text!a}: not UTF-8")
+    if uses == ["report"] and flags.checkpoint:
         parser.error("--report and --checkpoint exclude each other")
-    if flags.data_dir and (flags.report or flags.sentence is not None or has_several):
+    if uses and len(flags.checkpoint or []) > 1:
+        parser.error(f"--{uses[0]} takes one run")
+    if flags.data_dir and (uses or len(flags.checkpoint or []) > 1):
         parser.error("--data_dir goes with the evaluation of one run")
     return flags
 
 
 def main(argv=None):
-    """Evaluate a run or an ensemble of runs, predict on a text, or write a report."""
+    """Evaluate one run or several, predict texts, export a model, or write a report."""
     flags = parse_flags(argv)
     if flags.report:
         runs = [finished_run(RunFolder(path)) for path in flags.report]
@@ -232,26 +284,49 @@ def main(argv=None):
         evaluate_ensemble(flags.checkpoint, flags.predictions_dir)
     else:
         run = RunFolder(flags.checkpoint[0] if flags.checkpoint else newest_run())
+        if flags.export is not None:
+            export_run(run, flags.export)
+            say(f"wrote {flags.export}")
+            return
         with distributed.joined_processes(select_device(flags.use_gpu)) as device:
             compute = Compute(device, flags.precision or run.description()["precision"])
-            evaluate_one(run, compute, flags)
+            with memory_errors(device, "the model"):
+                use_run(run, compute, flags)
 
 
-def evaluate_one(run, compute, flags):
-    """Evaluate one run, or predict a text with it."""
-    if compute.warning:
-        say(f"warning: {compute.warning}")
-    say(f"run {run.path}, {run.describe_best()}, {compute.device}, {compute.precision}")
-    print_caveats(run)
-    with memory_errors(compute.device, "the model"):
+def use_run(run, compute, flags):
+    """Predict a text or a file with a run, or evaluate it."""
+    stdout = sys.stdout
+    with redirect_stdout(stdout if flags.predict is None else sys.stderr):
+        if compute.warning:
+            say(f"warning: {compute.warning}")
+        say(f"run {run.path}, {run.describe_best()}, {compute.device}, {compute.precision}")
+        print_caveats(run)
         if flags.sentence is not None:
             sentences = [text for text in (flags.sentence, flags.sentence2) if text is not None]
             predict_text(run, tuple(sentences), compute)
-            return
-        scores = evaluate_run(run, compute, flags.data_dir)
-    say(results.format_table(scores["dev"]))
-    if is_first():
-        results.write_predictions(flags.predictions_dir, scores)
+        elif flags.predict is not None:
+            with open_table(flags.out, stdout) as table:
+                predict_file(run, flags, table, compute)
+        else:
+            scores = evaluate_run(run, compute, flags.data_dir)
+            say(results.format_table(scores["dev"]))
+            if is_first():
+                results.write_predictions(flags.predictions_dir, scores)
+
+
+@contextmanager
+def open_table(path, stdout):
+    """The file that predictions go to: `path`, or standard output if it is None."""
+    if path is not None and is_first():
+        with open_whole(path) as file:
+            yield file
+        say(f"wrote {path}")
+        return
+    stdout.reconfigure(encoding="utf-8")
+    with suppress(BrokenPipeError):  # nobody reads on, as in `| head`
+        yield stdout
+        stdout.flush()
 
 
 if __name__ == "__main__":

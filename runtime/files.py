@@ -28,6 +28,8 @@ def output_errors(path):
     """Turn the errors of a full or read-only disk into an `OutputError` that names the path."""
     try:
         yield
+    except BrokenPipeError:  # of standard output: nobody reads on
+        raise
     except (OSError, RuntimeError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
         free = ""
@@ -68,6 +70,25 @@ def _remove_leftovers(folder):
             path.unlink(missing_ok=True)
         except (ValueError, OSError):  # not a name of ours, or another user's process
             continue
+
+
+@contextlib.contextmanager
+def open_whole(path):
+    """A text file to write to, which appears at `path` once it is complete."""
+    target = Path(path).resolve()
+    temporary = target.with_name(f"{TEMPORARY}{os.getpid()}-{target.name}")
+    try:
+        with output_errors(path):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            file = open(temporary, "w", encoding="utf-8", newline="")  # noqa: SIM115
+        with file:
+            yield file
+        with output_errors(path):
+            flush_to_disk(temporary)
+            os.replace(temporary, target)
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 def write_file(path, text):

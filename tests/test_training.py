@@ -574,8 +574,12 @@ def test_predictions_on_text(train, capsys):
 @pytest.mark.parametrize(
     ("tasks", "argv", "message"),
     [
-        ("para sts", ["--sentence", "x"], r"pair tasks only \(para, sts\): add --sentence2"),
-        ("sst", ["--sentence", "x", "--sentence2", "y"], r"single.*\(sst\): omit --sentence2"),
+        ("para sts", ["--sentence", "x"], r"pair tasks only \(para, sts\): add a second sentence"),
+        (
+            "sst",
+            ["--sentence", "x", "--sentence2", "y"],
+            r"single.*\(sst\): leave the second sentence out",
+        ),
     ],
 )
 def test_a_text_that_no_task_takes_is_an_error(train, tasks, argv, message):

@@ -59,6 +59,16 @@ class FlagParser(argparse.ArgumentParser):
             self.error(f"unknown argument {unknown[0]}{hint}")
         return namespace
 
+    def attach_texts(self, argv, flags):
+        """The words of a command with each text joined to its flag: it may begin with a dash."""
+        words = []
+        for word in sys.argv[1:] if argv is None else argv:
+            if words and words[-1] in flags and word not in self._option_string_actions:
+                words[-1] += f"={word}"
+            else:
+                words.append(word)
+        return words
+
     def error(self, message):
         """Raise `UserError`."""
         raise UserError(f"{message} (--help lists all)")

@@ -6,14 +6,17 @@ The heads lie beside it.
 
 import argparse
 import json
+import os
+import shutil
 from dataclasses import asdict
 from pathlib import Path
 
 from base_bert import load_encoder, load_encoder_of_run, load_strictly, read_tensors, write_tensors
 from bert import BertModel
 from config import MultitaskConfig, UserError
-from lora import apply_lora, load_adapter, save_adapter
+from lora import apply_lora, load_adapter, merge_lora, save_adapter
 from multitask_bert import MultitaskBERT
+from runtime.files import TEMPORARY, output_errors
 from training.plan import make_plan
 from training.run_folder import find_damage
 
@@ -79,6 +82,25 @@ def load_weights(model, lora, folder):
     path = folder / "heads.safetensors"
     load_strictly(_heads(model), read_tensors(path), path)
     model.vectors.clear()
+
+
+def export_run(run, folder):
+    """Write a run's best model as one plain encoder, LoRA merged, with its heads, into a folder.
+
+    The folder appears once it is complete. Raises `UserError` if it exists.
+    """
+    folder = Path(folder)
+    if folder.exists() or folder.is_symlink():
+        raise UserError(f"--export {folder}: exists; expected the name of a new folder")
+    model, _ = load_run(run, "cpu")
+    merge_lora(model.bert)
+    temporary = folder.with_name(f"{TEMPORARY}{os.getpid()}-{folder.name}")
+    try:
+        with output_errors(folder):
+            save_model(model, None, temporary)
+            temporary.rename(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def load_run(run, device):

@@ -1,0 +1,98 @@
+"""The user's own texts: a file of them, and the table of what a run predicts for each."""
+
+import codecs
+import contextlib
+import csv
+import itertools
+import sys
+
+from config import PAIR, SENTENCE, UserError
+from datasets import foreign_kind
+
+CHUNK_ROWS = 4096  # rows that are in memory at a time
+
+
+def read_chunks(path):
+    """Yield the texts of a file in lists of up to `CHUNK_ROWS`, each a tuple of 1 or 2 sentences.
+
+    `path` "-" is standard input. If the first line, separated by tabs or commas, names `sentence`
+    or `sentence1` and `sentence2`, these columns are read. In any other file each line is a
+    sentence, or two with a tab between. Raises `UserError` with file and line.
+    """
+    texts = _read_texts("standard input" if path == "-" else path, _lines(path))
+    while chunk := list(itertools.islice(texts, CHUNK_ROWS)):
+        yield chunk
+
+
+def _lines(path):
+    """Yield the lines of a file as text, one after the other."""
+    name = "standard input" if path == "-" else path
+    try:
+        source = contextlib.nullcontext(sys.stdin.buffer) if path == "-" else open(path, "rb")  # noqa: SIM115
+        with source as file:
+            for number, line in enumerate(file, start=1):
+                line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
+                if number == 1 and (kind := foreign_kind(line)):
+                    raise UserError(f"{name}: {kind}")
+                yield line.decode("utf-8").replace("\0", "")
+    except UnicodeDecodeError as error:
+        byte = f"byte 0x{error.object[error.start]:02x}"
+        raise UserError(f"{name}:{number}: {byte} is not UTF-8; expected UTF-8 text") from error
+    except OSError as error:
+        raise UserError(f"{name}: not readable: {error.strerror}") from error
+
+
+def _read_texts(name, lines):
+    """Yield the sentences of each row of `lines`; `name` is the file's, for errors."""
+    first = next(lines, None)
+    if first is None:
+        raise UserError(f"{name}: an empty file; expected a sentence on each line")
+    for delimiter in "\t,":
+        header = [
+            field.strip().lower() for field in next(csv.reader([first], delimiter=delimiter), [])
+        ]
+        for columns in (PAIR, SENTENCE):
+            if set(columns) <= set(header):
+                yield from _columns(name, lines, delimiter, [header.index(c) for c in columns])
+                return
+    width = min(2, 1 + first.count("\t"))
+    for number, line in enumerate(itertools.chain([first], lines), start=1):
+        texts = tuple(line.rstrip("\r\n").split("\t"))
+        if len(texts) != width:
+            expected = "one sentence, or two with a tab between, as in line 1"
+            raise UserError(f"{name}:{number}: {len(texts)} fields; expected {expected}")
+        yield texts
+
+
+def _columns(name, lines, delimiter, places):
+    """Yield the fields at `places` of each record below the header."""
+    reader = csv.reader(lines, delimiter=delimiter, strict=True)
+    csv.field_size_limit(2**31 - 1)
+    try:
+        for record in filter(None, reader):
+            if len(record) <= max(places):
+                fault = f"{len(record)} fields; expected at least {max(places) + 1}"
+                raise UserError(f"{name}:{reader.line_num + 1}: {fault}")
+            yield tuple(record[place] for place in places)
+    except csv.Error as error:
+        raise UserError(f"{name}:{reader.line_num + 1}: {error}") from error
+
+
+def table_header(sentences, tasks):
+    """The names of the columns for rows of one or two sentences; `tasks` are rows of `TASKS`."""
+    scores = [[f"{task.name}_score_{i}" for i in range(task.num_classes)] for task in tasks]
+    named = zip(tasks, scores, strict=True)
+    columns = [column for task, of_task in named for column in (task.name, *of_task)]
+    return [*(SENTENCE if sentences == 1 else PAIR), *columns]
+
+
+def table_rows(texts, tasks, results):
+    """Yield the rows of a chunk: sentences, then prediction and scores of each task.
+
+    `results` are the `TaskResult`s of `tasks`, rows of `TASKS`.
+    """
+    for row, sentences in enumerate(texts):
+        cells = list(sentences)
+        for task, result in zip(tasks, results, strict=True):
+            cells += [task.format(result.predictions[row]), *result.scores[row]]
+        yield cells

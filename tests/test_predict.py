@@ -1,0 +1,230 @@
+"""Prediction of a user's own texts, and the export of a run's best model."""
+
+import csv
+import io
+import shutil
+import signal
+import sys
+import tracemalloc
+
+import numpy as np
+import pytest
+import torch
+from conftest import SAMPLE
+
+import evaluation
+import multitask_classifier
+from bert import BertModel
+from config import TASKS, UserError
+from evaluation import parse_flags, predict_sentences
+from reporting import texts
+from reporting.texts import read_chunks
+from runtime.device import Compute
+from runtime.files import OutputError
+from training.run_folder import RunFolder
+from training.saved_models import load_run
+
+SMALL = "--pretrained encoder --fine-tune-mode LoRA --LoRA_r 4 --lr 0.05 --epochs 1 "
+SMALL += f"--steps_per_epoch 3 --batch_size 4 --pooling cls --data_dir {SAMPLE}"
+
+
+@pytest.fixture(autouse=True)
+def workplace(tmp_path, monkeypatch):
+    """A working directory for each test; pytest keeps its signal handlers."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+
+
+@pytest.fixture
+def run(tiny_folder, capsysbinary):
+    """A finished LoRA run of the three tasks."""
+    multitask_classifier.main(SMALL.split())
+    capsysbinary.readouterr()
+    return RunFolder("runs/LoRA")
+
+
+def rows_of(path):
+    """All rows of a file of texts."""
+    return [row for chunk in read_chunks(path) for row in chunk]
+
+
+# ------------------------------------------------------------------------------- files of texts
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ("a b\nc, d\n\ne", [("a b",), ("c, d",), ("",), ("e",)]),
+        ("a b\r\nc\r\n", [("a b",), ("c",)]),
+        ("\ufeffa\0b\n", [("ab",)]),
+        ('"a" b\n"c\n', [('"a" b',), ('"c',)]),  # plain lines: a quote is text
+        ("a\u2028b\x85c\n", [("a\u2028b\x85c",)]),
+        ("a\tb\nc\t\n", [("a", "b"), ("c", "")]),
+        ("id\tsentence\n1\ta\n2\tb\tmore\n", [("a",), ("b",)]),
+        ("Sentence , id\na,1\n\nb,2\n", [("a",), ("b",)]),
+        ('id,sentence2,sentence1\n1,"b, ""x""","a\nc"\n', [("a\nc", 'b, "x"')]),
+        ("sentence\na\n", [("a",)]),
+        ("sentence\tsentence1\tsentence2\nx\ta\tb\n", [("a", "b")]),
+        ("a sentence\nb\n", [("a sentence",), ("b",)]),
+    ],
+)
+def test_a_header_names_the_columns_and_other_lines_are_texts(tmp_path, content, expected):
+    (tmp_path / "x").write_bytes(content.encode())
+    assert rows_of("x") == expected
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "x: an empty file"),
+        (b"a\nb\tc\n", "x:2: 2 fields; expected one sentence, or two"),
+        (b"a\tb\nc\n", "x:2: 1 fields"),
+        (b"a\tb\tc\n", "x:1: 3 fields"),
+        (b"id\tsentence\n1\ta\n2\n", "x:3: 1 fields; expected at least 2"),
+        (b'id,sentence\n1,a\n2,"b\n3,c\n', "x:4: unexpected end of data"),
+        (b"a\nb\xe9\n", "x:2: byte 0xe9 is not UTF-8"),
+        ("a\n".encode("utf-16"), "x: UTF-16 text; save it as UTF-8"),
+        (b"PK\x03\x04...", "x: a zip or Excel file"),
+    ],
+)
+def test_a_file_that_cannot_be_read_names_the_line(tmp_path, content, message):
+    (tmp_path / "x").write_bytes(content)
+    with pytest.raises(UserError, match=f"^{message}"):
+        rows_of("x")
+    with pytest.raises(UserError, match=r"^missing: not readable: No such file"):
+        rows_of("missing")
+    with pytest.raises(UserError, match=r"^\.: not readable: Is a directory"):
+        rows_of(".")
+
+
+def test_a_long_file_is_read_in_pieces(tmp_path):
+    (tmp_path / "x").write_text("a good movie and a long line of text\n" * 300_000)
+    tracemalloc.start()
+    assert sum(map(len, read_chunks("x"))) == 300_000
+    assert tracemalloc.get_traced_memory()[1] < 3 * 2**20
+    tracemalloc.stop()
+
+
+# ----------------------------------------------------------------------------------- predictions
+
+
+def table_of(output):
+    """A written table as rows of cells."""
+    return list(csv.reader(io.StringIO(output.decode()), delimiter="\t"))
+
+
+@pytest.mark.parametrize("pairs", [False, True])
+def test_the_table_has_each_text_and_what_each_task_predicts(run, capsysbinary, monkeypatch, pairs):
+    """In the order of the rows, the same as for the text alone; nothing else on standard output."""
+    monkeypatch.setattr(texts, "CHUNK_ROWS", 2)
+    sentences = ["a good movie", 'bad, "bad" film é', "", "the cat", "-not good-"]
+    rows = [(a, b) for a, b in zip(sentences, sentences[::-1], strict=True)] if pairs else []
+    rows = rows or [(text,) for text in sentences]
+    content = "\n".join("\t".join(row) for row in rows).encode()
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content)))
+    evaluation.main(["--predict", "-"])
+    header, *found = table_of(capsysbinary.readouterr().out)
+    scored = [f"sst_score_{i}" for i in range(5)]
+    expected = ["sentence", "sst", *scored]
+    if pairs:
+        expected = ["sentence1", "sentence2", "para", "para_score_0", "sts", "sts_score_0"]
+    assert header == expected
+    assert [tuple(row[: len(rows[0])]) for row in found] == rows
+    model, _ = load_run(run, torch.device("cpu"))
+    for name in ("para", "sts") if pairs else ("sst",):
+        place = header.index(name)
+        for row, cells in zip(rows, found, strict=True):
+            alone = predict_sentences(model, name, [row], Compute("cpu", "fp32"))
+            assert cells[place] == TASKS[name].format(alone.predictions[0]) or name == "sts"
+            scores = [float(cell) for cell in cells[place + 1 : place + 1 + len(alone.scores[0])]]
+            np.testing.assert_allclose(scores, alone.scores[0], rtol=1e-4)
+
+
+def test_out_appears_whole_or_not_at_all(run, tmp_path, capsysbinary):
+    (tmp_path / "x").write_text("good\n" * 5000 + "a\tb\n")
+    (tmp_path / "out.tsv").write_text("earlier")
+    with pytest.raises(UserError, match="x:5001: 2 fields"):
+        evaluation.main(["--predict", "x", "--out", "out.tsv"])
+    assert (tmp_path / "out.tsv").read_text() == "earlier"
+    (tmp_path / "x").write_text("good\n" * 3)
+    evaluation.main(["--predict", "x", "--out", "new/out.tsv"])
+    assert len(table_of((tmp_path / "new" / "out.tsv").read_bytes())) == 4
+    assert capsysbinary.readouterr().out == b""
+    assert not list(tmp_path.rglob(".tmp-*"))
+    with pytest.raises(OutputError, match=r"out\.tsv/x: not written: "):
+        evaluation.main(["--predict", "x", "--out", "out.tsv/x"])
+
+
+def test_a_reader_that_closes_standard_output_ends_it_quietly(run, tmp_path, monkeypatch):
+    class Closed(io.TextIOWrapper):
+        def write(self, text):
+            raise BrokenPipeError
+
+    monkeypatch.setattr(sys, "stdout", Closed(io.BytesIO()))
+    (tmp_path / "x").write_text("good\n")
+    evaluation.main(["--predict", "x"])
+
+
+def test_texts_of_the_wrong_kind_are_refused_before_the_model_is_loaded(run, tmp_path, monkeypatch):
+    multitask_classifier.main([*SMALL.split(), "--tasks", "sst", "--model_file_suffix", "sst"])
+    monkeypatch.setattr(evaluation, "load_run", None)
+    (tmp_path / "x").write_text("a\tb\n")
+    with pytest.raises(UserError, match="leave the second sentence out"):
+        evaluation.main(["--checkpoint", "runs/LoRA-sst", "--predict", "x"])
+
+
+@pytest.mark.parametrize("text", ["-LRB-", "-1", "--sst", "-LRB- a -RRB-"])
+def test_a_sentence_may_begin_with_a_dash(text):
+    flags = parse_flags(["--sentence", text, "--sentence2", text])
+    assert (flags.sentence, flags.sentence2) == (text, text)
+    assert parse_flags([f"--sentence={text}"]).sentence == text
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--sentence --sentence2 b", "argument --sentence: expected one argument"),
+        ("--predict x --sentence y", "--sentence and --predict exclude each other"),
+        ("--predict x --checkpoint a b", "--predict takes one run"),
+        ("--export x --checkpoint a b", "--export takes one run"),
+        ("--out x", "--out goes with --predict"),
+        ("--predict x --out /dev/null", "--out /dev/null: expected the name of a file"),
+        ("--predict x --data_dir y", "--data_dir goes with"),
+    ],
+)
+def test_flags_that_exclude_each_other(words, message):
+    with pytest.raises(UserError, match=message):
+        parse_flags(words.split())
+
+
+# ---------------------------------------------------------------------------------------- export
+
+
+def test_an_export_is_an_encoder_with_lora_merged_that_a_new_run_starts_from(
+    run, tiny_folder, capsysbinary
+):
+    evaluation.main(["--export", "out/merged"])
+    assert b"wrote out/merged" in capsysbinary.readouterr().out
+    model, _ = load_run(run, torch.device("cpu"))
+    ids = torch.tensor([[2, 9, 14, 22, 3]])
+    expected = model.bert(ids, torch.ones_like(ids))["last_hidden_state"]
+    exported = BertModel.from_pretrained("out/merged")
+    found = exported(ids, torch.ones_like(ids))["last_hidden_state"]
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    base = BertModel.from_pretrained(tiny_folder)(ids, torch.ones_like(ids))["last_hidden_state"]
+    assert (found - base).abs().max() > 1e-3  # the twin: training moved it
+    flags = SMALL.replace("--pretrained encoder", "--pretrained out/merged")
+    multitask_classifier.main([*flags.split(), "--model_file_suffix", "next"])
+    assert RunFolder("runs/LoRA-next").description()["encoder"]["name"].endswith("out/merged")
+
+
+def test_an_export_replaces_nothing_and_leaves_no_part(run, tmp_path, monkeypatch):
+    (tmp_path / "there").mkdir()
+    with pytest.raises(UserError, match="--export there: exists"):
+        evaluation.main(["--export", "there"])
+    with pytest.raises(OutputError, match="not written"):
+        evaluation.main(["--export", "runs/LoRA/run.json/x"])
+    shutil.rmtree(run.best.resolve())
+    with pytest.raises(UserError, match="no best model yet"):
+        evaluation.main(["--checkpoint", "runs/LoRA", "--export", "new"])
+    assert not [p for p in tmp_path.iterdir() if p.name == "new" or p.name.startswith(".tmp-")]
