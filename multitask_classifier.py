@@ -39,7 +39,7 @@ from training.data_files import of_split
 from training.log import Meter, log_step, not_finite, progress_bar, read_back
 from training.plan import make_plan
 from training.run_folder import RunFolder, run_path
-from training.saved_models import load_weights, save_model
+from training.saved_models import load_weights, save_best
 from training.setup import save_checkpoint
 
 # ------------------------------------------------------------------------------ gradients of a step
@@ -217,18 +217,19 @@ def evaluate_and_keep_best(run, model, data, plan, compute):
     for name, reason in results.undefined_correlations(scores).items():
         say(f"warning: {name}: {reason}; its correlation counts as 0")
     overall, epoch = results.overall_score(scores), progress.step // plan.steps_per_epoch
+    dev = {name: {"loss": r.loss, **r.metrics} for name, r in scores.items()}
     run.log(
         kind="eval",
         step=progress.step,
         epoch=epoch,
         overall=overall,
-        dev={name: {"loss": r.loss, **r.metrics} for name, r in scores.items()},
+        dev=dev,
         evaluation_seconds=round(time.perf_counter() - began, 2),
         seconds=run.seconds(),
     )
     is_best = progress.best_score is None or overall > progress.best_score
     if is_best:
-        run.save_best(lambda folder: save_model(model, plan.lora, folder))
+        save_best(run, model, plan.lora, dev)
         progress.best_score = overall
     progress.evaluated, progress.misses = progress.step, 0 if is_best else progress.misses + 1
     mark = "  (best so far)" if is_best else ""

@@ -33,7 +33,7 @@ from lora import adapter_layers, adapter_tensors, apply_lora, load_adapter, merg
 from runtime import hub
 from tokenizer import BertTokenizer, join_pair, wordpiece
 from training.run_folder import RunFolder
-from training.saved_models import load_run, save_model
+from training.saved_models import export_run, load_run, save_model
 
 LIMIT = 1e-5  # largest difference, relative to the tensor's largest value
 CLEARLY = 10 * LIMIT  # what a twin must exceed
@@ -609,6 +609,17 @@ def test_run_in_sentence_transformers(pooling, other, ask, runs, tmp_path):
     assert theirs.result().said == []
     model.config = replace(model.config, pooling=other)
     assert largest_difference(vectors(model), theirs.result().tensors) > CLEARLY
+
+
+def test_exported_lora_run_in_sentence_transformers(ask, runs, tmp_path):
+    """One plain encoder, its adapter merged, pooled as the run's heads pool."""
+    best, model = runs["LoRA"]
+    export_run(RunFolder(best.parent), tmp_path / "merged")
+    theirs = ask("sentence_vectors", model=tmp_path / "merged", texts=EXPORT_TEXTS)
+    assert largest_difference(vectors(model), theirs.result().tensors) <= LIMIT
+    assert theirs.result().said == []
+    corrupt_alpha(wrong := copy.deepcopy(model))
+    assert largest_difference(vectors(wrong), theirs.result().tensors) > CLEARLY
 
 
 # ------------------------------------------------------------------------------ bert-base-uncased

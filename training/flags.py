@@ -225,6 +225,12 @@ def default_flags():
     return vars(make_parser().parse_args([]))
 
 
+def flag_words(name, value):
+    """The words that set a flag by its name in the parser's namespace."""
+    values = value if isinstance(value, list) else [] if value is True else [value]
+    return [f"--{'fine-tune-mode' if name == 'fine_tune_mode' else name}", *map(str, values)]
+
+
 # --------------------------------------------------------------------------------- the command line
 
 
@@ -250,9 +256,7 @@ class Command:
             value = getattr(self.flags, name)
             is_unused = name.startswith("LoRA_") and self.flags.fine_tune_mode != "LoRA"
             if name not in self.given and not is_unused and value not in (None, False, []):
-                values = value if isinstance(value, list) else [] if value is True else [value]
-                flag = "fine-tune-mode" if name == "fine_tune_mode" else name
-                recipe += [f"--{flag}", *map(str, values)]
+                recipe += flag_words(name, value)
         script = len(launch_command(SCRIPT))
         words = self.words()
         return shlex.join([*words[:script], *recipe, *words[script:]])

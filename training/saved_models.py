@@ -17,14 +17,16 @@ from config import MultitaskConfig, UserError
 from lora import apply_lora, load_adapter, merge_lora, save_adapter
 from multitask_bert import MultitaskBERT
 from runtime.files import TEMPORARY, output_errors
+from training.model_card import model_card
 from training.plan import make_plan
 from training.run_folder import find_damage
 
 
-def save_model(model, lora, folder):
+def save_model(model, lora, folder, card=None):
     """Write a `MultitaskBERT` into an empty folder; the README's "The run folder" lists the files.
 
-    With `lora`, a `LoRAConfig`, the adapter is written instead of the whole encoder.
+    With `lora`, a `LoRAConfig`, the adapter is written instead of the whole encoder. `card` is the
+    text of the model card, if there should be one.
     """
     folder = Path(folder)
     if lora:
@@ -36,6 +38,18 @@ def save_model(model, lora, folder):
     write_tensors(folder / "heads.safetensors", _heads(model))
     text = json.dumps(asdict(model.config), indent=2) + "\n"
     (folder / "heads.json").write_text(text, encoding="utf-8")
+    if card:
+        (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def save_best(run, model, lora, dev):
+    """Keep a model as its run's best, with its model card; `dev` has its dev metrics by task."""
+
+    def write(folder):
+        card = model_card(run.description(), dev, model.config.max_length, bool(lora))
+        save_model(model, lora, folder, card)
+
+    run.save_best(write)
 
 
 def _heads(model):
@@ -92,12 +106,15 @@ def export_run(run, folder):
     folder = Path(folder)
     if folder.exists() or folder.is_symlink():
         raise UserError(f"--export {folder}: exists; expected the name of a new folder")
-    model, _ = load_run(run, "cpu")
+    model, description = load_run(run, "cpu")
     merge_lora(model.bert)
+    lines = [line for line in run.metrics() if line["kind"] == "eval"]
+    dev = max(lines, key=lambda line: line["overall"])["dev"] if lines else {}
+    card = model_card(description, dev, model.config.max_length, is_adapter=False)
     temporary = folder.with_name(f"{TEMPORARY}{os.getpid()}-{folder.name}")
     try:
         with output_errors(folder):
-            save_model(model, None, temporary)
+            save_model(model, None, temporary, card)
             temporary.rename(folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

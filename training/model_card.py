@@ -1,0 +1,138 @@
+"""The model card: `README.md` of a best model's folder, in the format of the Hugging Face hub."""
+
+import shlex
+from pathlib import Path
+
+from config import TASKS
+from training.data_files import uses_sample
+from training.flags import FREE_WHEN_RESUMING, OF_ONE_COMMAND, default_flags, flag_words
+
+# Where the hub has the data of a task: its name there, and what it is.
+DATASETS = {
+    "sst": ("stanfordnlp/sst", "Stanford Sentiment Treebank, 5 classes"),
+    "para": ("quora-competitions/quora", "Quora question pairs"),
+    "sts": ("mteb/stsbenchmark-sts", "SemEval STS benchmark"),
+}
+METRICS = {"accuracy": "accuracy", "pearson": "pearsonr", "spearman": "spearmanr", "macro_f1": "f1"}
+NOT_LISTED = {"recipe", "model_file_suffix", "pretrained"} | OF_ONE_COMMAND | FREE_WHEN_RESUMING
+ENCODER = """\
+    from transformers import AutoModel, AutoTokenizer
+    model, tokenizer = AutoModel.from_pretrained(FOLDER), AutoTokenizer.from_pretrained(FOLDER)
+
+    from sentence_transformers import SentenceTransformer    # one vector for each sentence
+    vectors = SentenceTransformer(FOLDER).encode(["A film to fall in love with."])
+"""
+ADAPTER = """\
+    from peft import PeftModel
+    from transformers import AutoModel, AutoTokenizer
+    model = PeftModel.from_pretrained(AutoModel.from_pretrained("{base}"), FOLDER)
+    tokenizer = AutoTokenizer.from_pretrained(FOLDER)
+
+For `sentence-transformers`, merge the adapter into its encoder first, in the project's folder:
+
+    python evaluation.py --checkpoint RUN --export NEW_FOLDER
+"""
+TEXT = """
+# {name}
+
+{what}, fine-tuned on {titles} with Multitask minBERT. It began as {base}.
+
+| task | metric | dev score |
+|---|---|---|
+{scores}
+
+The dev set also chose the epoch, so the scores are a little too high.{data}
+
+## How to load it
+
+FOLDER is this folder, or the model's name on the hub.
+
+{load}
+The heads are in `heads.safetensors`. To predict with them, in the project's folder:
+
+    python evaluation.py --checkpoint RUN --predict FILE
+
+## How it was trained
+
+    {command}
+
+## Limits
+
+English only; texts are cut at {length} tokens. The model repeats what its training texts hold:
+words for groups of people change its predictions. Do not use it for decisions about people.
+"""
+
+
+def model_card(description, dev, max_length, is_adapter):
+    """The text of a card.
+
+    `description` holds the values of `run.json`; `dev` maps a task to its dev metrics by name;
+    `max_length` is in tokens. `is_adapter`: the folder has an adapter, not a whole encoder.
+    """
+    base, on_sample = description["encoder"]["name"], uses_sample(description)
+    on_hub = not Path(base).is_absolute()  # a local folder's name is its whole path
+    base = base if on_hub else "ENCODER"
+    scores = [
+        f"| {TASKS[name].title} (`{name}`) | {metric} | {metrics[metric]:.3f} |"
+        for name, metrics in dev.items()
+        for metric in METRICS
+        if metric in metrics
+    ]
+    sample = " The data was the project's small generated sample: a try, not a result."
+    text = TEXT.format(
+        name=run_name(description),
+        what="A LoRA adapter of a BERT encoder" if is_adapter else "A BERT encoder",
+        titles=", ".join(TASKS[name].title for name in dev),
+        base=f"`{base}`" if on_hub else "a local encoder, ENCODER below",
+        scores="\n".join(scores),
+        data=sample if on_sample else "",
+        load=ADAPTER.format(base=base) if is_adapter else ENCODER,
+        command=shlex.join(training_command(description, base)),
+        length=max_length,
+    )
+    settings = {"base_model": base} if on_hub else {}
+    settings |= {"library_name": "peft" if is_adapter else "sentence-transformers"}
+    return f"---\n{metadata(description, {} if on_sample else dev, settings)}\n---\n{text}"
+
+
+def run_name(description):
+    """The mode of a run with the suffix of its name."""
+    flags = description["args"]
+    suffix = flags["model_file_suffix"] or flags["recipe"]
+    return "-".join(filter(None, [flags["fine_tune_mode"], suffix]))
+
+
+def metadata(description, dev, settings):
+    """The card's YAML: the hub's fields of `settings`, language, data and dev scores."""
+    from huggingface_hub import EvalResult, ModelCardData
+
+    named = {name: metrics for name, metrics in dev.items() if name in DATASETS}
+    results = [
+        EvalResult(
+            task_type="sentence-similarity" if TASKS[name].is_pair else "text-classification",
+            dataset_type=DATASETS[name][0],
+            dataset_name=DATASETS[name][1],
+            dataset_split="dev",
+            metric_type=METRICS[metric],
+            metric_value=round(metrics[metric], 4),
+        )
+        for name, metrics in named.items()
+        for metric in METRICS
+        if metric in metrics
+    ]
+    values = {"language": "en", "pipeline_tag": "sentence-similarity", "tags": ["bert"], **settings}
+    if results:
+        values |= {"datasets": [DATASETS[name][0] for name in named], "eval_results": results}
+        values |= {"metrics": sorted({result.metric_type for result in results})}
+        values |= {"model_name": run_name(description)}
+    return ModelCardData(**values).to_yaml()
+
+
+def training_command(description, encoder):
+    """The words of a command that trains the model again, with every flag that has no default."""
+    defaults = default_flags()
+    words = ["python", "multitask_classifier.py", "--pretrained", encoder]
+    for name, value in description["args"].items():
+        if name not in NOT_LISTED and value != defaults[name]:
+            words += flag_words(name, value)
+    return words
