@@ -304,6 +304,8 @@ def fine_tune(command, device):
         run.start(description | {"parameters": setup.count_parameters(model)})
     else:
         setup.restore(model, optimizer, compute, run.progress, tensors)
+    if flags.tensorboard:
+        run.open_tensorboard()
     catch_signals()
     setup.announce(run, model, data, plan, compute)
     with memory_errors(device, *setup.describe_load(data, plan)):

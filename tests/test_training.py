@@ -504,10 +504,46 @@ def assert_resumed_is_unbroken(train, monkeypatch, flags):
         patch.setattr(RunFolder, "save_checkpoint", save_and_break)
         train(f"{flags} broken")
     broken = train(f"{flags} broken --resume")
+    assert losses_of(broken) == losses_of(whole)
     found, expected = (load_file(max((x.path / "state").iterdir())) for x in (broken, whole))
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
     found, expected = (prediction_files(x.path / "predictions") for x in (broken, whole))
     assert found == expected
+
+
+def test_tensorboard_has_every_number_of_the_log_once(train, monkeypatch):
+    """Of a run that broke off in the middle of an epoch and did some steps again, too."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    flags = "--tensorboard --tasks sst --epochs 2 --steps_per_epoch 4"
+    log = RunFolder.log
+
+    def break_off(run, **line):
+        log(run, **line)
+        if line["step"] == 6:  # after the checkpoint of step 4
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(RunFolder, "log", break_off)
+        train(flags)
+    run = train(f"{flags} --resume")
+    found = EventAccumulator(str(run.path / "tensorboard"))
+    found.Reload()
+    for kind, name, key in (("train", "losses/sst", "losses"), ("eval", "dev/sst/loss", "dev")):
+        expected = [(line["step"], line[key]["sst"]) for line in lines_of(run, kind)]
+        assert [step for step, _ in expected] == ([*range(1, 9)] if kind == "train" else [4, 8])
+        values = [value if kind == "train" else value["loss"] for _, value in expected]
+        events = found.Scalars(name)
+        assert [event.step for event in events] == [step for step, _ in expected]
+        assert [event.value for event in events] == pytest.approx(values)
+    assert {"lr", "tokens_per_s", "overall", "dev/sst/accuracy"} <= set(found.Tags()["scalars"])
+    assert not (train("--overwrite --tasks sst --epochs 0").path / "tensorboard").exists()
+
+
+def test_tensorboard_that_is_not_installed_is_the_users_mistake(train, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match="--tensorboard: the package is not installed; pip"):
+        train("--tensorboard")
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

@@ -32,7 +32,8 @@ OF_ONE_COMMAND = {"resume", "overwrite", "debug", "runs_dir"}
 # Flags that may differ when a run is resumed: training does not depend on them. The content of the
 # data files is compared, wherever they lie.
 FREE_WHEN_RESUMING = {
-    *("save_every", "log_every", "use_gpu", "predictions_dir", "require_test", "data_dir"),
+    *("save_every", "log_every", "tensorboard", "use_gpu", "predictions_dir"),
+    *("require_test", "data_dir"),
     *(f"{task}_{what}" for task in TASKS for what in (*SPLITS, "dev_out", "test_out")),
 }
 # Names of flags in other training scripts.
@@ -198,6 +199,8 @@ def make_parser():
         "(default: %(default)s)")
     add("--log_every", type=positive, default=50, metavar="N",
         help="log every N steps (default: %(default)s)")
+    add("--tensorboard", action="store_true", help="also write the log for TensorBoard, into the "
+        "run's tensorboard/ (needs the package tensorboard)")
     add("--debug", action="store_true", help="show the traceback of an error")
 
     add = parser.add_argument_group("hardware").add_argument

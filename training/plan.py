@@ -5,6 +5,7 @@ from them, once, and never changes.
 """
 
 import argparse
+import importlib.util
 import math
 from dataclasses import dataclass
 
@@ -148,6 +149,8 @@ def check_flags(flags, given):
                 raise UserError(f"--{flag} {name}: not among --tasks {' '.join(flags.tasks)}")
     if flags.swap_pairs and not any(TASKS[name].is_pair for name in flags.r_drop):
         raise UserError("--swap_pairs: only with --r_drop para, whose second pass it swaps")
+    if flags.tensorboard and importlib.util.find_spec("tensorboard") is None:
+        raise UserError("--tensorboard: the package is not installed; pip install tensorboard")
     if flags.gradient_surgery and flags.accumulate > 1:
         raise UserError("--gradient_surgery: not with --accumulate; raise --batch_size")
     plan = make_plan(flags, {})

@@ -98,6 +98,15 @@ def find_damage(folder):
     return None
 
 
+def numbers_of(values):
+    """Yield the numbers in nested dicts, each with its name: `{"dev": {"sst": 1}}` has dev/sst."""
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from ((f"{name}/{inner}", number) for inner, number in numbers_of(value))
+        elif isinstance(value, (int, float)):
+            yield name, value
+
+
 def only_first_process(method):
     """Let the first process alone run a method that writes; the others get None."""
 
@@ -116,6 +125,7 @@ class RunFolder:
         self.metrics_file = self.path / "metrics.jsonl"  # one JSON object per line
         self.best = self.path / "best"  # a link to the folder of the best model
         self.progress = Progress()
+        self._tensorboard = None  # its writer, if asked for
         self._began = time.perf_counter()  # shifted back by the time that a resumed run has used
 
     def holds_run(self):
@@ -164,7 +174,7 @@ class RunFolder:
         with output_errors(self.path):
             remove([self.path / "state"])
             write_file(self.path / "run.json", json.dumps(description, indent=2) + "\n")
-            for name in ("best", "best-*", "metrics.jsonl", "predictions"):
+            for name in ("best", "best-*", "metrics.jsonl", "predictions", "tensorboard"):
                 remove(self.path.glob(name))
 
     def description(self):
@@ -193,6 +203,30 @@ class RunFolder:
         """Append one line to the metrics."""
         with output_errors(self.metrics_file), open(self.metrics_file, "a", encoding="utf-8") as f:
             f.write(json.dumps(values) + "\n")
+        if self._tensorboard:
+            self._write_scalars(values)
+
+    @only_first_process
+    def open_tensorboard(self):
+        """From now on write every line of the log for TensorBoard too, into `tensorboard/`.
+
+        The earlier lines are written again, so that a resumed run has no step twice.
+        """
+        from torch.utils.tensorboard import SummaryWriter
+
+        with output_errors(self.path / "tensorboard"):
+            remove([self.path / "tensorboard"])
+            self._tensorboard = SummaryWriter(self.path / "tensorboard")
+        for line in self.metrics():
+            self._write_scalars(line)
+
+    def _write_scalars(self, line):
+        """Write the numbers of one line of the log, such as `losses/sst`."""
+        with output_errors(self.path / "tensorboard"):
+            for name, value in numbers_of(line):
+                if name not in ("step", "epoch"):
+                    self._tensorboard.add_scalar(name, value, line["step"])
+            self._tensorboard.flush()
 
     def metrics(self):
         """All logged lines as dicts, without a last line that a kill cut short.
