@@ -1,6 +1,6 @@
 """Several processes share one step.
 
-    torchrun --nproc_per_node=2 multitask_classifier.py --fine-tune-mode=LoRA --LoRA_r=32
+    torchrun --standalone --nproc_per_node=2 multitask_classifier.py --fine-tune-mode=LoRA
 
 Each process takes its share of the same global batch; `DistributedDataParallel` averages the
 gradients. With one process every function here does nothing.

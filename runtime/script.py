@@ -123,8 +123,8 @@ def launch_command(script):
         return ["python", script]
     processes = int(os.environ["LOCAL_WORLD_SIZE"])
     machines = int(os.environ.get("GROUP_WORLD_SIZE", 1))
-    nodes = [f"--nnodes={machines}"] if machines > 1 else []
-    return ["torchrun", *nodes, f"--nproc_per_node={processes}", script]
+    nodes = f"--nnodes={machines}" if machines > 1 else "--standalone"
+    return ["torchrun", nodes, f"--nproc_per_node={processes}", script]
 
 
 # ------------------------------------------------------------------------------------------ errors

@@ -17,7 +17,7 @@ FILES = [
     for folder in [*PROGRAM, "studies", "benchmarks", "data", "tests"]
     for path in (REPOSITORY / folder).glob("*.py")
 ]
-OF_TORCHRUN = {"--nproc_per_node", "--nnodes", "--rdzv_endpoint"}
+OF_TORCHRUN = {"--standalone", "--nproc_per_node", "--nnodes", "--rdzv_endpoint"}
 PARSERS = {  # of `python a/b.py` and of `python -m a.b`
     "multitask_classifier": parse_command,
     "evaluation": evaluation.parse_flags,
