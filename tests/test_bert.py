@@ -17,6 +17,7 @@ from bert import (
     BertSelfAttention,
     FastDropout,
     Rows,
+    additive,
     dropout_mask,
     fill_rows,
     pack,
@@ -134,8 +135,8 @@ def test_packed_rows_hold_every_sentence_where_first_says(lengths, data):
     packed = pack(sequences, starts, 3, "cpu")
     names = ("input_ids", "position_ids", "token_type_ids")
     parts = [torch.cat([getattr(r, name).flatten() for r in packed.rows]) for name in names]
-    assert packed.lengths.tolist() == lengths
-    assert {t.dtype for t in (*parts, *packed[1:])} == {torch.int64}
+    assert (packed.lengths.tolist(), packed.tokens) == (lengths, sum(lengths))
+    assert {t.dtype for t in (*parts, *packed[1:4])} == {torch.int64}
     count = len(lengths)
     expected = torch.tensor([3, 0, 0, count])[:, None].repeat(1, len(packed.sentence))
     for number, (sequence, first) in enumerate(zip(sequences, packed.first.tolist(), strict=True)):
@@ -351,7 +352,8 @@ def attention(tiny_config):
     module = BertSelfAttention(replace(sizes, attention_probs_dropout_prob=0.5)).double()
     ids, mask = padded(random_sequences([4, 2]))
     positions = torch.arange(4).expand_as(ids)
-    return module, Rows(ids, positions, torch.zeros_like(ids), mask.bool()[:, None, None, :])
+    bias = additive(mask.bool()[:, None, None, :], torch.float64)  # as `encode` makes it
+    return module, Rows(ids, positions, torch.zeros_like(ids), bias)
 
 
 @pytest.mark.parametrize("written_out", [False, True])
