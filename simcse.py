@@ -40,8 +40,10 @@ def supervised_simcse_loss(
     pairs are hard negatives. Returns a scalar, exactly 0 for a batch without a duplicate. `offset`
     is as above; several processes divide their sums by `anchors_per_process`, the mean number.
     """
-    anchors = is_duplicate.bool().nonzero().squeeze(-1)
-    logits = similarity_logits(first[anchors], second, temperature)
-    total = F.cross_entropy(logits, anchors + offset, reduction="sum")
-    count = len(anchors) if anchors_per_process is None else anchors_per_process
+    logits = similarity_logits(first, second, temperature)
+    labels = torch.arange(offset, offset + len(first), device=first.device)
+    # -100 leaves a row out. To select the anchors, the CPU would have to wait for a GPU's count.
+    labels = labels.where(is_duplicate.bool(), -100)
+    total = F.cross_entropy(logits, labels, reduction="sum")
+    count = is_duplicate.sum() if anchors_per_process is None else anchors_per_process
     return total / (count + (count == 0))
