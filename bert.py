@@ -29,7 +29,8 @@ class Rows(NamedTuple):
     input_ids: torch.Tensor  # (B, T) int64
     position_ids: torch.Tensor  # (B, T) int64, within the sentence
     token_type_ids: torch.Tensor  # (B, T) int64
-    attention_mask: torch.Tensor  # (B, 1, 1 or T, T) bool, True where a token may attend
+    # (B, 1, 1 or T, T) bool, True where a token may attend; in the layers `additive` makes of it
+    attention_mask: torch.Tensor
 
 
 class Packed(NamedTuple):
@@ -39,6 +40,12 @@ class Packed(NamedTuple):
     sentence: torch.Tensor  # (N,) int64, each token's sentence; at padding, the number of sentences
     first: torch.Tensor  # (sentences,) int64, where each begins
     lengths: torch.Tensor  # (sentences,) int64
+    tokens: int  # of all sentences, without the padding
+
+
+def additive(mask, dtype):
+    """What is added to attention's scores: 0 where `mask` is True, else the lowest number."""
+    return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
 
 
 class FastDropout(nn.Dropout):
@@ -120,10 +127,7 @@ class BertSelfAttention(nn.Module):
 
     def attend_with_dropout(self, q, k, v, mask):
         """The same written out, (B, H, T, D/H) each: only CUDA's fused kernels have dropout."""
-        scores = (q / math.sqrt(q.size(-1))) @ k.transpose(-2, -1)
-        # One mask is added to all heads: `scores.masked_fill` would take seven times as long.
-        lowest = torch.finfo(scores.dtype).min
-        scores = scores + torch.zeros_like(mask, dtype=scores.dtype).masked_fill(~mask, lowest)
+        scores = (q / math.sqrt(q.size(-1))) @ k.transpose(-2, -1) + mask
         return self.dropout(scores.softmax(dim=-1)) @ v
 
 
@@ -137,8 +141,9 @@ class BertOutput(nn.Module):
         self.dropout = FastDropout(config.hidden_dropout_prob)
 
     def forward(self, hidden_states, residual):
-        """(N, in_features), (N, D) -> (N, D)."""
-        return self.LayerNorm(self.dropout(self.dense(hidden_states)) + residual)
+        """(N, in_features), (N, D) -> (N, D), in the residual's dtype."""
+        summed = self.dropout(self.dense(hidden_states)) + residual
+        return self.LayerNorm(summed).to(residual.dtype)
 
 
 class BertLayer(nn.Module):
@@ -208,9 +213,13 @@ class BertModel(BertPreTrainedModel):
     def encode(self, rows):
         """The last hidden states (N, D) of the tokens of a list of `Rows`, in order."""
         hidden_states = self.embeddings(rows)
-        if hidden_states.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
-            # Autocast would keep fp32 between the linear layers: twice the memory traffic.
-            hidden_states = hidden_states.to(torch.get_autocast_dtype("cpu"))
+        device = hidden_states.device.type
+        if torch.is_autocast_enabled(device):
+            # Autocast would keep fp32 between the linear layers: twice the memory traffic, and on
+            # CUDA, where it makes LayerNorm's output fp32, one copy each for query, key and value.
+            hidden_states = hidden_states.to(torch.get_autocast_dtype(device))
+        dtype = hidden_states.dtype  # the masks are converted once, not in each layer
+        rows = [r._replace(attention_mask=additive(r.attention_mask, dtype)) for r in rows]
         for layer in self.encoder["layer"]:
             hidden_states = layer(hidden_states, rows)
         return hidden_states
@@ -278,12 +287,13 @@ def pack(sequences, segment_starts, pad_id, device):
             rows.append(Rows(*parts, (owner[:, :, None] == owner[:, None, :])[:, None]))
             owners.append(owner.flatten())
         tokens, width = tokens + len(filled) * width, narrower(width)
-    return Packed(rows, torch.cat(owners), to_device(first, device), to_device(lengths, device))
+    where = (to_device(array, device) for array in (first, lengths))
+    return Packed(rows, torch.cat(owners), *where, int(lengths.sum()))
 
 
 def to_device(array, device):
-    """A NumPy array as a tensor on `device`, without waiting for the copy on a GPU."""
-    tensor = torch.from_numpy(array)
+    """An array, or a tensor of the CPU, on `device`; on a GPU nothing waits for the copy."""
+    tensor = torch.as_tensor(array)
     if torch.device(device).type == "cuda":
         return tensor.pin_memory().to(device, non_blocking=True)
     return tensor.to(device)

@@ -30,6 +30,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
+from bert import to_device
 from datasets import Example, TaskDataset, TaskFile, read_task_file
 from multitask_bert import task_loss
 from reporting import results
@@ -63,12 +64,24 @@ def head_outputs(model, dataset, compute, rows=None):
             if turn == 0:
                 distributed.check_stop()
             if turn == distributed.rank():  # the other batches are the other processes'
-                outputs[torch.as_tensor(batch_rows)] = model.predict(dataset.task.name, batch)
+                found = predict_in_parts(model, dataset, batch_rows, batch)
+                outputs[to_device(batch_rows, model.device)] = found
     outputs = distributed.sum_over_processes(outputs).cpu()
     if bad := int((~outputs.isfinite()).any(1).sum()):
         name = dataset.task.name
         raise NotFinite(f"{name}: the model's outputs for {bad} examples are not finite")
     return outputs
+
+
+def predict_in_parts(model, dataset, rows, batch):
+    """`model.predict` of the batch at `rows`; one too large for a GPU's memory is halved."""
+    try:
+        return model.predict(dataset.task.name, batch)
+    except torch.OutOfMemoryError:
+        if len(rows) == 1:
+            raise
+    halves = [(half, dataset.batch(half)) for half in np.array_split(rows, 2)]
+    return torch.cat([predict_in_parts(model, dataset, *half) for half in halves])
 
 
 def predict_dataset(model, dataset, compute):

@@ -10,8 +10,8 @@ class Surgery(NamedTuple):
     """Outcome of one projection."""
 
     gradient: torch.Tensor  # (parameters,) combined
-    cosines: dict  # (task, other task) -> cosine of their original gradients
-    conflicts: float  # share of pairs whose gradients oppose each other
+    cosines: dict  # (task, other task) -> cosine of their original gradients, a scalar
+    conflicts: torch.Tensor  # scalar: share of pairs whose gradients oppose each other
 
 
 def pcgrad(gradients, generator, reduction="sum"):
@@ -20,23 +20,23 @@ def pcgrad(gradients, generator, reduction="sum"):
     Yu et al. 2020, algorithm 1; all projections are off the original gradients. `gradients` maps a
     task to its flat gradient (parameters,); `generator` (`random.Random`) orders the other tasks
     for each task. `reduction` is "sum" as published, or "mean" as in the widely used
-    implementation. Returns a `Surgery`.
+    implementation. Returns a `Surgery`; nothing here waits for a GPU.
     """
-    tasks, original = list(gradients), torch.stack(list(gradients.values()))
-    dots = (original @ original.T).cpu().double()  # for the log only
-    norms = dots.diagonal().clamp_min(1e-30).sqrt()
-    cosines = {
-        (tasks[i], tasks[j]): float(dots[i, j] / (norms[i] * norms[j]))
-        for i, j in combinations(range(len(tasks)), 2)
+    original = list(gradients.values())
+    squares = [gradient.square().sum().clamp_min(1e-30) for gradient in original]
+    norms = {task: square.sqrt() for task, square in zip(gradients, squares, strict=True)}
+    cosines = {  # for the log only
+        (a, b): gradients[a] @ gradients[b] / (norms[a] * norms[b])
+        for a, b in combinations(gradients, 2)
     }
-    conflicts = sum(cosine < 0 for cosine in cosines.values()) / max(1, len(cosines))
-    total = torch.zeros_like(original[0])
+    total, conflicts = torch.zeros_like(original[0]), squares[0].new_zeros(())
+    for cosine in cosines.values():
+        conflicts += (cosine < 0) / len(cosines)
     for i, gradient in enumerate(original):
-        projected, others = gradient.clone(), [j for j in range(len(tasks)) if j != i]
+        projected, others = gradient.clone(), [j for j in range(len(original)) if j != i]
         generator.shuffle(others)
         for j in others:
             dot = projected @ original[j]
-            if dot < 0:
-                projected -= dot / original[j].square().sum() * original[j]
+            projected -= dot.clamp(max=0) / squares[j] * original[j]  # nothing if they agree
         total += projected
-    return Surgery(total / len(tasks) if reduction == "mean" else total, cosines, conflicts)
+    return Surgery(total.div_(len(original)) if reduction == "mean" else total, cosines, conflicts)

@@ -5,11 +5,15 @@ script sums them with their weights: the task losses, and if asked for unsupervi
 task's sentences, supervised SimCSE on the paraphrase pairs, and R-Drop on single tasks.
 """
 
+from collections import defaultdict
+from typing import NamedTuple
+
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from bert import FastDropout, pack
+from bert import FastDropout, pack, to_device
 from config import TASKS
 from datasets import TaskBatch
 from runtime.distributed import gather_rows, mean_over_processes
@@ -157,6 +161,15 @@ def consistency_loss(task, first, second):
 # ------------------------------------------------------------------------------------------ model
 
 
+class Prepared(NamedTuple):
+    """What a forward pass takes from the batches of a step, on the device."""
+
+    batches: dict  # task -> `TaskBatch`
+    labels: dict  # task -> (batch,) fp32
+    keys: dict  # of tasks with a SimCSE loss: task -> role -> (batch,) int64, equal for copies
+    sequences: tuple  # of all groups, as `MultitaskBERT.arrange` returns them
+
+
 class MultitaskBERT(nn.Module):
     """An encoder shared by the heads of several tasks.
 
@@ -196,12 +209,20 @@ class MultitaskBERT(nn.Module):
             self.bert.eval()
         return self
 
-    def forward(self, batches):
-        """Losses of one training step.
+    def prepare(self, batches):
+        """What `forward` takes, so that it can be made while a GPU still works on the last step.
 
-        `batches` maps a task to its `datasets.TaskBatch`. Returns a dict of scalars: `<task>` for
-        each, and if configured `simcse_<task>`, `simcse_para_supervised` and `r_drop_<task>`.
+        `batches` maps a task to its `datasets.TaskBatch`. Returns a `Prepared`.
         """
+        labels = {name: to_device(batch.labels, self.device) for name, batch in batches.items()}
+        keys = {
+            name: {
+                role: to_device(sentence_keys(sentences), self.device)
+                for role, sentences in batch.columns().items()
+            }
+            for name, batch in batches.items()
+            if self.has_simcse(name)
+        }
         groups = {}  # (task, pass) -> sequences by role; all are encoded together
         for name, batch in batches.items():
             groups[name, 0], groups[name, 1] = self.first_pass(name, batch), {}
@@ -209,26 +230,34 @@ class MultitaskBERT(nn.Module):
                 groups[name, 1] |= single_sentences(batch)
             if name in self.config.r_drop:
                 groups[name, 1] |= self.task_inputs(name, batch, self.config.swap_pairs)
-        vectors = self.encode_groups(groups)
-        losses = {}
-        for name, batch in batches.items():
-            losses |= self.task_losses(name, batch, vectors[name, 0], vectors[name, 1])
-        for name in batches:
+        return Prepared(batches, labels, keys, self.arrange(groups))
+
+    def forward(self, batches):
+        """Losses of one training step.
+
+        `batches` are `Prepared`, or what `prepare` takes. Returns a dict of scalars: `<task>` for
+        each, and if configured `simcse_<task>`, `simcse_para_supervised` and `r_drop_<task>`.
+        """
+        prepared = batches if isinstance(batches, Prepared) else self.prepare(batches)
+        labels, losses, vectors = prepared.labels, {}, self.vectors_by_role(*prepared.sequences)
+        keys = prepared.keys
+        for name in labels:
+            losses |= self.task_losses(name, labels[name], vectors[name, 0], vectors[name, 1])
+        for name in labels:
             if name in self.config.simcse_tasks:
                 passes = vectors[name, 0], vectors[name, 1]
-                losses[f"simcse_{name}"] = self.unsupervised_simcse(batches[name], *passes)
-        if self.config.supervised_simcse and "para" in batches:
-            loss = self.supervised_simcse(batches["para"], vectors["para", 0])
+                losses[f"simcse_{name}"] = self.unsupervised_simcse(keys[name], *passes)
+        if self.config.supervised_simcse and "para" in labels:
+            loss = self.supervised_simcse(labels["para"], keys["para"], vectors["para", 0])
             losses["simcse_para_supervised"] = loss
         return losses
 
-    def task_losses(self, name, batch, first, second):
+    def task_losses(self, name, labels, first, second):
         """The task's loss, and with R-Drop the mean over two passes and their consistency loss.
 
         `first` and `second` are the vectors of the two passes by role.
         """
         task, outputs = TASKS[name], self.outputs(name, first)
-        labels = batch.labels.to(outputs.device)
         loss = task_loss(task, outputs, labels)
         if name not in self.config.r_drop:
             return {name: loss}
@@ -236,29 +265,26 @@ class MultitaskBERT(nn.Module):
         loss = (loss + task_loss(task, again, labels)) / 2
         return {name: loss, f"r_drop_{name}": consistency_loss(task, outputs, again)}
 
-    def unsupervised_simcse(self, batch, first, second):
-        """The task's contrastive loss; a pair's first and second sentences are contrasted apart.
+    def unsupervised_simcse(self, keys, first, second):
+        """A task's contrastive loss; a pair's first and second sentences are contrasted apart.
 
-        `first` and `second` are the vectors of the two passes by role.
+        By role: `keys` of the sentences, and `first` and `second`, the vectors of the two passes.
         """
         losses = []
-        for role, sentences in batch.columns().items():
+        for role, of_role in keys.items():
             anchors = self.contrast(first[role])
             candidates, offset = gather_rows(self.contrast(second[role]))
-            keys = sentence_keys(sentences, anchors.device)
-            copies = copies_of(gather_rows(keys)[0], offset, keys)
+            copies = copies_of(gather_rows(of_role)[0], offset, of_role)
             loss = unsupervised_simcse_loss(anchors, candidates, offset=offset, copies=copies)
             losses.append(loss)
         return sum(losses) / len(losses)
 
-    def supervised_simcse(self, batch, vectors):
-        """The contrastive loss of the paraphrase pairs."""
+    def supervised_simcse(self, is_duplicate, keys, vectors):
+        """The contrastive loss of the paraphrase pairs; `keys` and `vectors` by role."""
         anchors = self.contrast(vectors["first"])
         candidates, offset = gather_rows(self.contrast(vectors["second"]))
-        is_duplicate = batch.labels.to(anchors.device)
         weights = is_duplicate / mean_over_processes(is_duplicate.sum()).clamp(min=1e-9)
-        first, second = (sentence_keys(s, anchors.device) for s in batch.columns().values())
-        copies = copies_of(gather_rows(second)[0], offset, first, second)
+        copies = copies_of(gather_rows(keys["second"])[0], offset, keys["first"], keys["second"])
         return supervised_simcse_loss(anchors, candidates, weights, offset=offset, copies=copies)
 
     def contrast(self, vectors):
@@ -293,31 +319,51 @@ class MultitaskBERT(nn.Module):
 
     def first_pass(self, name, batch):
         """The sequences of the first pass by role: the head's, and those of the SimCSE losses."""
+        more = single_sentences(batch) if self.has_simcse(name) else {}
+        return self.task_inputs(name, batch) | more
+
+    def has_simcse(self, name):
+        """Whether a task has a contrastive loss."""
         is_supervised = name == "para" and self.config.supervised_simcse
-        has_simcse = is_supervised or name in self.config.simcse_tasks
-        return self.task_inputs(name, batch) | (single_sentences(batch) if has_simcse else {})
+        return is_supervised or name in self.config.simcse_tasks
 
     def encode_groups(self, groups):
         """Encode all sequences in one pass: `{key: {role: sequences}}` -> `{key: {role: vectors}}`.
 
         Vectors are (sequences, hidden) fp32.
         """
-        places = [(key, role) for key, roles in groups.items() for role in roles]
-        parts = [groups[key][role] for key, role in places]
-        sequences = [sequence for part in parts for sequence in part]
+        return self.vectors_by_role(*self.arrange(groups))
+
+    def arrange(self, groups):
+        """The sequences of `{key: {role: sequences}}` in one list, packed unless frozen.
+
+        Returns the list's parts in order, each (key, role, number of sequences), and the list.
+        """
+        parts, sequences = [], []
+        for key, roles in groups.items():
+            for role, part in roles.items():
+                parts.append((key, role, len(part)))
+                sequences += part
+        return parts, sequences if self.frozen else self.pack(sequences)
+
+    def vectors_by_role(self, parts, sequences):
+        """Encode what `arrange` returned: `{key: {role: vectors}}`."""
         encoded = self.encode_once(sequences) if self.frozen else self.encode(sequences)
-        vectors = {key: {} for key in groups}
-        for (key, role), part in zip(places, encoded.split([len(p) for p in parts]), strict=True):
+        vectors, of_parts = defaultdict(dict), encoded.split([count for *_, count in parts])
+        for (key, role, _), part in zip(parts, of_parts, strict=True):
             vectors[key][role] = part
         return vectors
 
-    def encode(self, sequences):
-        """Vectors (sequences, hidden) fp32 of sequences, each (ids, start of segment 1)."""
+    def pack(self, sequences):
+        """Sequences, each (ids, start of segment 1), in rows on the device: a `bert.Packed`."""
         ids, starts = zip(*sequences, strict=True)
         self.bert.check_length(max(map(len, ids)))
-        self.encoded_sequences += len(ids)
-        self.encoded_tokens += sum(map(len, ids))
-        packed = pack(ids, starts, self.pad_id, self.device)
+        return pack(ids, starts, self.pad_id, self.device)
+
+    def encode(self, packed):
+        """Vectors (sequences, hidden) fp32 of packed sequences."""
+        self.encoded_sequences += len(packed.lengths)
+        self.encoded_tokens += packed.tokens
         return self.pool(self.bert.encode(packed.rows), packed)
 
     def pool(self, hidden_states, packed):
@@ -333,13 +379,24 @@ class MultitaskBERT(nn.Module):
 
     @torch.no_grad()
     def encode_once(self, sequences):
-        """As `encode`, for a frozen encoder: only what was not encoded before."""
+        """Vectors of sequences, for a frozen encoder: encodes only what was not encoded before.
+
+        The kept vectors lie in the CPU's memory; those of a step reach the device in one copy.
+        """
         keys = [(ids.tobytes(), start) for ids, start in sequences]
-        new = {k: s for k, s in zip(keys, sequences, strict=True) if k not in self.vectors}
-        fresh = dict(zip(new, self.encode(list(new.values())), strict=True)) if new else {}
-        found = torch.stack([self.vectors[k] if k in self.vectors else fresh[k] for k in keys])
-        self.vectors |= dict(list(fresh.items())[: self.vectors_to_keep()])
-        return found
+        distinct = dict(zip(keys, sequences, strict=True))
+        kept = [key for key in distinct if key in self.vectors]
+        new = [key for key in distinct if key not in self.vectors]
+        parts = []
+        if kept:
+            parts.append(to_device(torch.stack([self.vectors[k] for k in kept]), self.device))
+        if new:
+            parts.append(self.encode(self.pack([distinct[key] for key in new])))
+            if room := self.vectors_to_keep():
+                self.vectors |= zip(new[:room], parts[-1][:room].cpu(), strict=True)
+        places = {key: place for place, key in enumerate(kept + new)}
+        order = np.array([places[key] for key in keys])
+        return torch.cat(parts)[to_device(order, self.device)]
 
     def vectors_to_keep(self):
         """How many more vectors of a frozen encoder there is room for."""

@@ -7,7 +7,6 @@ et al. 2021) and R-Drop (Liang et al. 2021) if asked for. A run is a folder unde
 best model, prediction files and log. `python evaluation.py` evaluates it, `--resume` resumes it.
 """
 
-import math
 import random
 import signal
 import sys
@@ -36,7 +35,15 @@ from runtime.distributed import check_stop, mean_over_processes
 from runtime.files import write_files
 from training import data_files, setup
 from training.data_files import of_split
-from training.log import Meter, log_step, not_finite, progress_bar, read_back
+from training.log import (
+    Meter,
+    log_step,
+    not_finite,
+    numbers_of_step,
+    progress_bar,
+    read_back,
+    step_if_finite,
+)
 from training.plan import make_plan
 from training.run_folder import RunFolder, run_path
 from training.saved_models import load_weights, save_best
@@ -50,35 +57,46 @@ def weighted_sum(losses, plan):
     return sum(plan.loss_weights[name] * loss for name, loss in losses.items())
 
 
-def compute_gradients(model, step_batches, step, plan, compute):
+def prepare_step(model, batches, step, plan):
+    """What the passes of a step take, on the device: a `multitask_bert.Prepared` for each.
+
+    A step has one pass, `--accumulate` passes, or with surgery one for each task.
+    """
+    count = plan.flags.accumulate
+    passes = [batches[i] for i in range(step * count, (step + 1) * count)]
+    if plan.flags.gradient_surgery:
+        passes = [{name: batch} for name, batch in passes[0].items()]
+    return [model.prepare(batch_by_task) for batch_by_task in passes]
+
+
+def compute_gradients(model, passes, step, plan, compute):
     """Run forward and backward of a step; the gradients are in the parameters' `.grad`.
 
-    `model` is the `MultitaskBERT`, or its `DistributedDataParallel`; `step_batches` are the step's
-    batches, one unless they are accumulated. Returns each loss as a detached scalar, and a dict of
-    other values to log.
+    `model` is the `MultitaskBERT`, or its `DistributedDataParallel`; `passes` are those of
+    `prepare_step`. Returns each loss as a detached scalar, and a dict of other scalars to log.
     """
     if plan.flags.gradient_surgery:
-        return backward_with_surgery(model, step_batches[0], step, plan, compute)
-    return backward(model, step_batches, step, plan, compute), {}
+        return backward_with_surgery(model, passes, step, plan, compute)
+    return backward(model, passes, step, plan, compute), {}
 
 
-def backward(model, step_batches, step, plan, compute):
+def backward(model, passes, step, plan, compute):
     """The gradients of the weighted sum of all losses; returns each loss."""
     losses = defaultdict(float)
-    for number, batches in enumerate(step_batches):
+    for number, prepared in enumerate(passes):
         seed_everything(plan.flags.seed, step, number, distributed.rank())
-        is_last = number == len(step_batches) - 1
+        is_last = number == len(passes) - 1
         with nullcontext() if is_last or distributed.world_size() == 1 else model.no_sync():
             with compute.autocast():
-                batch_losses = model(batches)
+                batch_losses = model(prepared)
             total = weighted_sum(batch_losses, plan)
-            compute.scaler.scale(total / len(step_batches)).backward()
+            compute.scaler.scale(total / len(passes)).backward()
         for name, loss in batch_losses.items():
-            losses[name] += loss.detach() / len(step_batches)
+            losses[name] += loss.detach() / len(passes)
     return losses
 
 
-def backward_with_surgery(model, batches, step, plan, compute):
+def backward_with_surgery(model, passes, step, plan, compute):
     """As `backward`, task by task, with the encoder's conflicting gradients projected.
 
     A task's SimCSE and R-Drop losses count toward its gradient. Gradients are averaged over the
@@ -86,10 +104,11 @@ def backward_with_surgery(model, batches, step, plan, compute):
     """
     shared = [p for p in model.bert.parameters() if p.requires_grad]
     losses, gradients = {}, {}
-    for number, (name, batch) in enumerate(batches.items()):
+    for number, prepared in enumerate(passes):
         seed_everything(plan.flags.seed, step, number, distributed.rank())
         with compute.autocast():
-            task_losses = model({name: batch})
+            task_losses = model(prepared)
+        (name,) = prepared.batches
         compute.scaler.scale(weighted_sum(task_losses, plan)).backward()
         gradients[name] = mean_over_processes(torch.cat([p.grad.flatten() for p in shared]))
         for parameter in shared:
@@ -147,12 +166,13 @@ def train(run, model, optimizer, data, plan, compute):
     """Train from `run.progress` to the end of the plan.
 
     `data` maps a task and a split to a `TaskDataset`. Evaluates after each epoch and keeps the best
-    model and the last checkpoints in `run`, a `RunFolder`. Raises `NotFinite` before a step with a
-    loss or gradient that is not finite, `Stopped` after the step in which a signal came.
+    model and the last checkpoints in `run`, a `RunFolder`. Raises `NotFinite` instead of a step
+    with a loss or gradient that is not finite, `Stopped` after the step in which a signal came.
     """
     flags, progress, scaler = plan.flags, run.progress, compute.scaler
     batches = make_batches(data, plan)
     replica = synchronised(model, batches[0], plan, compute)
+    upcoming = prepare_step(model, batches, progress.step, plan)
     meter = Meter(progress.totals)
     with progress_bar(run, plan) as bar:
         while not progress.is_finished(plan):
@@ -164,31 +184,33 @@ def train(run, model, optimizer, data, plan, compute):
                 continue
 
             # ---- fetch
-            step = progress.step
+            step, passes = progress.step, upcoming
             meter.start()
             model.train()
             model.encoded_sequences = model.encoded_tokens = 0
-            first = step * flags.accumulate
-            step_batches = [batches[i] for i in range(first, first + flags.accumulate)]
             set_learning_rate(optimizer, step, plan)
 
             # ---- forward and backward
-            losses, extra = compute_gradients(replica, step_batches, step, plan, compute)
+            losses, extra = compute_gradients(replica, passes, step, plan, compute)
 
             # ---- clip and step
             scaler.unscale_(optimizer)
             norm = clip_gradients(model, flags.clip)
-            values = read_back(losses, norm, model)
+            numbers = numbers_of_step(losses, extra, norm, model, scaler)
+            step_if_finite(optimizer, numbers, losses)
+            optimizer.zero_grad()
+
+            # ---- fetch the next batches while a GPU works, then wait for it
+            upcoming = prepare_step(model, batches, step + 1, plan)
+            values = read_back(numbers, losses, extra)
             if not values.is_finite(scaler):
                 save_checkpoint(run, model, optimizer, compute)
-                raise not_finite(model, values.losses, step_batches, step, plan, compute)
-            scaler.step(optimizer)
+                raise not_finite(model, values.losses, passes, step, plan, compute)
             scaler.update()
-            optimizer.zero_grad()
 
             # ---- log and save
             progress.step += 1
-            meter.add(values, extra if math.isfinite(values.norm) else {})
+            meter.add(values)
             bar.update()
             if progress.step % flags.log_every == 0 or progress.step == plan.total_steps:
                 log_step(bar, run, meter, optimizer, plan, compute)

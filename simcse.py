@@ -49,10 +49,10 @@ def supervised_simcse_loss(first, second, weights, temperature=TEMPERATURE, offs
     return (F.cross_entropy(logits, labels, reduction="none") * weights).sum()
 
 
-def sentence_keys(sentences, device):
+def sentence_keys(sentences):
     """A number for each sentence, equal for copies: arrays of ids -> (batch,) int64."""
     digests = [blake2b(ids.tobytes(), digest_size=8).digest() for ids in sentences]
-    return torch.from_numpy(np.frombuffer(b"".join(digests), dtype=np.int64).copy()).to(device)
+    return torch.from_numpy(np.frombuffer(b"".join(digests), dtype=np.int64).copy())
 
 
 def copies_of(candidates, offset, *anchors):

@@ -33,6 +33,8 @@ class Compute:
         self.batch_tokens = BATCH_TOKENS[self.device.type]
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
         keep_freed_memory()
+        if self.device.type == "cuda" and self.precision == "fp32":  # TF32 where the GPU has it
+            torch.set_float32_matmul_precision("highest" if deterministic else "high")
         if deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True)

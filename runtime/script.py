@@ -15,6 +15,11 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+# What torch reads when it is imported, unless the user has set it. Batches of different lengths
+# would leave gaps in a GPU's memory that are too small for the next ones.
+if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # the older name
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+
 SIGNALS = [signal.SIGINT, signal.SIGTERM]
 if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # `nohup` ignores it
     SIGNALS.append(signal.SIGHUP)  # the terminal was closed

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -30,9 +31,9 @@ LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789"
 
 
 def pytest_configure(config):
-    """Hide the GPU, since expected numbers are those of a CPU; `-m cuda` sees it."""
+    """Hide the GPU, since expected numbers are those of a CPU, unless `-m` asks for `cuda`."""
     torch.set_num_threads(THREADS)  # fixtures of a module or a session come before `seeded`
-    if "cuda" not in config.getoption("markexpr", "").split(" and "):
+    if not re.search(r"(?<!not )\bcuda\b", config.getoption("markexpr", "")):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
         torch.backends.mps.is_available = lambda: False
 

@@ -17,6 +17,7 @@ from bert import (
     BertSelfAttention,
     FastDropout,
     Rows,
+    additive,
     dropout_mask,
     fill_rows,
     pack,
@@ -134,8 +135,8 @@ def test_packed_rows_hold_every_sentence_where_first_says(lengths, data):
     packed = pack(sequences, starts, 3, "cpu")
     names = ("input_ids", "position_ids", "token_type_ids")
     parts = [torch.cat([getattr(r, name).flatten() for r in packed.rows]) for name in names]
-    assert packed.lengths.tolist() == lengths
-    assert {t.dtype for t in (*parts, *packed[1:])} == {torch.int64}
+    assert (packed.lengths.tolist(), packed.tokens) == (lengths, sum(lengths))
+    assert {t.dtype for t in (*parts, *packed[1:4])} == {torch.int64}
     count = len(lengths)
     expected = torch.tensor([3, 0, 0, count])[:, None].repeat(1, len(packed.sentence))
     for number, (sequence, first) in enumerate(zip(sequences, packed.first.tolist(), strict=True)):
@@ -351,7 +352,8 @@ def attention(tiny_config):
     module = BertSelfAttention(replace(sizes, attention_probs_dropout_prob=0.5)).double()
     ids, mask = padded(random_sequences([4, 2]))
     positions = torch.arange(4).expand_as(ids)
-    return module, Rows(ids, positions, torch.zeros_like(ids), mask.bool()[:, None, None, :])
+    bias = additive(mask.bool()[:, None, None, :], torch.float64)  # as `encode` makes it
+    return module, Rows(ids, positions, torch.zeros_like(ids), bias)
 
 
 @pytest.mark.parametrize("written_out", [False, True])
@@ -393,6 +395,43 @@ def test_attention_dropout_keeps_the_mean(attention):
     error = (draws.mean(0) - plain).abs()
     assert (draws.std(0) > 0.05).all()
     assert (error < 5 * draws.std(0) / math.sqrt(400)).all()
+
+
+# --------------------------------------------------------------------------- once, not per layer
+
+
+def test_query_key_and_value_share_one_bf16_copy_where_layer_norm_is_fp32(bert, monkeypatch):
+    """As under CUDA's autocast. Each linear layer would cast, and keep, a copy of its own."""
+    layer_norm, seen, sums = torch.nn.LayerNorm.forward, {}, []
+
+    def in_fp32(module, x):
+        sums.append(x.dtype)
+        return layer_norm(module, x.float())
+
+    monkeypatch.setattr(torch.nn.LayerNorm, "forward", in_fp32)
+    for name, module in bert.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            module.register_forward_pre_hook(lambda _, x, name=name: seen.update({name: x[0]}))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        bert(*padded(random_sequences([7, 5])))
+    assert {x.dtype for name, x in seen.items() if "pooler" not in name} == {torch.bfloat16}
+    for layer in range(bert.config.num_hidden_layers):
+        place = f"encoder.layer.{layer}.attention.self"
+        assert seen[f"{place}.query"] is seen[f"{place}.key"] is seen[f"{place}.value"]
+    assert sums == [torch.float32] + [torch.bfloat16] * 2 * bert.config.num_hidden_layers
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_mask_is_converted_once_for_all_layers(bert, monkeypatch, dtype):
+    """Once for each width of rows; attention gets it in the dtype that it computes in."""
+    made = []
+    monkeypatch.setattr("bert.additive", lambda *args: made.append(additive(*args)) or made[-1])
+    packed = pack(random_sequences([120, 20]), [120, 20], 0, "cpu")
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+        bert.encode(packed.rows)
+    assert [mask.dtype for mask in made] == [dtype] * len(packed.rows) == [dtype] * 2
+    for mask, rows in zip(made, packed.rows, strict=True):
+        assert torch.equal(mask == 0, rows.attention_mask)
 
 
 # ------------------------------------------------------------------------------ frozen layers

@@ -48,6 +48,27 @@ def test_the_best_device_and_its_precisions(
 
 
 @pytest.mark.parametrize(
+    ("device", "precision", "deterministic", "expected"),
+    [
+        ("cuda", "fp32", False, ["high"]),
+        ("cuda", "fp32", True, ["highest"]),
+        ("cuda", "bf16", False, []),
+        ("cpu", "fp32", False, []),
+    ],
+)
+def test_fp32_on_a_gpu_is_tf32_unless_deterministic(
+    monkeypatch, device, precision, deterministic, expected
+):
+    settings = []
+    monkeypatch.setattr("runtime.device.select_precision", lambda *_: (precision, None))
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", settings.append)
+    monkeypatch.setattr(torch, "use_deterministic_algorithms", lambda _: None)
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    Compute(device, precision, deterministic)
+    assert settings == expected
+
+
+@pytest.mark.parametrize(
     ("platform", "has_mallopt"),
     [("linux", True), ("linux", False), ("darwin", True), ("win32", True)],
 )

@@ -16,7 +16,7 @@ from datasets import Example, TaskDataset, TaskFile
 from evaluation import best_offset, calibrate, predict_dataset, predict_sentences
 from lora import adapter_tensors, apply_lora
 from multitask_bert import MultitaskBERT, task_loss
-from runtime.device import BATCH_TOKENS, Compute
+from runtime.device import BATCH_TOKENS, Compute, OutOfMemory
 from tokenizer import BertTokenizer
 from training.run_folder import RunFolder
 from training.saved_models import load_weights, save_model
@@ -91,6 +91,31 @@ def test_batches_and_their_order_do_not_change_predictions(
         outputs = model.predict(name, dataset.batch(range(EXAMPLES)))
     expected = task_loss(TASKS[name], outputs, dataset.labels).item()
     assert found.loss == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.parametrize("most", [1, 3, 10])
+def test_a_batch_too_large_for_a_gpus_memory_is_halved(model, datasets, monkeypatch, most):
+    """Until its parts fit; one that holds a single example is an error."""
+    predict, sizes = model.predict, []
+
+    def predict_few(name, batch):
+        sizes.append(len(batch.ids))
+        if len(batch.ids) > most:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return predict(name, batch)
+
+    for dataset in datasets.values():
+        expected = predict_dataset(model, dataset, CPU)
+        with monkeypatch.context() as patch:
+            patch.setattr(model, "predict", predict_few)
+            found = predict_dataset(model, dataset, CPU)
+        np.testing.assert_allclose(found.scores, expected.scores, rtol=1e-3, atol=1e-5)
+    assert sizes[:2] == [EXAMPLES, EXAMPLES // 2]
+    most = 0
+    monkeypatch.setattr(model, "predict", predict_few)
+    with pytest.raises(OutOfMemory, match="out of memory on cpu with evaluation batches of up to"):
+        predict_dataset(model, datasets["sst"], CPU)
+    assert sizes[-1] == 1
 
 
 def test_prediction_has_no_dropout_and_leaves_no_gradients(model, datasets):

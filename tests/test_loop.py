@@ -12,7 +12,7 @@ from bert import BertModel
 from config import MultitaskConfig
 from gradient_surgery import pcgrad
 from multitask_bert import MultitaskBERT
-from multitask_classifier import compute_gradients, set_learning_rate
+from multitask_classifier import compute_gradients, prepare_step, set_learning_rate
 from runtime.device import Compute
 from training.flags import parse_command
 from training.log import not_finite
@@ -77,9 +77,16 @@ def gradients(model, compute):
     return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
 
+def passes_of(model, step_batches, plan):
+    """What the passes of the step take that has these batches."""
+    first = STEP * plan.flags.accumulate
+    return prepare_step(model, dict(enumerate(step_batches, first)), STEP, plan)
+
+
 def of_step(model, step_batches, plan):
     """The gradients of a step."""
-    return gradients(model, lambda: compute_gradients(model, step_batches, STEP, plan, CPU))
+    passes = passes_of(model, step_batches, plan)
+    return gradients(model, lambda: compute_gradients(model, passes, STEP, plan, CPU))
 
 
 def of_task(model, batches, name):
@@ -96,7 +103,8 @@ def test_the_gradient_is_that_of_the_weighted_sum(build, batches):
         expected = sum(w * parts[t][name] for t, w in WEIGHTS.items() if name in parts[t])
         torch.testing.assert_close(value, expected, rtol=1e-4, atol=1e-6, msg=name)
     assert not any(value.any() for name, value in found.items() if name.startswith("heads.para"))
-    losses, _ = compute_gradients(model, [batches], STEP, plan_of(), CPU)
+    passes = passes_of(model, [batches], plan_of())
+    losses, _ = compute_gradients(model, passes, STEP, plan_of(), CPU)
     for name, loss in model(batches).items():
         assert float(losses[name]) == pytest.approx(loss.item(), rel=1e-5)
 
@@ -105,7 +113,7 @@ def test_accumulated_batches_count_as_their_mean(build, batches, tiny_config):
     """The weights of a run would not show it: AdamW steps as far for a multiple of a gradient."""
     model, plan = build(), plan_of("--accumulate 2")
     other = {name: make_batch(name, tiny_config.vocab_size, seed=1) for name in WEIGHTS}
-    one, two = (of_step(model, [part], plan) for part in (batches, other))
+    one, two = (of_step(model, [part], plan_of()) for part in (batches, other))
     for name, value in of_step(model, [batches, other], plan).items():
         expected = (one[name] + two[name]) / 2
         torch.testing.assert_close(value, expected, rtol=1e-4, atol=1e-6, msg=name)
@@ -142,8 +150,9 @@ def test_the_loss_with_a_gradient_that_is_not_finite_is_named(build, batches, fl
             losses["para"].register_hook(lambda gradient: gradient * float("nan"))
 
     model.register_forward_hook(break_gradient)
-    values = {name: loss.item() for name, loss in losses.items()}
-    error = str(not_finite(model, values, [batches], STEP, plan_of(flags), CPU))
+    values, plan = {name: loss.item() for name, loss in losses.items()}, plan_of(flags)
+    passes = passes_of(model, [batches], plan)
+    error = str(not_finite(model, values, passes, STEP, plan, CPU))
     assert f"step {STEP + 1}: gradient of the loss para is not finite" in error
     assert error.endswith("batch para: para0 para1 para2 para3")
 
@@ -151,11 +160,12 @@ def test_the_loss_with_a_gradient_that_is_not_finite_is_named(build, batches, fl
 @pytest.mark.parametrize("flags", ["", "--gradient_surgery"])
 def test_the_diagnosis_computes_the_losses_of_the_step_again(build, batches, flags):
     """Under the same dropout masks; surgery encodes task by task, each pass with its own masks."""
-    model, plan, passes = build(dropout=0.5), plan_of(flags), []
-    model.register_forward_hook(lambda *call: passes.append(call[-1]))
+    model, plan, found = build(dropout=0.5), plan_of(flags), []
+    model.register_forward_hook(lambda *call: found.append(call[-1]))
+    passes = passes_of(model, [batches], plan)
     for step in (STEP, STEP + 1):
-        compute_gradients(model, [batches], step, plan, CPU)
-    not_finite(model, dict.fromkeys(WEIGHTS, 0.0), [batches], STEP, plan, CPU)
-    values = [{name: loss.item() for name, loss in losses.items()} for losses in passes]
+        compute_gradients(model, passes, step, plan, CPU)
+    not_finite(model, dict.fromkeys(WEIGHTS, 0.0), passes, STEP, plan, CPU)
+    values = [{name: loss.item() for name, loss in losses.items()} for losses in found]
     third = len(values) // 3
     assert values[:third] == values[-third:] != values[third : 2 * third]

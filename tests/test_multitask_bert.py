@@ -60,6 +60,11 @@ def single(sentences):
     return [(ids, len(ids)) for ids in sentences]
 
 
+def encode(model, sequences):
+    """Vectors of sequences."""
+    return model.encode(model.pack(sequences))
+
+
 # ------------------------------------------------------------------------------------------- losses
 
 
@@ -187,7 +192,7 @@ def test_unsupervised_simcse_averages_the_two_groups_of_a_pair(build, batches):
     found = model({"para": batch})["simcse_para"]
     groups = []
     for sentences in (batch.first, batch.second):
-        u = model.contrast(model.encode(single(sentences)))
+        u = model.contrast(encode(model, single(sentences)))
         logits = F.cosine_similarity(u[:, None], u[None], dim=-1) / 0.05
         groups.append(F.cross_entropy(logits, torch.arange(4)))
     torch.testing.assert_close(found, sum(groups) / 2, rtol=1e-3, atol=1e-4)
@@ -334,8 +339,8 @@ def test_both_encodings_are_the_sum_of_two_heads(build, batches):
     model = build(both=("para", "sts"), heads={"para": "features+cosine"})
     for name in ("para", "sts"):
         sides = batches[name].first, batches[name].second
-        pair = model.encode([join_pair(*ab, 40) for ab in zip(*sides, strict=True)])
-        u, v = (model.encode(single(sentences)) for sentences in sides)
+        pair = encode(model, [join_pair(*ab, 40) for ab in zip(*sides, strict=True)])
+        u, v = (encode(model, single(sentences)) for sentences in sides)
         together, apart = model.heads[name].heads
         assert not torch.allclose(together(pair), torch.zeros(1))
         torch.testing.assert_close(model.predict(name, batches[name]), together(pair) + apart(u, v))
@@ -377,7 +382,7 @@ def test_a_vector_is_pooled_from_the_real_tokens(build, batches, pooling):
     ids, mask = padded(sentences)
     states = model.bert(ids, mask)["last_hidden_state"]
     mean = (states * mask[:, :, None]).sum(1) / mask.sum(1, keepdim=True)
-    vectors = model.encode(single(sentences))
+    vectors = encode(model, single(sentences))
     expected = mean if pooling == "mean" else states[:, 0]
     torch.testing.assert_close(vectors, expected, rtol=0, atol=1e-5)
 
@@ -444,7 +449,7 @@ def test_kept_vectors_are_bounded(build, batches, monkeypatch, mib):
     monkeypatch.setattr(multitask_bert, "VECTOR_CACHE_MIB", mib)
     limit = mib * 2**20 // (4 * 32)  # fp32 vectors of 32 numbers
     model.vectors = dict.fromkeys(range(limit - 1), torch.zeros(0))
-    right = model.encode(sequences)
+    right = encode(model, sequences)
     for _ in range(2):
         torch.testing.assert_close(model.encode_once(sequences), right, rtol=1e-4, atol=1e-5)
         assert len(model.vectors) == limit

@@ -595,7 +595,7 @@ def vectors(model):
     """Sentence vectors of `EXPORT_TEXTS` by our model."""
     with torch.no_grad():
         ids = model.tokenizer(EXPORT_TEXTS, model.config.max_length)
-        return {"vectors": model.encode([(row, len(row)) for row in ids])}
+        return {"vectors": model.encode(model.pack([(row, len(row)) for row in ids]))}
 
 
 @pytest.mark.parametrize(("pooling", "other"), [("mean", "cls"), ("cls", "mean")])

@@ -71,7 +71,7 @@ def test_row_49_copies_are_not_negatives_by_hand():
     """Sentence 0 stands in row 2 again. Cosines [[1, 0.6, 0.8], [0, 0.8, 0.6], [1, 0.6, 0.8]]."""
     first = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 0.0]])
     second = torch.tensor([[1.0, 0.0], [3.0, 4.0], [4.0, 3.0]])
-    keys = sentence_keys([np.array([2, 7, 3]), np.array([2, 8, 3]), np.array([2, 7, 3])], "cpu")
+    keys = sentence_keys([np.array([2, 7, 3]), np.array([2, 8, 3]), np.array([2, 7, 3])])
     copies = copies_of(keys, 0, keys)
     assert copies.tolist() == [[False, False, True], [False] * 3, [True, False, False]]
     of_1 = math.log(math.exp(0) + math.exp(0.8) + math.exp(0.6)) - 0.8

@@ -1,9 +1,11 @@
 """The training and evaluation scripts end to end, on a tiny encoder and a part of the sample."""
 
 import contextlib
+import copy
 import csv
 import io
 import json
+import math
 import os
 import pty
 import re
@@ -13,6 +15,7 @@ import signal
 import subprocess
 import sys
 import termios
+from functools import partial
 from pathlib import Path
 
 import huggingface_hub
@@ -21,7 +24,11 @@ import pytest
 import torch
 from conftest import REPOSITORY, SAMPLE
 from safetensors.torch import load_file, save_file
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
+import bert
 import evaluation
 import multitask_bert
 import multitask_classifier
@@ -33,7 +40,7 @@ from runtime.files import OutputError
 from runtime.script import NotFinite, run_script
 from training import saved_models
 from training.flags import default_flags, make_parser
-from training.log import Meter, Step
+from training.log import Meter, Step, step_if_finite
 from training.run_folder import RunFolder, run_path
 
 ROWS = {"train": 24, "dev": 12, "test": 6}  # of each file of the sample
@@ -482,8 +489,143 @@ def test_mean_cosines_leave_out_the_steps_that_had_none():
     """Such as a step that fp16's scaler skips."""
     meter = Meter({})
     for loss, extra in ((1.0, {}), (2.0, {"conflicts": 0.5})):
-        meter.add(Step({"sst": loss}, 1.0, 4, 40, False), extra)
+        meter.add(Step({"sst": loss}, extra, 1.0, 1.0, 4, 40, False))
     assert meter.take()[0] == {"sst": 1.5, "conflicts": 0.5}
+
+
+# ------------------------------------------------------------------------------- waiting for a GPU
+
+WAITS = {"_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_dim", "bincount"}
+
+
+class Dispatched(TorchDispatchMode):
+    """Notes in `events` every operation on whose result the CPU would wait; counts all."""
+
+    def __init__(self, events):
+        super().__init__()
+        self.events, self.operations = events, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.operations += 1
+        name = function.overloadpacket.__name__
+        of_index = args[1] if name.startswith("index") and isinstance(args[1], list | tuple) else ()
+        if name in WAITS or any(i is not None and i.dtype == torch.bool for i in of_index):
+            self.events.append(name)
+        return function(*args, **(kwargs or {}))
+
+
+class Called(TorchFunctionMode):
+    """Notes copies of our own code to or from a GPU: on a CPU they dispatch nothing."""
+
+    def __init__(self, events):
+        super().__init__()
+        self.events = events
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        name, caller = getattr(function, "__name__", ""), sys._getframe(1).f_code
+        to_device = name == "to" and any(isinstance(a, str | torch.device) for a in args[1:])
+        is_copy = to_device or name in ("tolist", "cpu", "numpy", "tensor", "new_tensor")
+        is_ours = str(REPOSITORY) in caller.co_filename and caller.co_name != "to_device"
+        if is_copy and is_ours:
+            self.events.append(name)
+        return function(*args, **(kwargs or {}))
+
+
+def do_before(part, act, monkeypatch):
+    """Call `act` before a function of the training script."""
+    original = getattr(multitask_classifier, part)
+    monkeypatch.setattr(multitask_classifier, part, lambda *args: act() or original(*args))
+
+
+@pytest.fixture
+def events(monkeypatch):
+    """The parts of each step, in order, and within them what a CPU would wait for."""
+    events = []
+    for part in ("compute_gradients", "prepare_step", "read_back", "log_step"):
+        do_before(part, partial(events.append, part), monkeypatch)
+    monkeypatch.setattr(bert.FastDropout, "forward", torch.nn.Dropout.forward)  # as on a GPU
+    return events
+
+
+def watch(train, events, flags):
+    """The events of each step of a run."""
+    with Dispatched(events), Called(events):
+        train(f"{flags} --epochs 1 --steps_per_epoch 3")
+    steps, step = [], None
+    for event in events:
+        if event == "compute_gradients":
+            steps.append(step := [])
+        if step is not None:
+            step.append(event)
+        if event == "log_step":
+            step = None
+    return steps
+
+
+ONE_WAIT = ["compute_gradients", "prepare_step", "read_back", "tolist", "log_step"]
+STEPS = [
+    "--unsupervised_simcse --supervised_simcse",
+    "--recipe best --batch_size 4",
+    f"{LORA} 4 --unsupervised_simcse --accumulate 2 --LoRA_dropout 0.1 --pooling cls",
+    f"{LORA} 4 --gradient_surgery --unsupervised_simcse --supervised_simcse",
+    FROZEN,
+]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("flags", STEPS)
+def test_a_step_waits_once_after_the_next_batches_are_built(
+    train, events, monkeypatch, flags, precision
+):
+    """Each other wait would leave a GPU without work."""
+    monkeypatch.setattr("runtime.device.select_precision", lambda *_: (precision, None))
+    assert watch(train, events, flags) == [ONE_WAIT] * 3
+
+
+@pytest.mark.parametrize(
+    ("wait", "noted"),
+    [
+        (lambda outputs: outputs[0] > 0 or None, "_local_scalar_dense"),
+        (lambda outputs: outputs[outputs > 0], "index"),
+        (lambda outputs: outputs.to(torch.device("cpu")), "to"),
+        (lambda outputs: outputs.new_tensor([1.0]), "new_tensor"),
+    ],
+)
+def test_twin_another_wait_shows(train, events, monkeypatch, wait, noted):
+    task_loss = multitask_bert.task_loss
+
+    def with_wait(task, outputs, labels):
+        wait(outputs)
+        return task_loss(task, outputs, labels)
+
+    monkeypatch.setattr(multitask_bert, "task_loss", with_wait)
+    for step in watch(train, events, "--tasks sts"):
+        assert step == [ONE_WAIT[0], noted, *ONE_WAIT[1:]]
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("bad", [None, 0, 2])
+def test_a_step_with_a_bad_number_changes_nothing(fused, bad):
+    """Two losses and the norm; the numbers after them do not matter. Not even AdamW counts it."""
+    weights = [torch.nn.Parameter(torch.ones(3)) for _ in range(2)]
+    optimizer, plain = (torch.optim.AdamW([w], fused=fused) for w in weights)
+    for step in range(3):
+        for weight in weights:
+            weight.grad = torch.tensor([1.0, -2.0, step])
+        plain.step()
+        step_if_finite(optimizer, torch.tensor([1.0, 2.0, 3.0, math.nan]), {"sst": 0, "sts": 0})
+    before = copy.deepcopy([weights[0], optimizer.state_dict()["state"]])
+    assert torch.equal(*weights)
+    torch.testing.assert_close(before[1], plain.state_dict()["state"], rtol=0, atol=0)
+    numbers = torch.tensor([1.0, 2.0, 3.0, 4.0])
+    if bad is not None:
+        numbers[bad] = math.inf
+        weights[0].grad[0] = math.nan
+    step_if_finite(optimizer, numbers, {"sst": 0, "sts": 0})
+    after = [weights[0], optimizer.state_dict()["state"]]
+    is_same = torch.equal(before[0], after[0]) and before[1][0]["step"] == after[1][0]["step"]
+    assert is_same == (bad is not None)
+    assert weights[0].isfinite().all()
 
 
 # ----------------------------------------------------------------------------------------- resuming
@@ -725,7 +867,7 @@ def gpu(monkeypatch):
 def test_losses_and_scores_of_a_gpu_are_those_of_the_cpu(gpu, train, monkeypatch, mode):
     """fp32, without dropout, whose random numbers differ: the same batches, the same updates."""
     flags = f"--fine-tune-mode {mode} --epochs 2 --steps_per_epoch 4 --precision fp32 --clip 0.5"
-    flags += " --hidden_dropout_prob 0 --model_file_suffix"
+    flags += " --hidden_dropout_prob 0 --deterministic --model_file_suffix"  # which means no TF32
     on_gpu = train(f"{flags} gpu")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     on_cpu = train(f"{flags} cpu")
@@ -745,3 +887,27 @@ def test_a_resumed_run_on_a_gpu_is_the_unbroken_one(gpu, train, monkeypatch, mod
     """Weights, AdamW's state and fp16's scaler come back to the device that computes."""
     flags = f"--fine-tune-mode {mode} --precision {precision} --deterministic"
     assert_resumed_is_unbroken(train, monkeypatch, flags)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("flags", STEPS)
+def test_a_gpu_is_not_waited_for_until_the_numbers_are_read_back(
+    gpu, train, monkeypatch, flags, precision
+):
+    """CUDA itself reports every wait, from the forward pass to the next batches."""
+    mode = torch.cuda.set_sync_debug_mode
+    do_before("compute_gradients", partial(mode, "error"), monkeypatch)
+    do_before("read_back", partial(mode, "default"), monkeypatch)
+    try:
+        train(f"{flags} --precision {precision} --epochs 1 --steps_per_epoch 3")
+    finally:
+        mode("default")
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_a_fused_kernel_takes_our_mask_and_dropout(gpu, train, precision):
+    """Without one, attention would hold its scores for every head in memory."""
+    with sdpa_kernel(SDPBackend.EFFICIENT_ATTENTION):
+        train(f"--precision {precision} --epochs 1 --steps_per_epoch 2")

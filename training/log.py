@@ -6,9 +6,11 @@ import sys
 import time
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
+from bert import to_device
 from runtime import distributed, script
 from runtime.device import peak_memory_mib, seed_everything
 from runtime.script import NotFinite, bar_size, say
@@ -18,7 +20,9 @@ class Step(NamedTuple):
     """The numbers of one step, the same on every process."""
 
     losses: dict  # name -> mean over the processes
+    extra: dict  # name -> other values to log; none where the gradient is not finite
     norm: float  # of the gradient, before clipping
+    scale: float  # of fp16's gradients, else 1
     sentences: float  # encoded by all processes together
     tokens: float
     is_stopped: bool  # whether a process got a signal
@@ -28,18 +32,37 @@ class Step(NamedTuple):
 
         fp16's scaler skips a step whose gradient is not finite and halves its scale, down to 1.
         """
-        is_skipped = scaler.is_enabled() and scaler.get_scale() >= 1
+        is_skipped = scaler.is_enabled() and self.scale >= 1
         return all(map(math.isfinite, [*self.losses.values(), 0.0 if is_skipped else self.norm]))
 
 
-def read_back(losses, norm, model):
-    """The numbers of a step, averaged over the processes, in one transfer from the device."""
+def numbers_of_step(losses, extra, norm, model, scaler):
+    """All numbers of a step in one tensor on the device, averaged over the processes."""
     counts = [model.encoded_sequences, model.encoded_tokens, script.received["number"] or 0]
-    values = torch.stack([*losses.values(), norm, *norm.new_tensor(counts)])
-    *means, norm, sentences, tokens, signal = distributed.mean_over_processes(values).tolist()
-    processes = distributed.world_size()
-    losses = dict(zip(losses, means, strict=True))
-    return Step(losses, norm, sentences * processes, tokens * processes, signal > 0)
+    counts = to_device(np.array(counts, dtype=np.float32), norm.device)
+    scale = scaler.scale(norm.new_ones(()))
+    values = torch.stack([*losses.values(), norm, *extra.values(), scale])
+    return distributed.mean_over_processes(torch.cat([values, counts]))
+
+
+def step_if_finite(optimizer, numbers, losses):
+    """Step the optimiser if the losses and the norm are finite, without waiting for a GPU."""
+    is_bad = (~numbers[: len(losses) + 1].isfinite()).any().float()
+    if optimizer.defaults["fused"]:
+        optimizer.found_inf = is_bad  # where it is 1, the fused kernel changes nothing
+        optimizer.step()
+    elif not is_bad:
+        optimizer.step()
+
+
+def read_back(numbers, losses, extra):
+    """The `Step` of what `numbers_of_step` returned: here a step waits for the device, once."""
+    *values, scale, sentences, tokens, signal = numbers.tolist()
+    count, processes = len(losses), distributed.world_size()
+    losses = dict(zip(losses, values[:count], strict=True))
+    norm = values[count]
+    extra = dict(zip(extra, values[count + 1 :], strict=True)) if math.isfinite(norm) else {}
+    return Step(losses, extra, norm, scale, sentences * processes, tokens * processes, signal > 0)
 
 
 class Meter:
@@ -58,9 +81,9 @@ class Meter:
         """Begin to time a step."""
         self.began = time.perf_counter()
 
-    def add(self, step, extra):
-        """Count a `Step` and its other values, a dict by name."""
-        for name, value in (step.losses | extra).items():
+    def add(self, step):
+        """Count a `Step`."""
+        for name, value in (step.losses | step.extra).items():
             total, steps = self.totals.get(name, (0.0, 0))
             self.totals[name] = [total + value, steps + 1]
         self.sentences, self.tokens = self.sentences + step.sentences, self.tokens + step.tokens
@@ -111,19 +134,19 @@ def log_step(bar, run, meter, optimizer, plan, compute):
 # ------------------------------------------------------------------------------------- diagnosis
 
 
-def not_finite(model, losses, step_batches, step, plan, compute):
+def not_finite(model, losses, passes, step, plan, compute):
     """The `NotFinite` of a step: which loss or whose gradient, and the ids of its task's batch."""
     bad = [name for name, value in losses.items() if not math.isfinite(value)]
     what = f"loss {', '.join(bad)}"
     if not bad:
-        bad = bad_gradients(model, step_batches, step, plan, compute)
+        bad = bad_gradients(model, passes, step, plan, compute)
         bad = sorted(set(" ".join(distributed.gather_texts(" ".join(bad))).split())) or list(losses)
         what = f"gradient of the loss {', '.join(bad)}"
     tasks = {re.sub("^(simcse|r_drop)_|_supervised$", "", name) for name in bad}
     ids = "; ".join(
-        f"{name}: {' '.join(distributed.gather_texts(' '.join(batch[name].ids)))}"
-        for batch in step_batches
-        for name in batch
+        f"{name}: {' '.join(distributed.gather_texts(' '.join(batch.ids)))}"
+        for prepared in passes
+        for name, batch in prepared.batches.items()
         if name in tasks
     )
     return NotFinite(
@@ -132,15 +155,13 @@ def not_finite(model, losses, step_batches, step, plan, compute):
     )
 
 
-def bad_gradients(model, step_batches, step, plan, compute):
+def bad_gradients(model, passes, step, plan, compute):
     """Names of the losses with a gradient that is not finite; each is computed again, alone."""
     bad = set()
-    if plan.flags.gradient_surgery:  # it encodes task by task
-        step_batches = [{name: batch} for name, batch in step_batches[0].items()]
-    for number, batches in enumerate(step_batches):
+    for number, prepared in enumerate(passes):
         seed_everything(plan.flags.seed, step, number, distributed.rank())
         with compute.autocast():
-            losses = model(batches)
+            losses = model(prepared)
         for name, loss in losses.items():
             if not loss.requires_grad:  # such as a cosine over a frozen encoder
                 continue
