@@ -114,7 +114,7 @@ def synchronised(model, batches, plan, compute):
     """
     if distributed.world_size() == 1 or plan.flags.gradient_surgery:
         return model
-    replica = DistributedDataParallel(model, broadcast_buffers=False)
+    replica = DistributedDataParallel(model)
     # DDP rebuilds its buckets after the first backward. Discarding one pass gives new and resumed
     # runs the same bucket order.
     seed_everything(plan.flags.seed)

@@ -69,7 +69,7 @@ class Recorder:
         save_file({**tensors, "is_summed": flat(marks), "code": torch.tensor(code)}, path)
 
 
-def unwrapped(model, **_):
+def unwrapped(model):
     """In place of `DistributedDataParallel`: the model itself, which averages no gradients."""
     model.no_sync = nullcontext
     return model
