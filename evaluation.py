@@ -10,11 +10,10 @@ Prints the dev scores and writes the prediction files of dev and test in the cou
 """
 
 import signal
-import sys
 from pathlib import Path
 
 from config import PRECISIONS, TASKS, UserError
-from runtime.script import NotFinite, is_first, run_script, say
+from runtime.script import NotFinite, end_process, is_first, run_script, say
 from training.flags import FlagParser, is_utf8
 
 if __name__ == "__main__":  # Ctrl-C during the seconds of the imports below: no traceback
@@ -255,4 +254,4 @@ def evaluate_one(run, compute, flags):
 
 
 if __name__ == "__main__":
-    sys.exit(run_script(main))
+    end_process(run_script(main))

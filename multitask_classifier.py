@@ -15,7 +15,7 @@ import time
 from collections import defaultdict
 from contextlib import nullcontext, suppress
 
-from runtime.script import NotFinite, Stopped, catch_signals, run_script, say
+from runtime.script import NotFinite, Stopped, catch_signals, end_process, run_script, say
 from training.flags import parse_command
 
 if __name__ == "__main__":  # wrong flags and Ctrl-C need not wait for the imports below
@@ -313,4 +313,4 @@ def fine_tune(command, device):
 
 
 if __name__ == "__main__":
-    sys.exit(run_script(main))
+    end_process(run_script(main))

@@ -111,3 +111,4 @@ def main():
 
 if __name__ == "__main__":
     main()
+    os._exit(0)  # as `script.end_process` does
