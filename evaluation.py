@@ -19,7 +19,7 @@ from contextlib import contextmanager, redirect_stdout, suppress
 from pathlib import Path
 
 from config import PRECISIONS, TASKS, UserError
-from runtime.script import NotFinite, bar_size, is_first, run_script, say
+from runtime.script import NotFinite, bar_size, end_process, is_first, run_script, say
 from training.flags import FlagParser, is_utf8
 
 if __name__ == "__main__":  # Ctrl-C during the seconds of the imports below: no traceback
@@ -343,4 +343,4 @@ def open_table(path, stdout):
 
 
 if __name__ == "__main__":
-    sys.exit(run_script(main))
+    end_process(run_script(main))

@@ -14,7 +14,7 @@ import time
 from collections import defaultdict
 from contextlib import nullcontext, suppress
 
-from runtime.script import NotFinite, Stopped, catch_signals, run_script, say
+from runtime.script import NotFinite, Stopped, catch_signals, end_process, run_script, say
 from training.flags import parse_command
 
 if __name__ == "__main__":  # wrong flags and Ctrl-C need not wait for the imports below
@@ -133,7 +133,7 @@ def synchronised(model, batches, plan, compute):
     """
     if distributed.world_size() == 1 or plan.flags.gradient_surgery:
         return model
-    replica = DistributedDataParallel(model, broadcast_buffers=False)
+    replica = DistributedDataParallel(model)
     # DDP rebuilds its buckets after the first backward. Discarding one pass gives new and resumed
     # runs the same bucket order.
     seed_everything(plan.flags.seed)
@@ -338,4 +338,4 @@ def fine_tune(command, device):
 
 
 if __name__ == "__main__":
-    sys.exit(run_script(main))
+    end_process(run_script(main))

@@ -4,6 +4,7 @@ Exit codes: 0 done; 1 input, output or memory; 2 the user's mistake; 3 numbers t
 128 + n ended by signal n. Exceptions carry theirs as `exit_code`; all others end with 1.
 """
 
+import atexit
 import contextlib
 import json
 import os
@@ -163,6 +164,18 @@ def run_script(main, argv=None):
         except OSError:  # Python would try again at its end, and exit with 120
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
     return code
+
+
+def end_process(code):
+    """End the process with the exit code of `run_script`.
+
+    Under torchrun without Python's shutdown: a thread of gloo that asks for the GIL during it
+    aborts the process (pytorch/pytorch#190489), and these threads outlive their process group.
+    """
+    if launched():
+        atexit._run_exitfuncs()  # among others, multiprocessing removes tqdm's semaphore
+        os._exit(code)
+    sys.exit(code)
 
 
 def print_failure(line, error):

@@ -4,9 +4,10 @@
 
 Reads FOLDER/jobs.json: the jobs of all processes `together`, then those of the first one `alone`. A
 job has a `name`, the training script's `argv`, and optionally `copy` (output of an earlier job, to
-resume), `stop_at` (before this step ends, the last process gets SIGTERM) and `fault` (a key of
-`FAULTS`). Every rank writes FOLDER/together/<name>.rank<N>.safetensors, or FOLDER/alone/…: the exit
-`code`, and `gradients` and `weights` (steps, trained numbers) before and after each step.
+resume), `stop_at` (before this step ends, the last process gets `signal`, or SIGTERM) and `fault`
+(a key of `FAULTS`). Every rank writes FOLDER/together/<name>.rank<N>.safetensors, or those of
+FOLDER/alone/: the exit `code`, and `gradients` and `weights` (steps, trained numbers) before and
+after each step.
 """
 
 import json
@@ -39,8 +40,9 @@ def flat(tensors):
 class Recorder:
     """Watches the optimiser of a job: gradients before each step, weights after it."""
 
-    def __init__(self, stop_at):
-        self.stop_at, self.gradients, self.weights, self.trained = stop_at, [], [], {}
+    def __init__(self, stop_at, number):
+        self.stop_at, self.signal = stop_at, number
+        self.gradients, self.weights, self.trained = [], [], {}
 
     def make_optimizer(self, model, plan):
         """The real optimiser, watched."""
@@ -59,7 +61,7 @@ class Recorder:
         self.gradients.append(flat(p.grad for p in self.trained.values()))
         is_last = rank() == world_size() - 1
         if is_last and len(self.gradients) + 1 == self.stop_at:  # found at the end of the next step
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), self.signal)
 
     def save(self, path, code):
         """Write the record. `is_summed` marks the numbers of `token_type_embeddings`."""
@@ -69,7 +71,7 @@ class Recorder:
         save_file({**tensors, "is_summed": flat(marks), "code": torch.tensor(code)}, path)
 
 
-def unwrapped(model, **_):
+def unwrapped(model):
     """In place of `DistributedDataParallel`: the model itself, which averages no gradients."""
     model.no_sync = nullcontext
     return model
@@ -85,7 +87,7 @@ FAULTS = {
 
 def run(job, folder):
     """Do one job."""
-    recorder = Recorder(job.get("stop_at"))
+    recorder = Recorder(job.get("stop_at"), job.get("signal", signal.SIGTERM))
     if rank() == 0 and "copy" in job:
         shutil.copytree(job["copy"], folder / job["name"], symlinks=True)
     with ExitStack() as patches:
@@ -112,3 +114,4 @@ def main():
 
 if __name__ == "__main__":
     main()
+    os._exit(0)  # as `script.end_process` does

@@ -1,12 +1,13 @@
 """Several gloo processes against one: the same losses, gradients, weights and files.
 
 The jobs of `tests/distributed_worker.py` run one after another in as few processes as possible; the
-tests compare their records. fp32, dropout off, one thread per process. Row 44 of the table of
-faults, one process of several dies, is here too.
+tests compare their records. fp32, dropout off, one thread per process. Rows 44, 46 and 53 of the
+table of faults are here too: a process dies, a signal comes, many launches in a row.
 """
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -226,6 +227,10 @@ def test_only_the_first_process_writes(quick):
     assert record.run.description()["processes"] == 2
 
 
+def test_fault_53_torch_warns_of_nothing(quick):
+    assert not (quick[0].parent / "errors.txt").read_text()
+
+
 @pytest.fixture(scope="module")
 def slow(bench):
     """The folder of records of the other modes and flags, and of jobs that must fail."""
@@ -274,30 +279,33 @@ def test_the_evaluation_script_shares_its_batches_too(quick, bench):
 
 @pytest.fixture(scope="module")
 def resumed(bench):
-    """Folders of records by number of processes: whole runs, stopped in step 5, and resumed."""
+    """Folders of records by number of processes: whole runs, stopped in step 5, and resumed.
+
+    A closed terminal (row 46) stops the runs of two processes, SIGTERM those of four.
+    """
     still = [*SIMCSE, *LORA]  # dropout differs between numbers of processes
     flags = [*still, "--hidden_dropout_prob=0.1"]
 
-    def jobs(name):
+    def jobs(name, number):
         copy = f"{bench.folder}/{name}/together/stopped"
-        stopped, again = job("stopped", *flags, stop_at=5), job("resumed", *flags, "--resume")
-        return [job("whole", *flags), stopped, {**again, "copy": copy}]
+        stopped = job("stopped", *flags, stop_at=5, signal=number)
+        return [job("whole", *flags), stopped, job("resumed", *flags, "--resume", copy=copy)]
 
     copy = f"{bench.folder}/c2/together/still_stopped"
     again = job("still_resumed", *still, "--resume", copy=copy)
     of_two = [job("still", *still), job("still_stopped", *still, stop_at=5)]
-    two = bench.do_jobs("c2", 2, jobs("c2") + of_two, alone=[again])
-    four = bench.do_jobs("c4", 4, [*jobs("c4"), again])
+    two = bench.do_jobs("c2", 2, jobs("c2", signal.SIGHUP) + of_two, alone=[again])
+    four = bench.do_jobs("c4", 4, [*jobs("c4", signal.SIGTERM), again])
     return {1: two / "alone", 2: two / "together", 4: four / "together"}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("count", [2, 4])
-def test_a_signal_to_one_process_stops_all_and_resuming_is_bitwise(resumed, count):
+@pytest.mark.parametrize(("count", "number"), [(2, signal.SIGHUP), (4, signal.SIGTERM)])
+def test_fault_46_a_signal_to_one_process_stops_all_and_resuming_is_bitwise(resumed, count, number):
     """A process could train on alone, or DDP add in another order than before the stop."""
     names = ("whole", "stopped", "resumed")
     whole, stopped, again = (Record(resumed[count], name) for name in names)
-    assert stopped.codes == [128 + signal.SIGTERM] * count
+    assert stopped.codes == [128 + number] * count
     assert (len(stopped.log()), again.codes) == (5, [0] * count)
     for rank in range(count):
         assert torch.equal(stopped.weights[rank], whole.weights[rank][:5])
@@ -338,12 +346,14 @@ def process_of(torchrun, rank):
     raise AssertionError(f"no process of rank {rank}")
 
 
+LONG = ["--steps_per_epoch=400", "--save_every=10", "--log_every=100", *LORA, *SIMCSE]
+
+
 @pytest.fixture
 def long_run(bench, request):
     """A long run of two processes that has saved a checkpoint: (torchrun, argv, run folder)."""
     where = request.node.name
-    flags = ["--steps_per_epoch=400", "--save_every=10", "--log_every=100", *LORA, *SIMCSE]
-    argv = bench.argv(where, *flags)
+    argv = bench.argv(where, *LONG)
     torchrun, end = bench.start(2, SCRIPT, *argv), time.monotonic() + 60
     run = bench.folder / where / "runs" / "LoRA"
     while not list(run.glob("state/step-*")):
@@ -371,18 +381,44 @@ def test_fault_44_a_killed_process_ends_all_within_a_minute(bench, long_run, ran
     assert len(list((run.parents[1] / "predictions").iterdir())) == 6
 
 
+@pytest.fixture(scope="module")
+def whole_run(bench):
+    """The predictions of the long run without a stop."""
+    code, _, err = bench.run(2, SCRIPT, *bench.argv("whole", *LONG), seconds=300)
+    assert code == 0, err
+    return bench.folder / "whole" / "predictions"
+
+
 @pytest.mark.slow
-def test_sigterm_to_torchrun_saves_a_checkpoint(bench, long_run):
+@pytest.mark.parametrize(("number", "ranks"), [(signal.SIGTERM, []), (signal.SIGHUP, [0, 1])])
+def test_fault_46_a_signal_to_torchrun_saves_a_checkpoint(
+    bench, whole_run, long_run, number, ranks
+):
     """Torchrun passes the signal on; the run must end in order and say so once."""
     torchrun, argv, run = long_run
-    torchrun.send_signal(signal.SIGTERM)
+    for process in [*(process_of(torchrun, rank) for rank in ranks), torchrun.pid]:
+        os.kill(process, number)
     _, err = torchrun.communicate(timeout=60)
     assert torchrun.returncode != 0
-    assert err.count("stopped by SIGTERM; continue with --resume") == 1, err
+    assert err.count(f"stopped by {number.name}; continue with --resume") == 1, err
     step = int(max(run.glob("state/step-*")).name.split("-")[1])
     code, out, err = bench.run(2, SCRIPT, *argv, "--resume")
     assert code == 0, err
     assert f"resuming at step {step}\n" in out
+    assert_same_files(whole_run, run.parents[1] / "predictions", 6)
+
+
+@pytest.mark.slow
+def test_fault_53_launches_in_a_row_end_well_and_without_warnings(bench):
+    """A rank may abort after its work is done. Half of the launches resume a run."""
+    half = bench.do_jobs("half", 2, [job("stopped", stop_at=5)]) / "together" / "stopped"
+    for number in range(10):
+        where, resume = f"launch{number}", ["--resume"] * (number % 2)
+        if resume:
+            shutil.copytree(half, bench.folder / where, symlinks=True)
+        code, out, err = bench.run(2, SCRIPT, *bench.argv(where, *resume))
+        assert (code, err) == (0, "")
+        assert ("resuming at step 5\n" in out) == bool(resume)
 
 
 # ------------------------------------------------------------------------- without a second process
@@ -440,6 +476,25 @@ def test_a_process_with_fewer_batches_to_encode_checks_for_signals_as_often(monk
     plan = SimpleNamespace(total_steps=1, flags=SimpleNamespace(accumulate=1))
     encode_in_advance(model, batches, plan, Compute("cpu", "fp32"))
     assert (len(checks), encoded) == (5, [{"sst": 5}, {"sst": 6}])
+
+
+@pytest.mark.parametrize(("count", "printed"), [(1, "exit shutdown "), (2, "exit ")])
+def test_fault_53_processes_of_torchrun_end_without_pythons_shutdown(launch, count, printed):
+    """In it, a thread of gloo that asks for the GIL would abort the process."""
+    launch(count)
+    program = """if True:
+        import atexit
+        from runtime.script import end_process
+        class Last:
+            def __del__(self):
+                print("shutdown", end=" ", flush=True)
+        last = Last()
+        atexit.register(print, "exit", end=" ", flush=True)
+        end_process(3)
+    """
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (3, printed, "")
 
 
 @pytest.mark.parametrize(

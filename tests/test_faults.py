@@ -3,7 +3,7 @@
 The numbers in test names are the table's rows. Runs are real processes on a tiny encoder
 (tests/fault_hooks.py). Other files have the rest: test_faults_slow.py the long tests, test_flags.py
 rows 1 to 6 and 39, test_datasets.py rows 7 to 22, test_lora.py and test_evaluation.py adapters and
-heads of rows 28 to 30, test_distributed.py row 44 and test_parity.py row 45.
+heads of rows 28 to 30, test_distributed.py rows 44, 46 and 53, test_parity.py row 45.
 """
 
 import errno
