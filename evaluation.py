@@ -227,7 +227,8 @@ def main(argv=None):
     flags = parse_flags(argv)
     if flags.report:
         runs = [finished_run(RunFolder(path)) for path in flags.report]
-        say(f"wrote {write_report(runs, flags.report_dir)}")
+        for path in write_report(runs, flags.report_dir):
+            say(f"wrote {path}")
     elif flags.checkpoint and len(flags.checkpoint) > 1:
         evaluate_ensemble(flags.checkpoint, flags.predictions_dir)
     else:
