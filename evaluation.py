@@ -188,7 +188,7 @@ def make_parser():
     add = parser.add_argument
     add("--checkpoint", nargs="+", metavar="RUN", help="folder of a run (default: the newest under "
         "runs/); several folders: their ensemble, from the scores that each run saved")
-    add("--report", nargs="+", metavar="RUN", help="write tables and figures of these runs")
+    add("--report", nargs="+", metavar="RUN", help="write tables, figures and errors of these runs")
     add("--report_dir", default="report", help="folder of the report (default: %(default)s)")
     add("--sentence", help="predict on this text instead of on files")
     add("--sentence2", help="second sentence: paraphrase and similarity of the two")

@@ -167,7 +167,7 @@ def draw_losses(figure, panel):
         axes.yaxis.set_major_formatter("{x:g}")
         # Between powers of 10, only ticks that begin with 2 or 5 have a label.
         axes.yaxis.set_minor_formatter(lambda x, _: f"{x:g}" if f"{x:e}"[0] in "25" else "")
-    axes.set_title(fill(panel.note, 95), fontsize=10, loc="left")
+    axes.set_title(fill(panel.note, 95, break_on_hyphens=False), fontsize=10, loc="left")
     columns = max(1, min(3, 95 // (max(map(len, labels)) + 8)))  # about 95 characters fit
     figure.set_figheight(4.4 + 0.22 * len(labels) / columns)
     figure.legend([*handles.values(), *keys], labels, **LEGEND | {"ncols": columns})

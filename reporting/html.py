@@ -4,7 +4,7 @@ The page, `report.html` beside this module, holds the JavaScript that draws it f
 """
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, is_dataclass
 from pathlib import Path
 
 from config import TASKS
@@ -26,19 +26,18 @@ def format_page(about, tables, pictures, runs):
             section: [table._asdict() | {"numeric": table.numeric} for table in of_section]
             for section, of_section in tables.items()
         },
-        "pictures": [describe_picture(picture) for picture in pictures],
+        "pictures": [picture._asdict() | {"draw": None} for picture in pictures],
         "runs": [describe_run(run, examples) for run in runs],
         "examples": list(examples.values()),
     }
-    text = json.dumps(data, default=lambda array: array.tolist())
+    text = json.dumps(data, default=as_plain)
     # Without "<", no sentence can end the script element or begin a comment.
     return PAGE.read_text(encoding="utf-8").replace("{{data}}", text.replace("<", r"\u003c"))
 
 
-def describe_picture(picture):
-    """A `Picture` as plain values."""
-    panels = [asdict(panel) for panel in picture.panels]
-    return {key: getattr(picture, key) for key in ("name", "alt", "caption")} | {"panels": panels}
+def as_plain(value):
+    """A dataclass or an array as what JSON knows."""
+    return asdict(value) if is_dataclass(value) else value.tolist()
 
 
 def describe_run(run, examples):

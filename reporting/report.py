@@ -269,7 +269,7 @@ def confusion_table(run, name):
     recalls = [f"{recall:.2f}" for recall in counts.diagonal() / counts.sum(1).clip(1)]
     cells = [[f"truth {i}", *map(str, counts[i]), recalls[i]] for i in classes]
     caption = (
-        f"Confusion matrix of `{run.name}` in {task.title} (`{name}`) on dev: examples by label "
+        f"Confusion matrix of `{run.name}` in {task.title} (`{name}`) on dev. Examples by label "
         f"(rows) and prediction (columns), 0 the most negative. {provenance([run])}"
     )
     return Table(caption, ["", *map(str, classes), "recall"], cells)

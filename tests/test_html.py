@@ -86,10 +86,12 @@ def test_everything_has_a_name_and_can_be_reached_by_keyboard(written, browse):
           headings: texts("h2"), tables: all("table").length, captions: texts("caption"),
           headers: all("thead th").length, sortable: all("thead th[scope=col] button").length,
           pictures: all("svg[role=img]").map((node) => node.querySelector("title").textContent),
-          live: all("[role=status]").length, scrolled: all(".scroll[tabindex='0']").length,
+          hidden: all("[hidden]:not(button)").length, live: all("[role=status]").length,
+          scrolled: all(".scroll[tabindex='0']").length,
         };"""
     found = browse(written[0], script)
     assert found["language"] == "en" and found["nameless"] == 0 and found["live"] == 2
+    assert found["hidden"] == 0
     assert found["tables"] == len(found["captions"]) == found["scrolled"] == 6
     assert found["captions"][0].startswith("Table 1. Dev scores") and all(found["captions"])
     assert found["headers"] == found["sortable"] > 30
@@ -156,13 +158,14 @@ def test_errors_are_found_by_text_task_and_run(written, browse):
     for cells, (row, by) in zip(found["rows"], wanted, strict=True):
         truth = f"{data['examples'][0]['truth'][row]:.0f}"
         predicted = f"{run['predicted'][row]:.0f}"
-        assert cells == ["LoRA-simcse-lora", "sst", texts[row][0], predicted, truth, f"{by:.2f}"]
+        end = [predicted, truth, f"{by:.2f}", "sst", "LoRA-simcse-lora"]
+        assert cells == [texts[row][0], *end]
 
 
 def test_two_runs_are_compared(written, runs, browse):
     script = """
-        choose("#compare [name=a]", "2");
-        choose("#compare [name=b]", "3");
+        choose("#compare [name=a]", "LoRA-simcse-lora");
+        choose("#compare [name=b]", "full-model-surgery");
         choose("#compare [name=task]", "sst");
         const found = { scores: rows("#compare > div:nth-of-type(1)"), lists: {} };
         for (const verdict of ["only A right", "only B right", "both wrong", "differ"]) {
@@ -184,7 +187,7 @@ def test_two_runs_are_compared(written, runs, browse):
     sides |= {"both wrong": (a != labels) & (b != labels)}
     for verdict, chosen in sides.items():
         expected = [[f"{v[i]:.0f}" for v in (labels, a, b)] for i in np.flatnonzero(chosen)]
-        assert [row[2:5] for row in found["lists"][verdict]] == expected
+        assert [row[1:4] for row in found["lists"][verdict]] == expected
     assert f"only A right: {sides['only A right'].sum()};" in found["status"]
     assert found["status"].startswith(f"{(a != b).sum()} of {len(labels)} examples")
 
@@ -252,7 +255,7 @@ def test_a_hostile_sentence_is_only_text(runs, tmp_path, browse):
         return { rows: rows("#errors"), hacked: typeof hacked, images: all("img").length,
           scripts: all("script").length };"""
     found = browse(tmp_path / "report", script)
-    texts = {row[2] for row in found["rows"]}
+    texts = {row[0] for row in found["rows"]}
     assert texts == {HOSTILE} and found["hacked"] == "undefined" and found["images"] == 0
     assert found["scripts"] == 4  # its data, its own, and the two of this test
 
