@@ -240,7 +240,7 @@ def make_parser():
     add = parser.add_argument
     add("--checkpoint", nargs="+", metavar="RUN", help="folder of a run (default: the newest under "
         "runs/); several folders: their ensemble, from the scores that each run saved")
-    add("--report", nargs="+", metavar="RUN", help="write tables and figures of these runs")
+    add("--report", nargs="+", metavar="RUN", help="write tables, figures and errors of these runs")
     add("--report_dir", default="report", help="folder of the report (default: %(default)s)")
     add("--sentence", help="predict on this text instead of on files")
     add("--sentence2", help="second sentence: paraphrase and similarity of the two")
@@ -292,7 +292,8 @@ def main(argv=None):
     flags = parse_flags(argv)
     if flags.report:
         runs = [finished_run(RunFolder(path)) for path in flags.report]
-        say(f"wrote {write_report(runs, flags.report_dir)}")
+        for path in write_report(runs, flags.report_dir):
+            say(f"wrote {path}")
     elif flags.checkpoint and len(flags.checkpoint) > 1:
         evaluate_ensemble(flags.checkpoint, flags.predictions_dir)
     else:

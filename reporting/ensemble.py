@@ -1,5 +1,6 @@
 """Finished runs: their saved scores, and ensembles of several runs."""
 
+import contextlib
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,7 +8,9 @@ from pathlib import Path
 import numpy as np
 
 from config import TASKS, UserError
+from datasets import read_task_file
 from reporting import results
+from runtime.files import file_sha256
 from runtime.hub import STOOD_IN
 from training.data_files import uses_sample
 from training.run_folder import RunFolder
@@ -23,11 +26,12 @@ class Run:
     dev: dict  # task -> `TaskResult` of the best model
     overall: float  # its score on dev
     row: str = ""  # label of its row in the tables, which runs of several seeds share
+    is_namesake: bool = False  # whether another run of the report has the same folder name
 
     @property
     def name(self):
-        """The folder's name."""
-        return Path(self.path).resolve().name
+        """The folder's name; its whole path if another run has the same name."""
+        return self.path if self.is_namesake else Path(self.path).resolve().name
 
     @property
     def args(self):
@@ -65,6 +69,16 @@ def read_run_scores(run, split):
                 f"`{description['command']} --resume`"
             )
     return found
+
+
+def dev_texts(run, name):
+    """Sentences by id from the run's dev file, empty if it is missing or has changed."""
+    file = run.description["data"][name]["dev"]
+    with contextlib.suppress(OSError, UserError):
+        if file_sha256(file["path"]) == file["sha256"]:
+            examples = read_task_file(file["path"], TASKS[name], "dev").examples
+            return {example.id: example.sentences for example in examples}
+    return {}
 
 
 def print_caveats(run):

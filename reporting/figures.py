@@ -5,8 +5,11 @@ against true, and the cosines of the tasks' gradients. A run here is an `ensembl
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from itertools import cycle, product
+from statistics import median_low
+from textwrap import fill
 from typing import NamedTuple
 
 import numpy as np
@@ -25,6 +28,31 @@ LOSSES = {"classes": "cross entropy (nats)", "binary": "logistic loss (nats)"}
 LOSSES |= {"score": "squared error (label points²)"}
 
 
+@dataclass
+class Curve:
+    """A run's or a pair of tasks' values over steps; of a scatter plot, its points."""
+
+    name: str
+    look: tuple  # colour, marker and legend label; the runs of one row may share them
+    steps: list
+    values: list  # as logged
+    means: list  # smoothed
+    dev: tuple = ((), ())  # steps and losses on dev
+
+
+@dataclass
+class Panel:
+    """What one pair of axes shows."""
+
+    title: str
+    xlabel: str
+    ylabel: str
+    curves: list
+    limits: tuple  # of the y axis; what lies beyond is drawn at the edge
+    is_log: bool = False
+    note: str = ""
+
+
 class Picture(NamedTuple):
     """A figure: its file name without ending, what it shows, and how to draw it."""
 
@@ -33,6 +61,7 @@ class Picture(NamedTuple):
     caption: str
     size: tuple  # inches
     draw: Callable  # takes a matplotlib `Figure`
+    panels: tuple = ()  # what it draws, for `report.html`
 
 
 def write_pictures(pictures, folder):
@@ -50,11 +79,14 @@ def write_pictures(pictures, folder):
             figure.savefig(path.with_suffix(".pdf"), metadata={"CreationDate": None})
 
 
-def plot_smoothed(axes, steps, values, colour, **settings):
-    """Raw values, pale, and over them their moving average over a tenth of the curve."""
-    means = smooth(values, -(-len(values) // 20))
-    axes.plot(steps, values, color=colour, alpha=0.25, linewidth=0.8)
-    return axes.plot(steps, means, color=colour, linewidth=1.8, **settings)[0]
+def plot_curve(axes, curve, limits):
+    """Raw values, pale, over them their moving average with a mark at its end; dashed: dev."""
+    colour, marker, _ = curve.look
+    raw, means, dev = (np.clip(y, *limits) for y in (curve.values, curve.means, curve.dev[1]))
+    marks = {"marker": marker, "markersize": 4.5, "color": colour}
+    axes.plot(curve.steps, raw, color=colour, alpha=0.25, linewidth=0.8)
+    axes.plot(curve.dev[0], dev, linestyle="--", linewidth=1.2, **marks)
+    return axes.plot(curve.steps, means, linewidth=1.8, markevery=[-1], **marks)[0]
 
 
 def smooth(values, reach):
@@ -62,6 +94,11 @@ def smooth(values, reach):
     last = len(values) - 1
     reaches = (min(reach, i, last - i) for i in range(len(values)))
     return [np.mean(values[i - r : i + r + 1]) for i, r in enumerate(reaches)]
+
+
+def smoothed_curve(name, look, steps, values, dev=((), ())):
+    """A `Curve` with its moving average over a tenth of it."""
+    return Curve(name, look, steps, values, smooth(values, -(-len(values) // 20)), dev)
 
 
 def loss_pictures(runs):
@@ -79,25 +116,61 @@ def loss_pictures(runs):
             unit = LOSSES[TASKS[name].kind]
         caption = f"{title} in training (solid: smoothed, pale: as logged) and on dev (dashed)."
         alt = f"{title} against optimiser steps, one curve per run"
-        draw = partial(draw_losses, runs=having, tasks=summed, unit=unit)
-        pictures.append(Picture(f"loss-{name}", alt, caption, (8, 5), draw))
+        panel = loss_panel(having, summed, unit)
+        draw = partial(draw_losses, panel=panel)
+        pictures.append(Picture(f"loss-{name}", alt, caption, (8, 5), draw, (panel,)))
     return pictures
 
 
-def draw_losses(figure, runs, tasks, unit):
-    """Training loss, smoothed over raw, and dev loss of every run."""
-    axes, handles = figure.subplots(), {}
-    for run, (colour, marker, label) in zip(runs, looks_of(runs), strict=True):
+def loss_panel(runs, tasks, unit):
+    """Training loss and dev loss of every run, and which of them leave the axis."""
+    curves = []
+    for run, look in zip(runs, looks_of(runs), strict=True):
         training, dev = loss_curves(run, tasks)
-        handles.setdefault(label, plot_smoothed(axes, *training, colour))
-        axes.plot(*dev, color=colour, linestyle="--", marker=marker, markersize=4.5, linewidth=1.2)
-    handles["training (raw: pale)"] = axes.plot([], [], color="gray", linewidth=1.8)[0]
-    handles["dev"] = axes.plot([], [], "--o", color="gray", markersize=4.5, linewidth=1.2)[0]
-    axes.set(xlabel="optimiser steps", ylabel=f"{unit}, logarithmic", xlim=(0, None), yscale="log")
-    axes.yaxis.set_major_formatter("{x:g}")
-    # Between powers of 10, only ticks that begin with 2 or 5 have a label.
-    axes.yaxis.set_minor_formatter(lambda x, _: f"{x:g}" if f"{x:e}"[0] in "25" else "")
-    figure.legend(handles.values(), handles, **LEGEND)
+        curves.append(smoothed_curve(run.name, look, *training, dev))
+    low, high = limits = loss_limits(curves)
+    reached = {}
+    for curve in curves:
+        reached.setdefault(curve.look[2], []).extend((*curve.values, *curve.dev[1]))
+    beyond = [f"{name} (up to {max(y):.3g})" for name, y in reached.items() if max(y) > high]
+    beyond += [f"{name} (down to {min(y):.3g})" for name, y in reached.items() if min(y) < low]
+    note = f"Drawn at the edge, beyond the axis: {', '.join(beyond)}" if beyond else ""
+    is_log = high > 5 * low  # in a narrower range a logarithmic axis would have few labels
+    unit += ", logarithmic" if is_log else ""
+    return Panel("", "optimiser steps", unit, curves, limits, is_log, note)
+
+
+def loss_limits(curves):
+    """Ends of the loss axis: around the median run's losses after the first quarter of its steps.
+
+    Up to twice its largest, so that one bad run or the first steps do not squeeze the others; and
+    down to a tenth of its smallest.
+    """
+    kept = [[*curve.means[len(curve.means) // 4 :], *curve.dev[1]] for curve in curves]
+    shown = [loss for curve in curves for loss in (*curve.values, *curve.dev[1])]
+    low, high = median_low(map(min, kept)) / 10, median_low(map(max, kept)) * 2
+    return max(low, min(shown), 1e-6), min(high, max(shown))
+
+
+def draw_losses(figure, panel):
+    """Draw a `loss_panel`, with a legend of every look and its steps."""
+    axes, handles, steps = figure.subplots(), {}, {}
+    for curve in panel.curves:
+        label, last = curve.look[2], max([*curve.steps, *curve.dev[0]])
+        handles[label], steps[label] = plot_curve(axes, curve, panel.limits), last
+    labels = [f"{label} ({steps[label]:,} steps)" for label in handles]
+    keys = [axes.plot([], [], style, color="gray", markersize=4.5)[0] for style in ("-", "--o")]
+    labels += ["training (raw: pale)", "dev"]
+    axes.set(xlabel=panel.xlabel, ylabel=panel.ylabel, xlim=(0, None))
+    if panel.is_log:
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter("{x:g}")
+        # Between powers of 10, only ticks that begin with 2 or 5 have a label.
+        axes.yaxis.set_minor_formatter(lambda x, _: f"{x:g}" if f"{x:e}"[0] in "25" else "")
+    axes.set_title(fill(panel.note, 95, break_on_hyphens=False), fontsize=10, loc="left")
+    columns = max(1, min(3, 95 // (max(map(len, labels)) + 8)))  # about 95 characters fit
+    figure.set_figheight(4.4 + 0.22 * len(labels) / columns)
+    figure.legend([*handles.values(), *keys], labels, **LEGEND | {"ncols": columns})
 
 
 def looks_of(runs):
@@ -121,16 +194,19 @@ def loss_curves(run, tasks):
 def scatter_picture(run, name):
     """Figure 5: predicted against true scores of one run."""
     task, result, metrics = TASKS[name], run.dev[name], run.dev[name].metrics
+    random = np.random.default_rng(0)  # spreads equal labels, to show their number
+    labels = result.labels + random.uniform(-0.06, 0.06, len(result.labels))
+    points = Curve(name, (COLOURS[0], "o", "one dev pair"), labels, result.predictions, [])
+    unit, ends = f"{task.title} ({task.low:g} to {task.high:g})", (task.low, task.high)
+    panel = Panel(run.name, f"true {unit}", f"predicted {unit}", [points], ends)
 
     def draw(figure):
-        random = np.random.default_rng(0)  # spreads equal labels, to show their number
-        labels = result.labels + random.uniform(-0.06, 0.06, len(result.labels))
         dots = {"s": 16, "alpha": 0.4, "linewidths": 0, "color": COLOURS[0]}
-        axes, ends = figure.subplots(), [task.low, task.high]
+        axes = figure.subplots()
         axes.scatter(labels, result.predictions, label="one dev pair", **dots)
         axes.plot(ends, ends, color="black", linewidth=1, label="predicted = true")
-        unit = f"{task.title} ({task.low:g} to {task.high:g})"
-        axes.set(xlabel=f"true {unit}", ylabel=f"predicted {unit}", aspect="equal")
+        axes.set(xlabel=panel.xlabel, ylabel=panel.ylabel, aspect="equal")
+        axes.set_title(panel.title, fontsize=11)
         figure.legend(**LEGEND)
 
     caption = (
@@ -138,7 +214,7 @@ def scatter_picture(run, name):
         f"{metrics['pearson']:.3f}, Spearman {metrics['spearman']:.3f}. Labels are spread by ±0.06."
     )
     alt = f"Scatter plot of predicted against true {task.title} with the line where both are equal"
-    return Picture(f"{name}-scatter", alt, caption, (6, 6), draw)
+    return Picture(f"{name}-scatter", alt, caption, (6, 6), draw, (panel,))
 
 
 def cosine_pictures(runs):
@@ -146,21 +222,19 @@ def cosine_pictures(runs):
     runs = [run for run in runs if run.logged("conflicts")]
     if not runs:
         return []
-    keys = {key for run in runs for line in run.lines for key in line if key.startswith("cosine ")}
+    keys = sorted({key for run in runs for line in run.lines for key in line if "cosine" in key})
+    panels = [cosine_panel(run, keys) for run in runs]
 
     def draw(figure):
-        panels = figure.subplots(len(runs), sharex=True, sharey=True, squeeze=False)[:, 0]
-        for axes, run in zip(panels, runs, strict=True):
-            for key, colour in zip(sorted(keys), COLOURS, strict=False):
-                label = key.removeprefix("cosine ").replace(" ", " and ")
-                label = label if axes is panels[0] else None
-                steps = [line["step"] for line in run.lines if key in line]
-                plot_smoothed(axes, steps, run.logged(key), colour, label=label)
+        drawn = figure.subplots(len(runs), sharex=True, sharey=True, squeeze=False)[:, 0]
+        handles = {}
+        for axes, panel in zip(drawn, panels, strict=True):
+            handles |= {c.name: plot_curve(axes, c, panel.limits) for c in panel.curves}
             axes.axhline(0, color="black", linewidth=0.8)
-            axes.set_title(run.name, fontsize=11)
-            axes.set(ylabel="cosine", xlim=(0, None))
-        panels[-1].set_xlabel("optimiser steps")
-        figure.legend(**LEGEND)
+            axes.set_title(panel.title, fontsize=11)
+            axes.set(ylabel=panel.ylabel, xlim=(0, None))
+        axes.set_xlabel(panel.xlabel)
+        figure.legend(handles.values(), handles, **LEGEND)
 
     shares = (f"`{run.name}` {np.mean(run.logged('conflicts')):.0%}" for run in runs)
     caption = (
@@ -168,4 +242,16 @@ def cosine_pictures(runs):
         f"0 they conflict. Share of conflicting pairs over all steps: {', '.join(shares)}."
     )
     alt = "Cosine of the gradients of each pair of tasks against optimiser steps"
-    return [Picture("gradient-cosines", alt, caption, (8, 1.2 + 2.4 * len(runs)), draw)]
+    size = (8, 1.2 + 2.4 * len(runs))
+    return [Picture("gradient-cosines", alt, caption, size, draw, tuple(panels))]
+
+
+def cosine_panel(run, keys):
+    """Cosines of the gradients of each pair of the run's tasks, which are logged under `keys`."""
+    curves = []
+    for key, colour, marker in zip(keys, COLOURS, cycle(MARKERS), strict=False):
+        name = key.removeprefix("cosine ").replace(" ", " and ")
+        if steps := [line["step"] for line in run.lines if key in line]:
+            curves.append(smoothed_curve(name, (colour, marker, name), steps, run.logged(key)))
+    values = [value for curve in curves for value in curve.values]
+    return Panel(run.name, "optimiser steps", "cosine", curves, (min(values), max(values)))

@@ -2,26 +2,28 @@
 
     python evaluation.py --report runs/LoRA runs/full-model
 
-Writes report/report.md with the paper's tables 1 to 5, its figures 1 to 4 and two new ones. Scores
-come from a run's `predictions/`, times and losses from `metrics.jsonl`, the rest from `run.json`.
+Writes report/report.md with the paper's tables 1 to 5, its figures 1 to 4 and two new ones, and
+report.html, which also lists every dev error and compares two runs. Scores come from a run's
+`predictions/`, times and losses from `metrics.jsonl`, the rest from `run.json`.
 """
 
 import argparse
-import contextlib
 import json
 import re
 import shlex
+from collections import Counter
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from config import RECIPES, TASKS, UserError, overall_tasks
-from datasets import read_task_file
+from config import RECIPES, TASKS, overall_tasks
+from reporting.ensemble import dev_texts
 from reporting.figures import cosine_pictures, loss_pictures, scatter_picture, write_pictures
-from reporting.results import TaskResult, overall_score, pearson
-from runtime.files import file_sha256, write_file
+from reporting.html import format_page
+from reporting.results import TaskResult, overall_score, pearson, worst_errors
+from runtime.files import write_files
 from training.data_files import uses_sample
 from training.flags import FREE_WHEN_RESUMING, OF_ONE_COMMAND, default_flags
 from training.plan import make_plan
@@ -44,6 +46,12 @@ class Table(NamedTuple):
     header: list
     cells: list
     notes: tuple = ()
+
+    @property
+    def numeric(self):
+        """Whether a column holds numbers, for each column."""
+        columns = zip(*self.cells, strict=True) if self.cells else [[]] * len(self.header)
+        return [all(re.match(r"[-–\d]", cell) for cell in column) for column in columns]
 
 
 def recipe_of(run):
@@ -225,27 +233,6 @@ def cost_table(rows):
     return Table(caption + provenance(runs), header, cells)
 
 
-def worst_errors(task, result):
-    """The worst errors, worst first: (row, probability of the wrong answer or distance)."""
-    wrong = np.abs(result.predictions - result.labels)
-    if task.kind != "score":
-        scores = result.scores
-        sure = scores.max(1) if task.kind == "classes" else np.maximum(scores, 1 - scores)[:, 0]
-        wrong = np.where(wrong > 0, sure, 0)
-    order = [row for row in np.argsort(-wrong, kind="stable") if wrong[row] > 0]
-    return [(int(row), float(wrong[row])) for row in order[:ERRORS_SHOWN]]
-
-
-def dev_texts(run, name):
-    """Sentences by id from the run's dev file, empty if it is missing or has changed."""
-    file = run.description["data"][name]["dev"]
-    with contextlib.suppress(OSError, UserError):
-        if file_sha256(file["path"]) == file["sha256"]:
-            examples = read_task_file(file["path"], TASKS[name], "dev").examples
-            return {example.id: example.sentences for example in examples}
-    return {}
-
-
 def shorten(text):
     """A text on one line, of bounded length."""
     text = " ".join(text.split())
@@ -263,7 +250,7 @@ def error_table(run, name):
     if task.kind == "score":
         worst, distance, digits = "largest", "off by", 2
     cells = []
-    for row, by in worst_errors(task, result):
+    for row, by in worst_errors(task, result)[:ERRORS_SHOWN]:
         predicted, truth = f"{result.predictions[row]:.{digits}f}", f"{result.labels[row]:.3g}"
         cells.append([*map(shorten, texts[result.ids[row]]), predicted, truth, f"{by:.2f}"])
     header = [*columns, "predicted", "truth", distance]
@@ -282,7 +269,7 @@ def confusion_table(run, name):
     recalls = [f"{recall:.2f}" for recall in counts.diagonal() / counts.sum(1).clip(1)]
     cells = [[f"truth {i}", *map(str, counts[i]), recalls[i]] for i in classes]
     caption = (
-        f"Confusion matrix of `{run.name}` in {task.title} (`{name}`) on dev: examples by label "
+        f"Confusion matrix of `{run.name}` in {task.title} (`{name}`) on dev. Examples by label "
         f"(rows) and prediction (columns), 0 the most negative. {provenance([run])}"
     )
     return Table(caption, ["", *map(str, classes), "recall"], cells)
@@ -298,9 +285,7 @@ def escape(cell):
 
 def format_table(number, table):
     """A table as Markdown, with caption and notes; columns of numbers are aligned right."""
-    columns = zip(*table.cells, strict=True) if table.cells else [[]] * len(table.header)
-    numeric = [all(re.match(r"[-–\d]", cell) for cell in column) for column in columns]
-    rule = "|" + "|".join("---:" if is_number else "---" for is_number in numeric) + "|"
+    rule = "|" + "|".join("---:" if is_number else "---" for is_number in table.numeric) + "|"
     lines = ["| " + " | ".join(map(escape, row)) + " |" for row in [table.header, *table.cells]]
     notes = [f"\n{note}" for note in table.notes]
     caption = f"**Table {number}.** {table.caption}"
@@ -322,8 +307,11 @@ def best_run(runs, name):
 
 
 def write_report(runs, folder):
-    """Write the report of `runs` (a list of `Run`) into `folder`; returns `report.md`'s path."""
+    """Write the report of `runs` (a list of `Run`) into `folder`; returns its documents' paths."""
     runs = list({Path(run.path).resolve(): run for run in runs}.values())
+    names = Counter(run.name for run in runs)
+    for run in runs:
+        run.is_namesake = names[run.name] > 1
     folder, rows = Path(folder), group_runs(runs)
     tasks = [name for name in TASKS if any(name in run.dev for run in runs)]
     best = {name: best_run(runs, name) for name in tasks}
@@ -332,10 +320,12 @@ def write_report(runs, folder):
     pictures += cosine_pictures(runs)
     write_pictures(pictures, folder)
 
-    tables = [scores_table(rows), cost_table(rows)]
-    tables += [error_table(run, name) for name, run in best.items()]
-    tables += [confusion_table(r, n) for n, r in best.items() if TASKS[n].kind == "classes"]
-    scores, cost, *errors = (format_table(*numbered) for numbered in enumerate(tables, start=1))
+    tables = {"scores": [scores_table(rows)], "cost": [cost_table(rows)]}
+    tables["errors"] = [error_table(run, name) for name, run in best.items()]
+    of_classes = {name: run for name, run in best.items() if TASKS[name].kind == "classes"}
+    tables["confusion"] = [confusion_table(run, name) for name, run in of_classes.items()]
+    numbered = enumerate((table for section in tables.values() for table in section), start=1)
+    scores, cost, *errors = (format_table(*pair) for pair in numbered)
     images = [format_picture(number, p, runs) for number, p in enumerate(pictures, start=1)]
     names = ", ".join(dict.fromkeys(f"`{run.name}`" for run in best.values()))
     command = shlex.join(["python", "evaluation.py", "--report", *(run.path for run in runs)])
@@ -350,5 +340,8 @@ def write_report(runs, folder):
         f"## Errors\n\nErrors of the run with the best overall dev score: {names}.\n",
         *errors,
     ]
-    write_file(folder / "report.md", "\n".join(parts))
-    return folder / "report.md"
+    about = {"command": command, "commands": commands, "provenance": provenance(runs)}
+    page = format_page(about, tables, pictures, runs)
+    documents = {folder / "report.md": "\n".join(parts), folder / "report.html": page}
+    write_files(documents)
+    return list(documents)

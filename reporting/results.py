@@ -87,6 +87,17 @@ def result_of_scores(task, ids, scores, labels=None):
     return TaskResult(ids, predictions, scores, labels, metrics=metrics)
 
 
+def worst_errors(task, result):
+    """All errors, worst first: (row, probability of the wrong answer or distance)."""
+    wrong = np.abs(result.predictions - result.labels)
+    if task.kind != "score":
+        scores = result.scores
+        sure = scores.max(1) if task.kind == "classes" else np.maximum(scores, 1 - scores)[:, 0]
+        wrong = np.where(wrong > 0, sure, 0)
+    order = np.argsort(-wrong, kind="stable")
+    return [(int(row), float(wrong[row])) for row in order if wrong[row] > 0]
+
+
 def prediction_files(folder, results, split, paths=None):
     """Text of each of the course's prediction files by path; `paths`: task -> another path."""
     files = {}

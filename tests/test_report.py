@@ -5,62 +5,25 @@ import dataclasses
 import json
 import re
 import shutil
-import signal
 import time
 from collections import defaultdict
 
 import numpy as np
 import pytest
 from conftest import SAMPLE
+from matplotlib.figure import Figure
+from report_helpers import RUNS, make_report, page_data, scores_by_hand
 
-import evaluation
-import multitask_classifier
-from bert import BertModel
 from config import RECIPES, TASKS, UserError
 from reporting import figures, report
 from reporting.ensemble import finished_run
+from reporting.html import format_page
 from reporting.results import TaskResult
-from tokenizer import BertTokenizer
 from training.run_folder import RunFolder
 
+pytest_plugins = ("report_fixtures",)
+
 PICTURES = ("loss-overall", "loss-para", "loss-sts", "loss-sst", "sts-scatter", "gradient-cosines")
-RUNS = {  # name -> flags; the first two are seeds of one row
-    "full-model-a-s1": ["--model_file_suffix", "a-s1", "--seed", "1"],
-    "full-model-a-s2": ["--model_file_suffix", "a-s2", "--seed", "2"],
-    "LoRA-simcse-lora": ["--recipe", "simcse-lora"],
-    "full-model-surgery": ["--model_file_suffix", "surgery", "--gradient_surgery"],
-}
-
-
-@pytest.fixture(scope="module")
-def runs(tiny_config, toy_vocab_folder, tmp_path_factory):
-    """Folder of four finished runs of a tiny random encoder on the sample."""
-    folder = tmp_path_factory.mktemp("report")
-    tokenizer = BertTokenizer.from_pretrained(toy_vocab_folder)
-    BertModel(tiny_config).save_pretrained(folder / "encoder", tokenizer)
-    paths = {"pretrained": "encoder", "runs_dir": "runs", "predictions_dir": "predictions"}
-    command = [word for flag, name in paths.items() for word in (f"--{flag}", str(folder / name))]
-    command += ["--data_dir", str(SAMPLE), "--batch_size", "4", "--log_every", "1"]
-    command += ["--epochs", "2", "--steps_per_epoch", "3"]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(signal, "signal", lambda *_: None)  # pytest keeps its own handlers
-        for flags in RUNS.values():
-            multitask_classifier.main([*command, *flags])
-    assert {path.name for path in (folder / "runs").iterdir()} == set(RUNS)
-    return folder / "runs"
-
-
-@pytest.fixture(scope="module")
-def written(runs, tmp_path_factory):
-    """The folder of the report of all four, and its text."""
-    folder = tmp_path_factory.mktemp("written") / "report"
-    return folder, make_report([runs / name for name in RUNS], folder)
-
-
-def make_report(paths, folder):
-    """Run the script; returns the report's text."""
-    evaluation.main(["--report", *map(str, paths), "--report_dir", str(folder)])
-    return (folder / "report.md").read_text("utf-8")
 
 
 @pytest.fixture
@@ -77,13 +40,6 @@ def table(text, number):
         for line in block.splitlines()
     ]
     return header, rows
-
-
-def scores_by_hand(run, name):
-    """(labels, scores) of a run's dev file, read with no code of the program's."""
-    lines = (run / f"predictions/{name}-dev-scores.tsv").read_text("utf-8").splitlines()[1:]
-    rows = np.array([line.split("\t")[1:] for line in lines], dtype=float)
-    return rows[:, 0], rows[:, 2:]
 
 
 def overall_by_hand(run):
@@ -308,6 +264,55 @@ def test_the_confusion_matrix_counts_truth_by_row(recipe_run):
     assert cells[4] == ["truth 4", "1", "0", "0", "0", "2", "0.67"]
 
 
+# ------------------------------------------------------------------------------------- report.html
+
+
+def test_the_page_has_every_dev_error_of_every_run(written, runs):
+    data = page_data(written[0])
+    assert [run["name"] for run in data["runs"]] == list(RUNS)
+    for run in data["runs"]:
+        assert run["scores"]["overall"] == pytest.approx(overall_by_hand(runs / run["name"])[3])
+        for name, found in run["tasks"].items():
+            labels, scores = scores_by_hand(runs / run["name"], name)
+            predicted = {"sst": scores.argmax(1), "para": scores[:, 0].round(), "sts": scores[:, 0]}
+            wrong = np.flatnonzero(predicted[name].astype(np.float32) != labels.astype(np.float32))
+            assert sorted(row for row, _ in found["errors"]) == wrong.tolist()
+            order = [by for _, by in found["errors"]]
+            assert order == sorted(order, reverse=True)
+            np.testing.assert_allclose(found["predicted"], predicted[name], atol=1e-6)
+            np.testing.assert_allclose(data["examples"][found["examples"]]["truth"], labels)
+    assert len(data["examples"]) == 3  # shared by the four runs
+    lines = (SAMPLE / "ids-sst-dev.csv").read_text("utf-8").splitlines()[1:]
+    for (text,), line in zip(data["examples"][0]["texts"], lines, strict=True):
+        assert text in line
+
+
+def test_the_page_loads_nothing(written):
+    page = (written[0] / "report.html").read_text("utf-8")
+    code = page.replace(json.dumps(page_data(written[0])), "")
+    assert set(re.findall(r"https?://[^\"'\s]+", code)) == {"http://www.w3.org/2000/svg"}
+    assert not re.search(r"\bsrc=|href=\"(?!#)|url\(|@import|\bfetch\b|innerHTML|\bimport\b", code)
+    assert "default-src 'none'" in code
+
+
+def test_no_text_ends_the_script_element_of_the_page():
+    text = "</script><script>alert(1)</script><!-- <script> \u2028 \" ' {{data}} \\"
+    page, plain = (format_page({"command": words}, {}, [], []) for words in (text, "plain"))
+    for sign in ("<", "\u2028"):
+        assert page.count(sign) == plain.count(sign)
+    found = re.search(r'id="data">(.*?)</script', page, re.DOTALL)[1]
+    assert json.loads(found)["command"] == text
+
+
+def test_runs_of_one_name_are_told_apart(recipe_run, tmp_path):
+    """Both are called LoRA, say, in two folders."""
+    other = dataclasses.replace(recipe_run, path=f"elsewhere/{recipe_run.name}")
+    report.write_report([recipe_run, other], tmp_path)
+    data = page_data(tmp_path)
+    assert [run["name"] for run in data["runs"]] == [recipe_run.path, other.path]
+    assert len({curve["name"] for curve in data["pictures"][0]["panels"][0]["curves"]}) == 2
+
+
 # ----------------------------------------------------------------------------------------- figures
 
 
@@ -330,6 +335,57 @@ def test_the_summed_loss_is_that_of_the_tasks_which_all_runs_have(recipe_run):
     assert names == ["loss-para", "loss-sts", "loss-sst"]
     overall = figures.loss_pictures(some[:2])[0]
     assert overall.name == "loss-overall" and "(sst; without" in overall.caption
+
+
+def with_losses(run, name, losses):
+    """The run under another name with these losses in `sst`, logged every 10 steps, and on dev."""
+    lines = [
+        {"kind": "train", "step": 10 * i, "losses": {"sst": loss}}
+        for i, loss in enumerate(losses, start=1)
+    ]
+    last = {"kind": "eval", "step": 10 * len(losses), "dev": {"sst": {"loss": losses[-1]}}}
+    return dataclasses.replace(run, path=name, dev={"sst": run.dev["sst"]}, lines=[*lines, last])
+
+
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_one_run_of_large_losses_does_not_squeeze_the_others(recipe_run, count):
+    """Nor do the first steps; what lies beyond the axis is drawn at its edge, and named."""
+    falling = [30, *np.linspace(2, 1, 39)]
+    good = [with_losses(recipe_run, f"good{i}", falling) for i in range(count)]
+    bad = with_losses(recipe_run, "bad", [500] * 20)
+    panel = figures.loss_panel([bad, *good], ["sst"], "nats")
+    assert panel.limits[0] == 1 and 2 < panel.limits[1] < 5
+    assert "bad (up to 500)" in panel.note and "good0 (up to 30)" in panel.note
+    figure = Figure()
+    figures.draw_losses(figure, panel)
+    drawn = [y for line in figure.axes[0].lines for y in line.get_ydata()]
+    assert max(drawn) == panel.limits[1]
+    low, high = figure.axes[0].get_ylim()
+    assert low < min(drawn) and max(drawn) < high  # the edge is in sight
+    assert figure.axes[0].get_title(loc="left").startswith("Drawn at the edge")
+
+
+def test_losses_of_one_kind_are_all_within_the_axis(recipe_run):
+    runs = [with_losses(recipe_run, "a", [3, 2, 1]), with_losses(recipe_run, "b", [2.5, 2, 1.8])]
+    panel = figures.loss_panel(runs, ["sst"], "nats")
+    assert panel.limits == (1, 3) and panel.note == "" and not panel.is_log
+
+
+def test_the_legend_tells_runs_of_unlike_length_apart(recipe_run):
+    """And the longer its names, the fewer stand side by side, so that none is cut off."""
+    runs = [with_losses(recipe_run, "a", [3, 2] * 90), with_losses(recipe_run, "b" * 60, [3, 2])]
+    widths = []
+    for shown in (runs[:1], runs):
+        figure = Figure(figsize=(8, 5), layout="constrained")
+        figures.draw_losses(figure, figures.loss_panel(shown, ["sst"], "nats"))
+        figure.draw_without_rendering()
+        legend = figure.legends[0]
+        widths.append(legend.get_window_extent().width)
+        assert widths[-1] < figure.bbox.width
+    texts = [text.get_text() for text in legend.get_texts()]
+    assert texts[:2] == ["a (1,800 steps)", "b" * 60 + " (20 steps)"]
+    ends = [line for line in figure.axes[0].lines if line.get_markevery() == [-1]]
+    assert [max(line.get_xdata()) for line in ends] == [1800, 20]
 
 
 def test_smoothing_keeps_a_straight_line_straight_up_to_its_ends():
