@@ -29,11 +29,10 @@ COMPLETE_CLASSES = ("PreTrainedTokenizerFast", "TokenizersBackend")
 def wordpiece(vocab, lowercase=True, strip_accents=None, split_chinese=True):
     """BERT's own pipeline, a `tokenizers.Tokenizer`.
 
-    `vocab` maps word pieces to ids, or lists them in the order of their ids. `strip_accents` None:
-    as `lowercase`. `split_chinese`: each Chinese character becomes a word.
+    `vocab` maps word pieces to ids. `strip_accents` None: as `lowercase`. `split_chinese`: each
+    Chinese character becomes a word.
     """
-    ids = vocab if isinstance(vocab, dict) else {piece: i for i, piece in enumerate(vocab)}
-    pipeline = Tokenizer(WordPiece(ids, unk_token="[UNK]", max_input_chars_per_word=100))
+    pipeline = Tokenizer(WordPiece(vocab, unk_token="[UNK]", max_input_chars_per_word=100))
     pipeline.normalizer = BertNormalizer(
         lowercase=lowercase, strip_accents=strip_accents, handle_chinese_chars=split_chinese
     )
@@ -145,14 +144,16 @@ def _read_pipeline(folder, name, settings, complete):
         found = found["content"] if isinstance(found, dict) else found
         if found != token:
             raise UserError(f"tokenizer_config.json: {found!r} in place of {token}")
+    vocab, path = complete.get("model", {}).get("vocab"), folder / "vocab.txt"
+    if vocab is None or path.is_file():
+        lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
+        listed = {piece: number for number, piece in enumerate(lines)}
+        if vocab not in (None, listed):
+            raise UserError("the vocabularies of vocab.txt and tokenizer.json differ")
+        vocab = listed
     if name in COMPLETE_CLASSES:
         parts = dict.fromkeys(("truncation", "padding", "post_processor"))
         return Tokenizer.from_str(json.dumps(complete | parts | {"added_tokens": []}))
-    if complete:
-        vocab = complete["model"]["vocab"]
-    else:
-        text = (folder / "vocab.txt").read_text(encoding="utf-8")
-        vocab = text.removesuffix("\n").split("\n")
     rules = ("do_lower_case", "strip_accents", "tokenize_chinese_chars")
     lowercase, strip_accents, split_chinese = map(settings.get, rules)
     return wordpiece(vocab, lowercase is not False, strip_accents, split_chinese is not False)

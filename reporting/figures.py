@@ -143,12 +143,12 @@ def loss_panel(runs, tasks, unit):
 def loss_limits(curves):
     """Ends of the loss axis: around the median run's losses after the first quarter of its steps.
 
-    Up to twice its largest, so that one bad run or the first steps do not squeeze the others; and
+    Up to 1.3 times its largest, so that one bad run or the first steps do not squeeze the others; and
     down to a tenth of its smallest.
     """
     kept = [[*curve.means[len(curve.means) // 4 :], *curve.dev[1]] for curve in curves]
     shown = [loss for curve in curves for loss in (*curve.values, *curve.dev[1])]
-    low, high = median_low(map(min, kept)) / 10, median_low(map(max, kept)) * 2
+    low, high = median_low(map(min, kept)) / 10, median_low(map(max, kept)) * 1.3
     return max(low, min(shown), 1e-6), min(high, max(shown))
 
 

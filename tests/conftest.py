@@ -13,7 +13,7 @@ import torch
 from bert import BertModel
 from config import BertConfig, UserError
 from runtime.hub import resolve_encoder
-from tokenizer import SPECIAL_TOKENS, BertTokenizer
+from tokenizer import SPECIAL_TOKENS, BertTokenizer, wordpiece
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 SAMPLE = REPOSITORY / "data" / "sample"
@@ -45,6 +45,11 @@ def load_script(path):
     sys.modules[spec.name] = module  # dataclasses look their module up
     spec.loader.exec_module(module)
     return module
+
+
+def pipeline_of(pieces, *rules, **more):
+    """BERT's pipeline of word pieces in the order of their ids."""
+    return wordpiece({piece: number for number, piece in enumerate(pieces)}, *rules, **more)
 
 
 @pytest.fixture(autouse=True)

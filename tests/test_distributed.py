@@ -17,14 +17,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import REPOSITORY, SAMPLE
+from conftest import REPOSITORY, SAMPLE, pipeline_of
 from safetensors.torch import load_file
 
 from bert import BertModel
 from config import UserError
 from runtime import distributed, script
 from runtime.device import Compute
-from tokenizer import BertTokenizer, wordpiece
+from tokenizer import BertTokenizer
 from training.run_folder import RunFolder
 from training.setup import encode_in_advance
 
@@ -61,7 +61,7 @@ class Bench:
     def __init__(self, folder, config, vocab):
         self.folder = folder
         torch.manual_seed(11711)
-        tokenizer = BertTokenizer(wordpiece(vocab), model_max_length=40)
+        tokenizer = BertTokenizer(pipeline_of(vocab), model_max_length=40)
         BertModel(config).save_pretrained(folder / "encoder", tokenizer)
         (folder / "data").mkdir()
         for path in SAMPLE.glob("*.csv"):

@@ -155,7 +155,7 @@ def test_a_run_named_twice_is_refused(runs, tmp_path):
     ("given", "message"),
     [
         (["--checkpoint", "a", "b", "--sentence", "x"], "--sentence takes one run"),
-        (["--report", "a", "--sentence", "x"], "--sentence takes one run"),
+        (["--report", "a", "--sentence", "x"], "--sentence and --report exclude each other"),
         (["--report", "a", "--checkpoint", "b"], "exclude each other"),
         (["--sentence2", "x"], "goes with --sentence"),
         (["--sentence", "caf\udce9"], "not UTF-8"),

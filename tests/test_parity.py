@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 import reference
 import torch
-from conftest import REAL_DATA, REPOSITORY, SAMPLE
+from conftest import REAL_DATA, REPOSITORY, SAMPLE, pipeline_of
 from safetensors.torch import load_file, save_file
 
 from base_bert import load_encoder
@@ -31,7 +31,7 @@ from config import TASKS, BertConfig, LoRAConfig
 from datasets import read_task_file
 from lora import adapter_layers, adapter_tensors, apply_lora, load_adapter, merge_lora, save_adapter
 from runtime import hub
-from tokenizer import BertTokenizer, join_pair, wordpiece
+from tokenizer import BertTokenizer, join_pair
 from training.run_folder import RunFolder
 from training.saved_models import export_run, load_run, save_model
 
@@ -319,7 +319,7 @@ def test_ids_of_odd_texts_and_pairs_equal_transformers(max_length, published, to
 @pytest.mark.parametrize("lowercase", [True, False])
 def test_saved_tokenizer_gives_the_same_ids(lowercase, ask, tokenizer, tmp_path):
     """The files that `save_pretrained` writes, in `AutoTokenizer` without any option."""
-    saved = BertTokenizer(wordpiece(tokenizer.vocab, lowercase))
+    saved = BertTokenizer(pipeline_of(tokenizer.vocab, lowercase))
     saved.save_pretrained(tmp_path)
     answer = ask("tokens", tokenizer=tmp_path, texts=ODD_TEXTS, pairs=ODD_PAIRS)
     assert differing_rows(saved(ODD_TEXTS), answer) == []
@@ -391,9 +391,9 @@ def test_row_50_ids_of_a_changed_tokenizer_equal_transformers(folder, ask, token
 def test_faulty_tokenizer_does_not_equal_transformers(published, tokenizer):
     """Without lower-casing, with [SEP] as a marker, and with all of a pair in one segment."""
     answer = published(texts=ODD_TEXTS, pairs=ODD_PAIRS, max_length=512)
-    cased = BertTokenizer(wordpiece(tokenizer.vocab, lowercase=False))
+    cased = BertTokenizer(pipeline_of(tokenizer.vocab, lowercase=False))
     assert differing_rows(cased(ODD_TEXTS), answer)
-    marked = BertTokenizer(wordpiece(tokenizer.vocab))
+    marked = BertTokenizer(pipeline_of(tokenizer.vocab))
     marked._pipeline.add_special_tokens(["[SEP]", "[CLS]", "[MASK]"])
     wrong = differing_rows(marked(ODD_TEXTS), answer)
     assert all("[" in ODD_TEXTS[row] for row in wrong) and len(wrong) >= 2

@@ -5,11 +5,12 @@ import time
 
 import numpy as np
 import pytest
+from conftest import pipeline_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from config import UserError
-from tokenizer import BertTokenizer, join_pair, wordpiece
+from tokenizer import BertTokenizer, join_pair
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +82,7 @@ def test_the_rules_of_a_folder_are_kept_when_it_is_saved(
     toy_vocab, tmp_path, settings, normalizer, expected
 ):
     """Also where `tokenizer.json` is the only vocabulary that is left."""
-    BertTokenizer(wordpiece(toy_vocab)).save_pretrained(tmp_path)
+    BertTokenizer(pipeline_of(toy_vocab)).save_pretrained(tmp_path)
     complete = json.loads((tmp_path / "tokenizer.json").read_text())
     complete["normalizer"] |= normalizer
     (tmp_path / "tokenizer.json").write_text(json.dumps(complete))
@@ -100,7 +101,7 @@ def test_the_rules_of_a_folder_are_kept_when_it_is_saved(
 
 @pytest.mark.parametrize("split", [True, False])
 def test_chinese_characters_are_words_unless_told_otherwise(toy_vocab, tmp_path, split):
-    tokenizer = BertTokenizer(wordpiece(toy_vocab, split_chinese=split))
+    tokenizer = BertTokenizer(pipeline_of(toy_vocab, split_chinese=split))
     tokenizer.save_pretrained(tmp_path)
     for either in (tokenizer, BertTokenizer.from_pretrained(tmp_path)):
         assert pieces(either, "中国") == ("[UNK] [UNK]" if split else "[UNK]")
@@ -116,7 +117,7 @@ def test_a_vocabulary_with_crlf_and_without_a_limit_is_read(toy_vocab, tmp_path)
 
 def test_a_vocabulary_without_the_markers_is_refused(toy_vocab):
     with pytest.raises(UserError, match=r"no \[SEP\] \[MASK\]"):
-        BertTokenizer(wordpiece([p for p in toy_vocab if p not in ("[SEP]", "[MASK]")]))
+        BertTokenizer(pipeline_of([p for p in toy_vocab if p not in ("[SEP]", "[MASK]")]))
 
 
 @pytest.mark.parametrize(
@@ -160,11 +161,18 @@ ENTRY = {"id": 999, "content": "covid19", "normalized": True}
 def test_row_50_a_tokenizer_that_transformers_reads_otherwise_is_refused(
     toy_vocab, tmp_path, settings, complete, message
 ):
-    BertTokenizer(wordpiece(toy_vocab)).save_pretrained(tmp_path)
+    BertTokenizer(pipeline_of(toy_vocab)).save_pretrained(tmp_path)
     whole = json.loads((tmp_path / "tokenizer.json").read_text()) | complete
     (tmp_path / "tokenizer.json").write_text(json.dumps(whole))
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
     with pytest.raises(UserError, match=f"{tmp_path}: .*{message}"):
+        BertTokenizer.from_pretrained(tmp_path)
+
+
+def test_two_vocabularies_that_differ_are_refused(toy_vocab, tmp_path):
+    BertTokenizer(pipeline_of(toy_vocab)).save_pretrained(tmp_path)
+    (tmp_path / "vocab.txt").write_text("\n".join([*toy_vocab, "new"]) + "\n")
+    with pytest.raises(UserError, match=r"of vocab.txt and tokenizer.json differ"):
         BertTokenizer.from_pretrained(tmp_path)
 
 
