@@ -1,11 +1,14 @@
 """Hardware: the device, its precisions, and glibc's settings for memory."""
 
 import ctypes
+import os
+import runpy
 import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import REPOSITORY
 
 from config import UserError
 from runtime.device import Compute, select_device, select_precision
@@ -66,6 +69,23 @@ def test_fp32_on_a_gpu_is_tf32_unless_deterministic(
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     Compute(device, precision, deterministic)
     assert settings == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        (None, "expandable_segments:True"),
+        ("PYTORCH_ALLOC_CONF", "mine"),
+        ("PYTORCH_CUDA_ALLOC_CONF", None),  # torch prefers the other name
+    ],
+)
+def test_a_gpus_memory_is_set_up_unless_the_user_did(monkeypatch, name, expected):
+    for known in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        monkeypatch.setenv(known, "mine")  # and put back what was there
+        if known != name:
+            monkeypatch.delenv(known)
+    runpy.run_path(str(REPOSITORY / "runtime" / "script.py"))
+    assert os.environ.get("PYTORCH_ALLOC_CONF") == expected
 
 
 @pytest.mark.parametrize(
