@@ -300,33 +300,42 @@ class MultitaskBatches:
 
     Each task passes through its examples again and again, in a fresh order each time. A batch at
     the end of a pass is filled from the next one, so all batches of a task have the same size.
-    `batch_sizes` is one number, or a dict by task. `shares` maps each task to the slice of its
-    batch that this process takes, all of it by default.
+    `batch_sizes` is one number, or a list of dicts by task, one for each epoch of `epoch` batches;
+    the last one stays. `shares`, as long a list, maps each task to the slice of its batch that this
+    process takes, all of it by default.
     """
 
-    def __init__(self, datasets, batch_sizes, seed, shares=None):
+    def __init__(self, datasets, batch_sizes, seed, shares=None, epoch=1):
         if isinstance(batch_sizes, int):
-            batch_sizes = dict.fromkeys(datasets, batch_sizes)
+            batch_sizes = [dict.fromkeys(datasets, batch_sizes)]
         self.datasets, self.batch_sizes, self.seed = datasets, batch_sizes, seed
-        self.shares = shares or dict.fromkeys(datasets, slice(None))
+        self.shares = shares or [dict.fromkeys(datasets, slice(None)) for _ in batch_sizes]
+        self.epoch = epoch
         self._permutations = {}  # task -> (number, permutation) of its latest pass
 
     def __getitem__(self, step):
-        return {
-            name: dataset.batch(self.rows(name, step)[self.shares[name]])
-            for name, dataset in self.datasets.items()
-        }
+        return {n: dataset.batch(self.own_rows(n, step)) for n, dataset in self.datasets.items()}
+
+    def epoch_of(self, step):
+        """The place in `batch_sizes` and `shares` of the batch of `step`."""
+        return min(step // self.epoch, len(self.batch_sizes) - 1)
 
     def rows(self, name, step):
         """Rows of task `name` in the batch of `step` (counted from 0), (its batch size,)."""
-        size = self.batch_sizes[name]
-        positions = np.arange(step * size, (step + 1) * size)
+        number = self.epoch_of(step)
+        *before, size = (sizes[name] for sizes in self.batch_sizes[: number + 1])
+        start = sum(before) * self.epoch + size * (step - number * self.epoch)
+        positions = np.arange(start, start + size)
         places = zip(*np.divmod(positions, len(self.datasets[name])), strict=True)
         return np.array([self.permutation(name, number)[place] for number, place in places])
 
+    def own_rows(self, name, step):
+        """Of these rows those that this process takes."""
+        return self.rows(name, step)[self.shares[self.epoch_of(step)][name]]
+
     def rows_until(self, name, steps):
         """The rows of task `name` that this process takes in the first `steps` batches, sorted."""
-        rows = [self.rows(name, step)[self.shares[name]] for step in range(steps)]
+        rows = [self.own_rows(name, step) for step in range(steps)]
         return np.unique(np.concatenate(rows)) if rows else np.arange(0)
 
     def permutation(self, name, number):
@@ -337,5 +346,5 @@ class MultitaskBatches:
         return self._permutations[name][1]
 
     def largest(self):
-        """Batches in one pass of the task that takes most of them."""
-        return max(-(-len(d) // self.batch_sizes[name]) for name, d in self.datasets.items())
+        """Batches in one pass of the task that takes most of them, of the first epoch's size."""
+        return max(-(-len(d) // self.batch_sizes[0][name]) for name, d in self.datasets.items())

@@ -27,7 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from datasets import MultitaskBatches
 from evaluation import calibrate, evaluate
-from gradient_surgery import pcgrad
+from gradient_surgery import combine
 from reporting import results
 from runtime import distributed
 from runtime.device import Compute, memory_errors, seed_everything, select_device
@@ -60,11 +60,11 @@ def weighted_sum(losses, plan):
 def prepare_step(model, batches, step, plan):
     """What the passes of a step take, on the device: a `multitask_bert.Prepared` for each.
 
-    A step has one pass, `--accumulate` passes, or with surgery one for each task.
+    A step has one pass, `--accumulate` passes, or with surgery between tasks one for each task.
     """
     count = plan.flags.accumulate
     passes = [batches[i] for i in range(step * count, (step + 1) * count)]
-    if plan.flags.gradient_surgery:
+    if plan.flags.gradient_surgery not in (None, "main"):
         passes = [{name: batch} for name, batch in passes[0].items()]
     return [model.prepare(batch_by_task) for batch_by_task in passes]
 
@@ -97,25 +97,27 @@ def backward(model, passes, step, plan, compute):
 
 
 def backward_with_surgery(model, passes, step, plan, compute):
-    """As `backward`, task by task, with the encoder's conflicting gradients projected.
+    """As `backward`, group by group of the losses, with surgery on the encoder's gradients.
 
-    A task's SimCSE and R-Drop losses count toward its gradient. Gradients are averaged over the
-    processes here. Returns each loss, and the share of conflicts and the gradients' cosines.
+    Gradients are averaged over the processes here. Returns each loss, and the share of conflicts
+    and the gradients' cosines.
     """
     shared = [p for p in model.bert.parameters() if p.requires_grad]
     losses, gradients = {}, {}
     for number, prepared in enumerate(passes):
         seed_everything(plan.flags.seed, step, number, distributed.rank())
         with compute.autocast():
-            task_losses = model(prepared)
-        (name,) = prepared.batches
-        compute.scaler.scale(weighted_sum(task_losses, plan)).backward()
-        gradients[name] = mean_over_processes(torch.cat([p.grad.flatten() for p in shared]))
-        for parameter in shared:
-            parameter.grad = None
-        losses |= {key: loss.detach() for key, loss in task_losses.items()}
+            batch_losses = model(prepared)
+        for name, group in loss_groups(batch_losses, prepared, plan).items():
+            total = compute.scaler.scale(weighted_sum(group, plan))
+            total.backward(retain_graph=name == "main")
+            gradients[name] = mean_over_processes(torch.cat([p.grad.flatten() for p in shared]))
+            for parameter in shared:
+                parameter.grad = None
+        losses |= {key: loss.detach() for key, loss in batch_losses.items()}
     order = random.Random(f"{plan.flags.seed} {step}")
-    surgery = pcgrad(gradients, order, plan.flags.gradient_surgery)
+    surgery = combine(plan.flags.gradient_surgery, gradients, order, compute.cosine_targets)
+    compute.cosine_targets = surgery.targets
     parts = surgery.gradient.split([p.numel() for p in shared])
     for parameter, part in zip(shared, parts, strict=True):
         parameter.grad = part.view_as(parameter)
@@ -124,6 +126,20 @@ def backward_with_surgery(model, passes, step, plan, compute):
             parameter.grad = mean_over_processes(parameter.grad)
     cosines = {f"cosine {a} {b}": value for (a, b), value in surgery.cosines.items()}
     return losses, {"conflicts": surgery.conflicts, **cosines}
+
+
+def loss_groups(losses, prepared, plan):
+    """The losses of a pass by the gradient that they count toward.
+
+    That is their task's, SimCSE and R-Drop included, or the main and then the auxiliary one.
+    """
+    if plan.flags.gradient_surgery != "main":
+        (task,) = prepared.batches
+        return {task: losses}
+    groups = {"main": {}, "auxiliary": {}}
+    for name, loss in losses.items():
+        groups["main" if name in plan.main_tasks else "auxiliary"][name] = loss
+    return groups
 
 
 def synchronised(model, batches, plan, compute):
@@ -158,8 +174,10 @@ def set_learning_rate(optimizer, step, plan):
 
 def make_batches(data, plan):
     """The `MultitaskBatches` of a run: this process's share of each batch."""
-    shares = {name: distributed.share(size, name) for name, size in plan.batch_sizes.items()}
-    return MultitaskBatches(of_split(data, "train"), plan.batch_sizes, plan.flags.seed, shares)
+    shares = [{n: distributed.share(k, n) for n, k in sizes.items()} for sizes in plan.epoch_sizes]
+    length = plan.steps_per_epoch * plan.flags.accumulate
+    data = of_split(data, "train")
+    return MultitaskBatches(data, plan.epoch_sizes, plan.flags.seed, shares, length)
 
 
 def train(run, model, optimizer, data, plan, compute):
@@ -304,7 +322,8 @@ def fine_tune(command, device):
     # ---- seed, data, encoder, run folder: all is checked before weights load
     seed_everything(flags.seed)
     files = data_files.read_data(data_files.find_data(command, earlier), flags)
-    plan = make_plan(flags, {name: len(task["train"].examples) for name, task in files.items()})
+    examples = {name: len(of_task["train"].examples) for name, of_task in files.items()}
+    plan = make_plan(flags, examples, distributed.world_size())
     encoder, tokenizer = setup.find_encoder(run, flags, earlier)
     setup.check_fit(plan, encoder, tokenizer)
     description = setup.describe_run(command, encoder, files, compute)

@@ -238,8 +238,9 @@ def cosine_pictures(runs):
 
     shares = (f"`{run.name}` {np.mean(run.logged('conflicts')):.0%}" for run in runs)
     caption = (
-        "Cosine of the encoder's gradients of two tasks (solid: smoothed, pale: as logged); below "
-        f"0 they conflict. Share of conflicting pairs over all steps: {', '.join(shares)}."
+        "Cosine of the encoder's gradients of two tasks, or of main and auxiliary losses (solid: "
+        "smoothed, pale: as logged); below 0 they conflict. Share of conflicting pairs over all "
+        f"steps: {', '.join(shares)}."
     )
     alt = "Cosine of the gradients of each pair of tasks against optimiser steps"
     size = (8, 1.2 + 2.4 * len(runs))

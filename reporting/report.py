@@ -61,7 +61,8 @@ def recipe_of(run):
         return None
     recipe, expected = RECIPES[name].flags, default_flags() | RECIPES[name].flags
     compared = recipe.keys() | (expected.keys() - MAY_DIFFER - BUDGET)
-    return name if all(run.args[flag] == expected[flag] for flag in compared) else None
+    found = default_flags() | run.args  # earlier runs lack later flags
+    return name if all(found[flag] == expected[flag] for flag in compared) else None
 
 
 def group_runs(runs):
@@ -209,22 +210,31 @@ COSTS = {
 }
 
 
+def batch_of(run):
+    """Examples of each task in an optimiser step; if that changes, of the first and last epoch."""
+    examples = {name: f["train"]["examples"] for name, f in run.description["data"].items()}
+    flags = argparse.Namespace(**default_flags() | run.args)  # earlier runs lack later flags
+    plan, texts = make_plan(flags, examples, run.description.get("processes", 1)), {}
+    for sizes in (plan.epoch_sizes[0], plan.epoch_sizes[-1]):
+        sizes = {name: size * flags.accumulate for name, size in sizes.items()}
+        text = ", ".join(f"{size} {name}" for name, size in sizes.items())
+        texts[text if len(set(sizes.values())) > 1 else str(min(sizes.values()))] = None
+    return " to ".join(texts)
+
+
 def cost_table(rows):
     """Table 2: time, speed, memory and trained parameters."""
     runs, cells = [run for group in rows.values() for run in group], []
     for label, group in rows.items():
         steps = max(line["step"] for line in group[0].lines)
-        plan = make_plan(argparse.Namespace(**group[0].args), {})
-        sizes = {name: size * plan.flags.accumulate for name, size in plan.batch_sizes.items()}
-        batch = ", ".join(f"{size} {name}" for name, size in sizes.items())
-        batch = batch if len(set(sizes.values())) > 1 else str(min(sizes.values()))
         costs = [spread([cost(run) for run in group], form) for cost, form in COSTS.values()]
         parameters = [f"{group[0].description['parameters'][key]:,}" for key in ("trained", "all")]
         hardware = by_value(group, lambda run: "{device}, {precision}".format(**run.description))
-        cells.append([label, f"{steps:,}", batch, *costs, *parameters, hardware])
+        cells.append([label, f"{steps:,}", batch_of(group[0]), *costs, *parameters, hardware])
     header = ["strategy", "steps", "batch", *COSTS, "trained parameters", "of all", "hardware"]
     caption = (
-        "Cost of training. Batch: examples of each task in an optimiser step. Minutes: from the "
+        "Cost of training. Batch: examples of each task in an optimiser step, of the first epoch "
+        "to the last if sampling is annealed. Minutes: from the "
         "start to the last logged line, evaluations included. Speeds: medians of the logged lines, "
         "without padding; each encoded sequence counts, a jointly encoded pair as one; a dash if a "
         "frozen encoder's sentences were all encoded before the first step. Peak memory: allocated "

@@ -32,6 +32,7 @@ class Compute:
         self.precision, self.warning = select_precision(precision, self.device)
         self.batch_tokens = BATCH_TOKENS[self.device.type]
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
+        self.cosine_targets = None  # state of GradVac, (tasks, tasks), on the device
         keep_freed_memory()
         if self.device.type == "cuda" and self.precision == "fp32":  # TF32 where the GPU has it
             torch.set_float32_matmul_precision("highest" if deterministic else "high")

@@ -309,7 +309,7 @@ def test_each_pass_sees_every_example_once_in_a_fresh_order(batches, name):
 )
 def test_a_step_has_one_batch_of_each_task_in_its_own_size(batches, sizes):
     """Each task passes through its own permutations, in pieces of its own size."""
-    mixed = MultitaskBatches(batches.datasets, sizes, seed=5)
+    mixed = MultitaskBatches(batches.datasets, [sizes], seed=5)
     assert {name: len(batch.ids) for name, batch in mixed[2].items()} == sizes
     order = np.concatenate([batches.permutation("para", number) for number in range(3)])
     rows = np.concatenate([mixed.rows("para", step) for step in range(4)])
@@ -320,11 +320,27 @@ def test_a_step_has_one_batch_of_each_task_in_its_own_size(batches, sizes):
 
 def test_the_shares_of_several_processes_are_the_whole_batch(batches):
     slices = (slice(0, 2), slice(2, 4))
-    parts = [MultitaskBatches(batches.datasets, 4, 5, dict.fromkeys(TASKS, s)) for s in slices]
+    parts = [MultitaskBatches(batches.datasets, 4, 5, [dict.fromkeys(TASKS, s)]) for s in slices]
     for name, batch in batches[3].items():
         assert [i for part in parts for i in part[3][name].ids] == batch.ids
         rows = {int(row) for step in range(3) for row in batches.rows(name, step)[:2]}
         assert parts[0].rows_until(name, 3).tolist() == sorted(rows)
+
+
+def test_batch_sizes_that_change_by_epoch_leave_no_row_out(batches):
+    """Epochs of 3 batches. A later epoch begins where the sizes before it ended; the last stays."""
+    sizes = [{"sst": 1, "para": 6}, {"sst": 4, "para": 3}, {"sst": 2, "para": 5}]
+    slices = [{"sst": slice(0, 1), "para": slice(2, size["para"])} for size in sizes]
+    sampled = MultitaskBatches(batches.datasets, sizes, 5, slices, epoch=3)
+    for name in ("sst", "para"):
+        order = np.concatenate([batches.permutation(name, number) for number in range(6)]).tolist()
+        wanted = [size[name] for size in sizes for _ in range(3)] + [sizes[2][name]]
+        rows = [sampled.rows(name, step).tolist() for step in (9, 4, *range(10))]  # in any order
+        assert [len(part) for part in rows[2:]] == wanted
+        assert np.concatenate(rows[2:]).tolist() == order[: sum(wanted)]
+        assert rows[:2] == [rows[11], rows[6]]
+        mine = [rows[2 + step][slices[step // 3][name]] for step in range(9)]
+        assert sampled.rows_until(name, 9).tolist() == sorted({i for part in mine for i in part})
 
 
 @pytest.mark.parametrize("name", ["sst", "para"])

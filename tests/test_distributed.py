@@ -44,6 +44,13 @@ COMPARED_SLOWLY = {
     "supervised": ["--supervised_simcse", "--tasks", "para", "sts"],
     "surgery": [*SIMCSE, "--gradient_surgery"],
     "surgery_lora": [*SIMCSE, *LORA, "--gradient_surgery", "mean"],
+    "surgery_main": [*SIMCSE, "--gradient_surgery", "main", "--main_tasks", "sst", "sts"],
+    "surgery_vaccine": [*SIMCSE, "--gradient_surgery", "vaccine"],
+    # 32 by 20 : 60, then by their fifth roots: 8 + 24 and 14 + 18, on two processes too
+    "sampling": [
+        *("--tasks", "sst", "para", "--sst_train", "data/few.csv"),
+        *("--sampling", "annealed", "--epochs", "2", "--steps_per_epoch", "5"),
+    ],
     "accumulate": [*SIMCSE, "--accumulate", "2"],
     "joint": [*SIMCSE, "--pair_encoding", "joint"],
     "both": [*SIMCSE, "--pair_encoding", "both", "--task_batch_sizes", "para=8"],
@@ -69,6 +76,9 @@ class Bench:
             copies = [row.replace("\t", "\tcopy-", 1) for row in rows]  # the same texts, other ids
             text = "".join([header, *rows, *copies])
             (folder / "data" / path.name).write_text(text, encoding="utf-8")
+            if path.name == "ids-sst-train.csv":
+                text = "".join([header, *rows[:20]])
+                (folder / "data" / "few.csv").write_text(text, encoding="utf-8")
 
     def argv(self, where, *more):
         """Arguments of the training script, with its output under the folder `where`."""

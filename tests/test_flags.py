@@ -23,7 +23,7 @@ from config import LEARNING_RATES, LORA_TARGETS, RECIPES, TASKS, UserError
 from tokenizer import BertTokenizer
 from training.data_files import check_output_paths, data_paths
 from training.flags import make_parser, parse_command
-from training.plan import make_plan
+from training.plan import make_plan, share_out
 from training.run_folder import RunFolder, run_path
 
 FULL, LORA = "--fine-tune-mode full-model", "--fine-tune-mode LoRA"
@@ -95,6 +95,23 @@ EXPECTED = {  # command -> values of its flags and of its plan, and the path of 
     f"{LORA} --LoRA_targets value query value": {"LoRA_targets": ["query", "value"]},
     "--gradient_surgery": {"gradient_surgery": "sum"},
     "--gradient_surgery mean": {"gradient_surgery": "mean"},
+    "--gradient_surgery vaccine": {"loss_weights": {"sst": 1.0, "para": 1.0, "sts": 1.0}},
+    "--gradient_surgery main --main_tasks sts": {
+        "loss_weights": {"sst": 0.3, "para": 0.3, "sts": 1.0},
+    },
+    "--gradient_surgery main --unsupervised_simcse --simcse_tasks sst --r_drop para "
+    "--loss_weights r_drop_para=4": {"loss_weights": {
+        "sst": 1.0, "para": 1.0, "sts": 1.0, "r_drop_para": 4.0, "simcse_sst": 0.3,
+    }},
+    "--gradient_surgery main --main_tasks sts --supervised_simcse": {"loss_weights": {
+        "sst": 0.3, "para": 0.3, "sts": 1.0, "simcse_para_supervised": 0.3,
+    }},
+    # 24 shared out by 21 : 33 : 1 is 9.2, 14.4 and 0.4; sts gets 1, so 14.4 is rounded down
+    "--sampling proportional": {
+        "epoch_sizes": [{"sst": 9, "para": 14, "sts": 1}], "steps_per_epoch": 3,
+        "batch_sizes": {"sst": 8, "para": 8, "sts": 8},
+    },
+    "--sampling equal": {"epoch_sizes": [{"sst": 8, "para": 8, "sts": 8}], "steps_per_epoch": 5},
     "--resume": {"resume": True},  # nothing to resume is no error
     **{f"--fine-tune-mode {mode}": {"encoder_lr": rates[0], "head_lr": rates[1]}
        for mode, rates in LEARNING_RATES.items()},
@@ -205,6 +222,14 @@ REFUSED = {
     f"01 {FROZEN} {SIMCSE}": "the encoder is frozen",
     f"01 {FROZEN} --supervised_simcse": "the encoder is frozen",
     f"01 {FROZEN} --gradient_surgery": "the encoder is frozen",
+    f"01 {FROZEN} --gradient_surgery vaccine": "the encoder is frozen",
+    "01 --gradient_surgery main --accumulate 2 --r_drop": "not with --accumulate",
+    "01 --gradient_surgery main": "main: no auxiliary loss; add SimCSE or --main_tasks",
+    "01 --gradient_surgery main --main_tasks sst para sts": "no auxiliary loss",
+    f"01 {SIMCSE} --main_tasks sst": "--main_tasks: only with --gradient_surgery main",
+    f"01 {SIMCSE} --gradient_surgery main --main_tasks cfimdb": "cfimdb: not among --tasks sst",
+    "01 --sampling annealed --task_batch_sizes para=9": "--task_batch_sizes: not with --sampling",
+    "01 --sampling size": "invalid choice: 'size'.*proportional.*annealed",
     f"01 {FROZEN} --tasks sts": "nothing to train",
     f"01 {FROZEN} --freeze_word_embeddings": "only in full-model",
     f"01 {FROZEN} --layer_decay 0.9": "none of its layers learns",
@@ -253,6 +278,54 @@ def test_what_a_command_stands_for(command):
     plan = make_plan(flags, {name: examples[name] for name in flags.tasks})
     found = vars(flags) | vars(plan) | {"path": str(run_path(flags))}
     assert {name: found[name] for name in EXPECTED[command]} == EXPECTED[command]
+
+
+COURSE = {"sst": 8544, "para": 16002, "sts": 6040}
+SKEWED = {"sst": 21, "para": 10**6, "sts": 1}
+
+
+@pytest.mark.parametrize(
+    ("flags", "examples", "processes", "expected"),
+    [
+        # 48 by 8544 : 16002 : 6040 is 13.41, 25.11, 9.48: the last has the largest remainder
+        ("proportional --batch_size 16", COURSE, 1, [(13, 25, 10)]),
+        # in pairs 6.70, 12.56, 4.74: two pairs are left, for sts and sst
+        ("proportional --batch_size 16", COURSE, 2, [(14, 24, 10)]),
+        # then to N^0.6, 14.68, 21.39, 11.92, and to N^0.2, 15.65, 17.75, 14.60
+        (
+            "annealed --batch_size 16 --epochs 3",
+            COURSE,
+            1,
+            [(13, 25, 10), (15, 21, 12), (16, 18, 14)],
+        ),
+        ("annealed --batch_size 16 --epochs 1", COURSE, 1, [(13, 25, 10)]),
+        ("annealed --batch_size 16 --epochs 0", COURSE, 1, [(13, 25, 10)]),
+        ("proportional --batch_size 4", SKEWED, 1, [(1, 10, 1)]),
+        (f"proportional --batch_size 4 {SIMCSE}", SKEWED, 1, [(2, 8, 2)]),
+        (f"proportional --batch_size 4 {SIMCSE} --simcse_tasks sst", SKEWED, 1, [(2, 9, 1)]),
+        (f"proportional --batch_size 4 {SIMCSE}", SKEWED, 2, [(2, 8, 2)]),
+        (f"proportional --batch_size 2 {SIMCSE}", SKEWED, 2, [(2, 2, 2)]),
+        ("proportional --batch_size 8", SKEWED, 4, [(4, 16, 4)]),
+    ],
+)
+def test_a_batch_is_shared_out_by_largest_remainder(flags, examples, processes, expected):
+    """Worked out by hand, in the order sst, para, sts. Its total size stays."""
+    plan = make_plan(parse(f"--sampling {flags}"), examples, processes)
+    assert [tuple(sizes.values()) for sizes in plan.epoch_sizes] == expected
+    for sizes in plan.epoch_sizes:
+        assert list(sizes) == list(examples)
+        assert sum(sizes.values()) == sum(plan.batch_sizes.values())
+
+
+def test_supervised_simcse_has_two_pairs_of_the_smallest_task():
+    examples = {"sst": 10**6, "para": 1, "sts": 10**6}
+    plan = make_plan(parse("--sampling proportional --supervised_simcse"), examples)
+    assert plan.epoch_sizes == [{"sst": 11, "para": 2, "sts": 11}]
+
+
+def test_equal_weights_and_ties_go_by_the_order_of_the_tasks():
+    least = {"a": 1, "b": 1, "c": 1}
+    assert share_out(8, dict.fromkeys(least, 0.5), least, 1) == {"a": 3, "b": 3, "c": 2}
 
 
 def test_every_flag_is_described():

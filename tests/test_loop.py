@@ -137,6 +137,51 @@ def test_surgery_leaves_the_projected_gradient_on_the_encoder_alone(build, batch
             torch.testing.assert_close(value, weights[task] * parts[task][name], msg=name)
 
 
+@pytest.mark.parametrize(
+    ("tasks", "is_conflict"), [(["sts"], True), (["sst"], True), (["sst", "sts"], False)]
+)
+def test_the_auxiliary_gradient_is_projected_off_the_encoders_main_one(
+    build, batches, tasks, is_conflict
+):
+    """Where they agree all is the weighted sum, which the heads always have. One pass for all."""
+    model, weights = build(dropout=0.3), {"sst": 2.0, "para": 0.3, "sts": 0.3}
+    plan = plan_of(f"--gradient_surgery main --main_tasks {' '.join(tasks)}", weights)
+    plain = plan_of("", weights)
+    found, expected = (of_step(model, [batches], p) for p in (plan, plain))
+    parts = {}
+    for group in ("main", "auxiliary"):
+        chosen = {n: w * ((n in tasks) == (group == "main")) for n, w in weights.items()}
+        parts[group] = of_step(model, [batches], replace(plain, loss_weights=chosen))
+    shared = [n for n, p in model.named_parameters() if n.startswith("bert.") and p.requires_grad]
+    flat = {group: torch.cat([part[n].flatten() for n in shared]) for group, part in parts.items()}
+    main, auxiliary = flat.values()
+    dot = main @ auxiliary
+    assert (dot < 0) == is_conflict
+    if is_conflict:
+        auxiliary = auxiliary - dot / (main @ main) * main
+    encoder = torch.cat([found[name].flatten() for name in shared])
+    torch.testing.assert_close(encoder, main + auxiliary, rtol=1e-3, atol=1e-6)
+    others = [name for name in found if is_conflict <= (name not in shared)]
+    for name in others:
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-4, atol=1e-6, msg=name)
+    assert any(name.startswith("heads.para") for name in others)
+    assert found.keys() == expected.keys()
+
+
+def test_the_vaccines_averages_pass_from_step_to_step(build, batches):
+    """The second step of the same batches differs from the first: the averages have moved."""
+    model, plan = build(), plan_of("--gradient_surgery vaccine", WEIGHTS | {"para": 1.0})
+    compute, passes = Compute("cpu", "fp32"), passes_of(model, [batches], plan)
+    first, again, second = (
+        gradients(model, lambda c=c: compute_gradients(model, passes, STEP, plan, c))
+        for c in (compute, Compute("cpu", "fp32"), compute)
+    )
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert not any(torch.equal(first[n], second[n]) for n in first if ".query.weight" in n)
+    assert (compute.cosine_targets.diagonal() == 0).all()
+    assert compute.cosine_targets.abs().sum() > 0.01
+
+
 @pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize("flags", ["", "--gradient_surgery"])
 def test_the_loss_with_a_gradient_that_is_not_finite_is_named(build, batches, flags, frozen):

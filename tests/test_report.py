@@ -208,6 +208,26 @@ def test_unknown_costs_are_dashes_and_other_batch_sizes_are_listed(recipe_run):
     assert row["sentences/s"] == row["tokens/s"] == row["peak memory (MiB)"] == "–"
 
 
+def test_the_batch_of_a_sampled_run_is_that_of_its_first_and_last_epoch(recipe_run):
+    """24 and 12 by 8544 : 16002 : 6040, and at the end by their fifth roots (two epochs)."""
+    counts = {"sst": 8544, "para": 16002, "sts": 6040}
+    data = {name: {"train": {"examples": count}} for name, count in counts.items()}
+    recipe_run.description = recipe_run.description | {"data": data}
+    recipe_run.args.update(sampling="annealed", accumulate=2, batch_size=8)
+    assert report.batch_of(recipe_run) == "14 sst, 24 para, 10 sts to 16 sst, 18 para, 14 sts"
+    recipe_run.args.update(sampling="proportional", accumulate=1)
+    assert report.batch_of(recipe_run) == "7 sst, 12 para, 5 sts"
+    recipe_run.description["processes"] = 4
+    assert report.batch_of(recipe_run) == "8 sst, 12 para, 4 sts"
+
+
+def test_a_run_of_before_a_flag_is_reported_with_its_default(recipe_run):
+    for flag in ("sampling", "main_tasks"):
+        del recipe_run.args[flag]
+    assert report.batch_of(recipe_run) == "4"
+    assert report.recipe_of(recipe_run) == "simcse-lora"
+
+
 @pytest.mark.filterwarnings("error")
 def test_the_bootstrap_interval_is_repeatable(recipe_run):
     low, high = report.bootstrap_interval(recipe_run.dev)

@@ -38,7 +38,7 @@ from reporting.ensemble import finished_run
 from runtime.device import seed_everything
 from runtime.files import OutputError
 from runtime.script import NotFinite, run_script
-from training import saved_models
+from training import saved_models, setup
 from training.flags import default_flags, make_parser
 from training.log import Meter, Step, step_if_finite
 from training.run_folder import RunFolder, run_path
@@ -149,6 +149,8 @@ def assert_complete(run, tasks=THREE, steps=3):
         f"{LORA} 2 --pair_encoding joint --unsupervised_simcse",
         "--gradient_surgery --unsupervised_simcse --supervised_simcse",
         f"{LORA} 4 --gradient_surgery mean",
+        f"{LORA} 4 --gradient_surgery vaccine --sampling proportional --swap_pairs --r_drop para",
+        "--gradient_surgery main --main_tasks sst para --unsupervised_simcse --sampling annealed",
         "--pair_encoding para=joint --pooling cls --sst_head linear --sts_head linear",
         "--para_head dot --max_length 12 --loss_weights para=0.5 --patience 1",
         "--accumulate 3 --para_head cosine --clip 0 --warmup 0",
@@ -568,6 +570,8 @@ STEPS = [
     "--recipe best --batch_size 4",
     f"{LORA} 4 --unsupervised_simcse --accumulate 2 --LoRA_dropout 0.1 --pooling cls",
     f"{LORA} 4 --gradient_surgery --unsupervised_simcse --supervised_simcse",
+    "--gradient_surgery main --unsupervised_simcse --supervised_simcse",
+    "--gradient_surgery vaccine --sampling annealed",
     FROZEN,
 ]
 
@@ -693,6 +697,56 @@ def test_tensorboard_that_is_not_installed_is_the_users_mistake(train, monkeypat
 def test_a_resumed_run_is_the_unbroken_one(train, monkeypatch, flags, precision):
     """Vectors of a frozen encoder too: their last bits depend on the batch they are encoded in."""
     assert_resumed_is_unbroken(train, monkeypatch, f"--precision {precision} {flags}")
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--gradient_surgery vaccine --sampling annealed",
+        "--gradient_surgery main --unsupervised_simcse --sampling annealed --save_every 3",
+        f"{FROZEN} --sampling annealed",
+        "--sampling proportional --accumulate 2",
+    ],
+)
+def test_a_resumed_run_samples_and_turns_gradients_as_the_unbroken_one(
+    train, monkeypatch, flags, precision
+):
+    """Of tasks of 4, 24 and 24 examples: 1, 4 and 4 of a batch of 9, then 2, 4 and 3."""
+    keep_rows(Path("data") / TASKS["sst"].file_name("train"), 4)
+    assert_resumed_is_unbroken(train, monkeypatch, f"--precision {precision} {flags}")
+
+
+def test_twin_without_the_vaccines_averages_a_resumed_run_is_another(train, monkeypatch):
+    monkeypatch.setattr(setup, "restore", forget_averages(setup.restore))
+    with pytest.raises(AssertionError):
+        assert_resumed_is_unbroken(train, monkeypatch, "--gradient_surgery vaccine")
+
+
+def forget_averages(restore):
+    """`setup.restore`, with the state of a run's gradient surgery left out."""
+
+    def without(model, optimizer, compute, progress, tensors):
+        assert progress.cosine_targets[0][1] != 0
+        progress.cosine_targets = None
+        restore(model, optimizer, compute, progress, tensors)
+
+    return without
+
+
+def test_what_a_sampled_run_says_of_its_batches(train, monkeypatch, capsys):
+    """As many processes are part of the run: each share is a multiple of their number."""
+    keep_rows(Path("data") / TASKS["sst"].file_name("train"), 4)
+    flags = "--sampling annealed --batch_size 12 --epochs 2 --steps_per_epoch 1"
+    train(flags)
+    said = capsys.readouterr().out
+    first, last = "3 of sst, 17 of para, 16 of sts", "9 of sst, 14 of para, 13 of sts"
+    assert f"batch {first} in the first epoch and in the last {last}, learning" in said
+    assert "warning: sst: a batch of 9 holds training examples several times" in said
+    assert "warning: para" not in said
+    monkeypatch.setattr(multitask_classifier.distributed, "world_size", lambda: 2)
+    with pytest.raises(UserError, match="begun: number of processes is 2, was 1"):
+        train(f"{flags} --resume")
 
 
 def test_a_run_is_resumed_in_its_own_precision(train, monkeypatch):

@@ -22,7 +22,7 @@ from config import (
     UserError,
 )
 from runtime.script import launch_command
-from training.plan import check_flags, number
+from training.plan import AUXILIARY_WEIGHT, check_flags, number
 from training.run_folder import RunFolder, run_path
 
 SCRIPT = "multitask_classifier.py"
@@ -143,8 +143,13 @@ def make_parser():
     add("--calibration_examples", type=natural, default=2000, metavar="N",
         help="before each evaluation, fit each head's offset on N training examples of its task, "
         "since dropout shifts its outputs; 0 for none (default: %(default)s)")
-    add("--gradient_surgery", nargs="?", choices=("sum", "mean"), const="sum", default=None,
-        help="project conflicting task gradients (PCGrad), then sum (default) or average them")
+    add("--gradient_surgery", nargs="?", choices=("sum", "mean", "main", "vaccine"), const="sum",
+        default=None, help="project conflicting task gradients (PCGrad), then sum (default) or "
+        "average them; 'main': project those of the auxiliary losses alone, which weigh "
+        f"{AUXILIARY_WEIGHT:g} each unless --loss_weights says otherwise (MTRec); 'vaccine': raise "
+        "the tasks' cosines to their moving averages, then sum (GradVac)")
+    add("--main_tasks", nargs="+", choices=TASKS, metavar="TASK", help="with --gradient_surgery "
+        "main: the losses of all other tasks are auxiliary too (default: all of --tasks are main)")
 
     add = parser.add_argument_group("optimisation").add_argument
     add("--epochs", "--epoch", type=natural, default=10,
@@ -155,6 +160,10 @@ def make_parser():
         help="examples of each task per batch, over all processes (default: %(default)s)")
     add("--task_batch_sizes", nargs="+", default=[], metavar="TASK=N",
         help="other sizes for single tasks, such as para=64")
+    add("--sampling", choices=("equal", "proportional", "annealed"), default="equal",
+        help="share out a batch, as large as before, to the tasks: equally (default), in "
+        "proportion to their training examples N, or to N^a with a from 1 in the first epoch to "
+        "0.2 in the last (annealed)")
     add("--accumulate", type=positive, default=1, metavar="N",
         help="batches per optimiser step; in-batch negatives stay those of one batch "
         "(default: %(default)s)")

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from config import LEARNING_RATES, TASKS, LoRAConfig, UserError
 
 MOST_STEPS = 2000  # of an epoch, unless --steps_per_epoch says otherwise
+AUXILIARY_WEIGHT = 0.3  # of the auxiliary losses of --gradient_surgery main (Bi et al. 2022)
 
 
 def number(kind, low, high=None, *, above=False):
@@ -49,6 +50,7 @@ class Plan:
     joint: tuple  # pair tasks encoded as one sequence
     both: tuple  # pair tasks encoded as one sequence and as two
     batch_sizes: dict  # task -> examples in a batch, over all processes
+    epoch_sizes: list  # the same as --sampling has it, of each epoch; the last one stays
     simcse_tasks: tuple  # tasks with unsupervised SimCSE
     loss_weights: dict  # every loss of the run -> its weight in the sum
     encoder_lr: float  # peak learning rates
@@ -62,6 +64,11 @@ class Plan:
         return self.flags.fine_tune_mode == "last-linear-layer"
 
     @property
+    def main_tasks(self):
+        """The tasks whose losses are the main ones of `--gradient_surgery main`."""
+        return self.flags.main_tasks or self.flags.tasks
+
+    @property
     def lora(self):
         """The run's `LoRAConfig`, None in the other modes."""
         flags = self.flags
@@ -71,10 +78,11 @@ class Plan:
         return LoRAConfig(flags.LoRA_r, flags.LoRA_alpha, flags.LoRA_dropout, targets)
 
 
-def make_plan(flags, examples):
+def make_plan(flags, examples, processes=1):
     """Derive the `Plan`. `examples` maps a task to the number of its training examples.
 
-    Raises `UserError` for a value that names no task or loss of the run, or is invalid.
+    Where it is empty, --sampling is ignored. Raises `UserError` for a value that names no task or
+    loss of the run, or is invalid.
     """
     pairs = [name for name in flags.tasks if TASKS[name].is_pair]
     encodings = dict.fromkeys(pairs, "separate")
@@ -84,7 +92,9 @@ def make_plan(flags, examples):
     size = number(int, 1, 10**7 - 1)
     sizes |= keyed_values(flags, "task_batch_sizes", flags.tasks, size, "TASK=N with TASK of")
     simcse_tasks = (flags.simcse_tasks or flags.tasks) if flags.unsupervised_simcse else ()
-    batches = max([math.ceil(n / sizes[name]) for name, n in examples.items()], default=1)
+    contrasted = [*simcse_tasks, *["para"] * flags.supervised_simcse]
+    epoch_sizes = sample_sizes(flags, sizes, examples, contrasted, processes)
+    batches = max([math.ceil(n / epoch_sizes[0][name]) for name, n in examples.items()], default=1)
     encoder_lr, head_lr = LEARNING_RATES[flags.fine_tune_mode]
     is_frozen = flags.fine_tune_mode == "last-linear-layer"
     most = min(MOST_STEPS, math.ceil(batches / flags.accumulate))
@@ -93,6 +103,7 @@ def make_plan(flags, examples):
         joint=tuple(name for name in pairs if encodings[name] == "joint"),
         both=tuple(name for name in pairs if encodings[name] == "both"),
         batch_sizes=sizes,
+        epoch_sizes=epoch_sizes,
         simcse_tasks=tuple(simcse_tasks),
         loss_weights=loss_weights(flags, simcse_tasks),
         encoder_lr=0.0 if is_frozen else flags.lr or encoder_lr,
@@ -118,14 +129,47 @@ def keyed_values(flags, flag, keys, parse, expected):
     return values
 
 
+def sample_sizes(flags, sizes, examples, contrasted, processes):
+    """Task -> examples in a batch, as `--sampling` has them, of each epoch; the last one stays.
+
+    A batch as large as `sizes` together is shared out in proportion to N^a, N the training examples
+    of a task; a is 1, or annealed from 1 to 0.2 (Stickland & Murray 2019). Shares are multiples of
+    `processes`, at least 1 example, or 2 of a task in `contrasted`.
+    """
+    if flags.sampling == "equal" or not examples:
+        return [sizes]
+    epochs = max(1, flags.epochs) if flags.sampling == "annealed" else 1
+    exponents = [1 - 0.8 * epoch / max(1, epochs - 1) for epoch in range(epochs)]
+    total = sum(sizes.values())
+    least = {n: processes * math.ceil((1 + (n in contrasted)) / processes) for n in sizes}
+    weights = [{name: examples[name] ** exponent for name in sizes} for exponent in exponents]
+    return [share_out(total, of_epoch, least, processes) for of_epoch in weights]
+
+
+def share_out(total, weights, least, unit):
+    """Share out `total` by weight: largest remainder, in multiples of `unit`, `least` or more."""
+    shares, whole = dict(least), sum(weights.values())
+    while sum(shares.values()) + unit <= total:
+        missing = {name: total * weights[name] / whole - shares[name] for name in shares}
+        shares[max(missing, key=missing.get)] += unit
+    return shares
+
+
 def loss_weights(flags, simcse_tasks):
-    """Every loss of the run -> its weight: 1, unless `--loss_weights` says otherwise."""
+    """Every loss of the run -> its weight: 1, unless `--loss_weights` says otherwise.
+
+    With `--gradient_surgery main` the auxiliary losses weigh `AUXILIARY_WEIGHT`.
+    """
     losses = [*flags.tasks, *(f"r_drop_{name}" for name in flags.r_drop)]
     losses += [f"simcse_{name}" for name in simcse_tasks]
     losses += ["simcse_para_supervised"] * flags.supervised_simcse
     expected = "LOSS=WEIGHT with LOSS of this run's losses"
     given = keyed_values(flags, "loss_weights", losses, number(float, 0), expected)
-    return dict.fromkeys(losses, 1.0) | given
+    weights = dict.fromkeys(losses, 1.0)
+    if flags.gradient_surgery == "main":
+        main = flags.main_tasks or flags.tasks
+        weights |= {name: AUXILIARY_WEIGHT for name in losses if name not in main}
+    return weights | given
 
 
 # ---------------------------------------------------------------------------------- contradictions
@@ -143,7 +187,7 @@ def check_flags(flags, given):
         raise UserError("--simcse_tasks: only with --unsupervised_simcse")
     if flags.supervised_simcse and "para" not in flags.tasks:
         raise UserError("--supervised_simcse: needs the task para")
-    for flag in ("simcse_tasks", "r_drop"):
+    for flag in ("simcse_tasks", "r_drop", "main_tasks"):
         for name in getattr(flags, flag) or []:
             if name not in flags.tasks:
                 raise UserError(f"--{flag} {name}: not among --tasks {' '.join(flags.tasks)}")
@@ -153,7 +197,13 @@ def check_flags(flags, given):
         raise UserError("--tensorboard: the package is not installed; pip install tensorboard")
     if flags.gradient_surgery and flags.accumulate > 1:
         raise UserError("--gradient_surgery: not with --accumulate; raise --batch_size")
+    if flags.sampling != "equal" and flags.task_batch_sizes:
+        raise UserError("--task_batch_sizes: not with --sampling, which shares out the batch")
+    if flags.main_tasks and flags.gradient_surgery != "main":
+        raise UserError("--main_tasks: only with --gradient_surgery main")
     plan = make_plan(flags, {})
+    if flags.gradient_surgery == "main" and plan.loss_weights.keys() <= set(plan.main_tasks):
+        raise UserError("--gradient_surgery main: no auxiliary loss; add SimCSE or --main_tasks")
     for name in plan.simcse_tasks + ("para",) * flags.supervised_simcse:
         if plan.batch_sizes[name] < 2:
             raise UserError(

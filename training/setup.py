@@ -70,6 +70,8 @@ def identity(description):
     }
     for name, of_task in description["data"].items():
         values |= {f"{name} {split} file": f["sha256"] for split, f in of_task.items()}
+    if description["args"].get("sampling", "equal") != "equal":  # shares are multiples of it
+        values["number of processes"] = str(description["processes"])
     return values
 
 
@@ -209,6 +211,8 @@ def count_parameters(model):
 def save_checkpoint(run, model, optimizer, compute):
     """Save all that resuming needs: progress, trained weights and AdamW's moments."""
     run.progress.scaler = compute.scaler.state_dict()
+    targets = compute.cosine_targets
+    run.progress.cosine_targets = None if targets is None else targets.tolist()
     tensors = {}
     for name, parameter in trained_parameters(model).items():
         tensors[f"trained:{name}"] = parameter
@@ -220,6 +224,8 @@ def save_checkpoint(run, model, optimizer, compute):
 def restore(model, optimizer, compute, progress, tensors):
     """Put back what `save_checkpoint` saved. Raises `UserError` if it does not fit."""
     compute.scaler.load_state_dict(progress.scaler)
+    if progress.cosine_targets:
+        compute.cosine_targets = torch.tensor(progress.cosine_targets, device=compute.device)
     parts = {}  # "trained", or a name of AdamW's -> parameter -> tensor
     for key, tensor in tensors.items():
         part, name = key.split(":")
@@ -266,17 +272,17 @@ def encode_in_advance(model, batches, plan, compute):
 
 def announce(run, model, data, plan, compute):
     """Say what is about to be trained, on what."""
-    flags, count, sizes = plan.flags, count_parameters(model), plan.batch_sizes
+    flags, count = plan.flags, count_parameters(model)
     say(f"run {run.path}: {flags.fine_tune_mode}, {model.bert.origin.name}, {compute}")
     say(f"trained parameters: {count['trained']:,} of {count['all']:,}")
     for name, of_task in data.items():
         counts = ", ".join(f"{split} {len(dataset):,}" for split, dataset in of_task.items())
         say(f"{name}: {counts} examples")
-        if sizes[name] > len(of_task["train"]):
-            say(f"warning: {name}: a batch of {sizes[name]} holds training examples several times")
-    batch = ", ".join(f"{size} of {name}" for name, size in sizes.items())
-    if len(set(sizes.values())) == 1:
-        batch = f"{sizes[flags.tasks[0]]} of each task"
+        size = max(sizes[name] for sizes in plan.epoch_sizes)
+        if size > len(of_task["train"]):
+            say(f"warning: {name}: a batch of {size} holds training examples several times")
+    batches = dict.fromkeys(map(describe_sizes, (plan.epoch_sizes[0], plan.epoch_sizes[-1])))
+    batch = " in the first epoch and in the last ".join(batches)
     say(
         f"{flags.epochs} epochs of {plan.steps_per_epoch} steps, batch {batch}, "
         f"learning rate {plan.encoder_lr:g} (heads {plan.head_lr:g})"
@@ -287,8 +293,16 @@ def announce(run, model, data, plan, compute):
         say("warning: without dropout the two passes of SimCSE and R-Drop are the same")
 
 
+def describe_sizes(sizes):
+    """The examples in a batch, by task, in words."""
+    if len(set(sizes.values())) == 1:
+        return f"{max(sizes.values())} of each task"
+    return ", ".join(f"{size} of {name}" for name, size in sizes.items())
+
+
 def describe_load(data, plan):
     """A step's load on the memory, and how to make it smaller, in words."""
     longest = max(of_task["train"].longest() for of_task in data.values())
-    load = f"batches of {max(plan.batch_sizes.values())} × up to {longest} tokens"
+    largest = max(max(sizes.values()) for sizes in plan.epoch_sizes)
+    load = f"batches of {largest} × up to {longest} tokens"
     return load, "lower --batch_size (with --accumulate the step stays as large) or --max_length"
