@@ -83,22 +83,28 @@ LORA_TARGETS = {  # flag value -> the linear layer's name inside one BertLayer
 }
 
 
+LORA_VARIANTS = ("plain", "rslora", "dora")
+
+
 @dataclass(frozen=True)
 class LoRAConfig:
-    """Low-rank adaptation (Hu et al. 2021): W x + (alpha / r) B A dropout(x).
+    """Low-rank adaptation (Hu et al. 2021): W x + scaling · B A dropout(x).
 
-    `targets` are keys of `LORA_TARGETS`, the kinds of linear layer that get an adapter.
+    `targets` are keys of `LORA_TARGETS`, the kinds of linear layer that get an adapter, in the
+    encoder layers with the numbers `layers` (None: in all).
     """
 
     r: int = 32
     alpha: float = 16.0
     dropout: float = 0.0
     targets: tuple = tuple(LORA_TARGETS)
+    variant: str = "plain"  # of `LORA_VARIANTS`
+    layers: tuple | None = None
 
     @property
     def scaling(self):
-        """The factor alpha / r of the low-rank path."""
-        return self.alpha / self.r
+        """The low-rank path's factor: alpha / r, in rsLoRA alpha / √r (Kalajdzievski 2023)."""
+        return self.alpha / (self.r**0.5 if self.variant == "rslora" else self.r)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Low-rank adaptation of linear layers (Hu et al. 2021).
+"""Low-rank adaptation of linear layers (Hu et al. 2021), and DoRA (Liu et al. 2024).
 
 `apply_lora(model.bert, LoRAConfig(r=32))` replaces linear layers of a finished model, after its
 weights are loaded. The encoder's own code does not know about LoRA.
@@ -52,7 +52,7 @@ class LowRankLinear(torch.autograd.Function):
 
 
 class LoRALinear(nn.Linear):
-    """y = W x + b + (alpha / r) B A dropout(x), with W and b frozen (Hu et al. 2021, §4.1).
+    """y = W x + b + scaling · B A dropout(x), with W and b frozen (Hu et al. 2021, §4.1).
 
     `lora_A` (r, in_features) starts Kaiming uniform and `lora_B` (out_features, r) starts at zero,
     so the output at the start is the plain layer's. Weight and bias are shared with `linear`.
@@ -75,7 +75,56 @@ class LoRALinear(nn.Linear):
         dropped = self.dropout(x) if self.dropout.p and self.training else None
         inputs = [None if t is None else t.to(dtype) for t in (x, dropped, *matrices)]
         with torch.autocast(device, enabled=False):
-            return LowRankLinear.apply(*inputs, self.scaling)
+            return self.combine(inputs)
+
+    def combine(self, inputs):
+        """The arguments of `LowRankLinear.forward` up to the scaling, of one dtype -> y."""
+        return LowRankLinear.apply(*inputs, self.scaling)
+
+    @torch.no_grad()
+    def updated_weight(self, weight):
+        """W + scaling · B A (out_features, in_features) in fp32, or of a larger dtype."""
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        return weight.to(dtype) + (self.scaling * (self.lora_B @ self.lora_A)).to(dtype)
+
+    def merged_weight(self):
+        """The weight with which a plain linear layer computes the same, without dropout."""
+        return self.updated_weight(self.weight)
+
+
+class DoRALinear(LoRALinear):
+    """y = m / ‖V‖ · V x + b with V = W + scaling · B A, row by row (Liu et al. 2024, eq. 5).
+
+    `lora_magnitude_vector` m (out_features,) starts as the norms of W's rows, so the output at the
+    start is the plain layer's. The norms count as constants in the backward pass (§4.3). With
+    dropout, the authors' code and `peft` compute W x + b + (m / ‖V‖ - 1) W dropout(x) +
+    m / ‖V‖ · scaling · B A dropout(x); so does this one.
+    """
+
+    def __init__(self, linear, config):
+        super().__init__(linear, config)
+        self.lora_magnitude_vector = nn.Parameter(self.row_norms(self.weight))
+
+    def row_norms(self, weight):
+        """The norms of V's rows (out_features,), of W as `weight` has it."""
+        return torch.linalg.vector_norm(self.updated_weight(weight), dim=1)
+
+    def combine(self, inputs):
+        """As LoRA's, and m / ‖V‖ - 1 times V x: close to 1, bf16 would lose m's small steps."""
+        _, dropped, weight, bias, *matrices = inputs
+        y = super().combine(inputs)
+        if dropped is not None:
+            product = LowRankLinear.apply(dropped, None, weight, None, *matrices, self.scaling)
+        else:
+            product = y if bias is None else y - bias
+        share = self.lora_magnitude_vector / self.row_norms(weight) - 1
+        return torch.addcmul(y, share.to(y.dtype), product)
+
+    @torch.no_grad()
+    def merged_weight(self):
+        """The weight with which a plain linear layer computes the same, without dropout."""
+        weight = self.updated_weight(self.weight)
+        return (self.lora_magnitude_vector / self.row_norms(self.weight))[:, None] * weight
 
 
 def adapter_layers(model):
@@ -83,24 +132,37 @@ def adapter_layers(model):
     return {name: m for name, m in model.named_modules() if isinstance(m, LoRALinear)}
 
 
-def target_names(model, targets):
-    """Full names of the linear layers that `targets` (keys of `LORA_TARGETS`) select."""
-    in_layer = [LORA_TARGETS[target] for target in targets]  # as in encoder.layer.<i>.output.dense
-    return [name for name, _ in model.named_modules() if name.split(".", 3)[-1] in in_layer]
+def target_names(model, targets, layers=None):
+    """Full names of the linear layers that `targets` (keys of `LORA_TARGETS`) select.
+
+    `layers`: in the encoder layers of these numbers only.
+    """
+    in_layer = [LORA_TARGETS[target] for target in targets]
+    names = [name.split(".", 3) for name, _ in model.named_modules()]
+    return [  # as encoder.layer.<i>.output.dense
+        ".".join(name)
+        for name in names
+        if name[-1] in in_layer and (layers is None or int(name[2]) in layers)
+    ]
 
 
 def apply_lora(model, config):
     """Freeze `model` and replace its targeted linear layers by LoRA layers, in place.
 
-    Returns the model. Raises `ValueError` where r exceeds a targeted layer's smaller side.
+    Returns the model. Raises `ValueError` where r exceeds a targeted layer's smaller side, and for
+    layers that the model does not have.
     """
     model.requires_grad_(False)
-    for name in target_names(model, config.targets):
+    last = model.config.num_hidden_layers - 1
+    if config.layers and max(config.layers) > last:
+        raise ValueError(f"layers is {max(config.layers)}; expected 0 to {last} in this encoder")
+    kind = DoRALinear if config.variant == "dora" else LoRALinear
+    for name in target_names(model, config.targets, config.layers):
         linear = model.get_submodule(name)
         limit = min(linear.in_features, linear.out_features)
         if not 1 <= config.r <= limit:
             raise ValueError(f"r is {config.r}; expected 1 to {limit}, the smaller side of {name}")
-        model.set_submodule(name, LoRALinear(linear, config))
+        model.set_submodule(name, kind(linear, config))
     return model
 
 
@@ -109,20 +171,20 @@ def merge_lora(model):
     """Add each low-rank path to its weight and put plain linear layers back; returns the model."""
     for name, layer in adapter_layers(model).items():
         linear = nn.Linear(layer.in_features, layer.out_features, device="meta")
-        update = layer.scaling * (layer.lora_B @ layer.lora_A)
-        weight = layer.weight.float() + update.float()
-        linear.weight = nn.Parameter(weight.to(layer.weight.dtype), requires_grad=False)
+        weight = layer.merged_weight().to(layer.weight.dtype)
+        linear.weight = nn.Parameter(weight, requires_grad=False)
         linear.bias = layer.bias
         model.set_submodule(name, linear)
     return model
 
 
 def adapter_tensors(model):
-    """The adapters' matrices by module and parameter name."""
+    """The adapters' matrices, and DoRA's magnitudes, by module and parameter name."""
     return {
-        f"{name}.{matrix}": getattr(layer, matrix)
+        f"{name}.{key}": parameter
         for name, layer in adapter_layers(model).items()
-        for matrix in ("lora_A", "lora_B")
+        for key, parameter in layer.named_parameters()
+        if key.startswith("lora_")
     }
 
 
@@ -132,9 +194,9 @@ PEFT_SETTINGS = {  # of every adapter
     "peft_type": "LORA", "task_type": "FEATURE_EXTRACTION", "bias": "none", "inference_mode": True,
     "fan_in_fan_out": False, "use_rslora": False, "use_dora": False, "init_lora_weights": True,
 }
-UNSUPPORTED = (  # settings that change what the same matrices compute
+COMPARED = (  # settings that change what the same matrices compute
     "use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "fan_in_fan_out",
-    "alora_invocation_tokens",
+    "alora_invocation_tokens", "layers_pattern",
 )
 # fmt: on
 
@@ -147,46 +209,64 @@ def save_adapter(model, folder, config, base_model, revision=None):
         "r": config.r,
         "lora_alpha": config.alpha,
         "lora_dropout": config.dropout,
-        "target_modules": target_names(model, config.targets),
+        "use_rslora": config.variant == "rslora",
+        "use_dora": config.variant == "dora",
+        "target_modules": target_names(model, config.targets, config.layers),
     }
+    if config.layers:  # `peft` has no need of it, since the names above are whole; readers do
+        settings["layers_to_transform"] = list(config.layers)
     text = json.dumps(settings, indent=2) + "\n"
     (Path(folder) / "adapter_config.json").write_text(text, encoding="utf-8")
-    tensors = {f"{PEFT_PREFIX}{name}.weight": t for name, t in adapter_tensors(model).items()}
+    tensors = {
+        f"{PEFT_PREFIX}{name}" + ("" if name.endswith("magnitude_vector") else ".weight"): tensor
+        for name, tensor in adapter_tensors(model).items()
+    }
     write_tensors(Path(folder) / "adapter_model.safetensors", tensors)
 
 
-def selected_targets(model, patterns):
-    """The layers that `target_modules` of an adapter's file selects, as keys of `LORA_TARGETS`.
+def selected_targets(model, settings, layers):
+    """The layers that an adapter's settings select, as keys of `LORA_TARGETS`.
 
-    `patterns` are full names or ends of names: `peft` itself shortens a long list to such ends.
-    Layers outside the keys, or of a key that is selected in part only, appear by full name.
+    `target_modules` are full names or ends of names: `peft` itself shortens a long list to such
+    ends. Ends count in the encoder layers of `layers_to_transform`. Linear layers outside the keys,
+    or of a key that is not selected just in `layers` (None: all), appear by full name.
     """
+    patterns, numbers = settings["target_modules"], settings.get("layers_to_transform")
+    numbers = [numbers] if isinstance(numbers, int) else numbers
+    parts = [f".layer.{number}." for number in numbers or []] or [""]
     selected = {
         name
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and any(f".{name}".endswith(f".{p}") for p in patterns)
+        if isinstance(module, nn.Linear)
+        and any(
+            name == p or (f".{name}".endswith(f".{p}") and any(part in name for part in parts))
+            for p in patterns
+        )
     }
-    layers = {target: set(target_names(model, (target,))) for target in LORA_TARGETS}
-    whole = [target for target, names in layers.items() if names <= selected]
-    return sorted([*whole, *selected.difference(*(layers[target] for target in whole))])
+    of_target = {target: set(target_names(model, (target,), layers)) for target in LORA_TARGETS}
+    whole = [target for target, names in of_target.items() if names <= selected]
+    return sorted([*whole, *selected.difference(*(of_target[target] for target in whole))])
 
 
 def load_adapter(model, folder, config):
     """Read an adapter written by `save_adapter` or `peft` into a model that has LoRA layers.
 
-    Raises `UserError` where r, alpha or the targets differ from `config`, the file asks for another
-    kind of low-rank path, or a tensor is missing, unexpected or of another shape.
+    Raises `UserError` where r, alpha, the variant or the layers differ from `config`, the file asks
+    for another kind of low-rank path, or a tensor is missing, unexpected or of another shape.
     """
     path = Path(folder) / "adapter_config.json"
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))
-        found = {name: settings.get(name) or None for name in ("r", *UNSUPPORTED)}
+        found = {name: settings.get(name) or None for name in ("r", *COMPARED)}
         found["alpha"] = float(settings["lora_alpha"])
-        found["target_modules"] = selected_targets(model, settings["target_modules"])
+        if found["layers_pattern"] in ("layer", ["layer"]):  # what BERT's layers are called
+            found["layers_pattern"] = None
+        found["target_modules"] = selected_targets(model, settings, config.layers)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: not an adapter's configuration: {error!r}") from error
     wanted = {"r": config.r, "alpha": float(config.alpha)}
     wanted["target_modules"] = sorted(set(config.targets))
+    wanted |= {f"use_{v}": True for v in ("rslora", "dora") if v == config.variant}
     problems = [
         f"{name} is {value}, expected {wanted.get(name)}"
         for name, value in found.items()

@@ -13,6 +13,7 @@ from reporting import results
 from runtime.files import file_sha256
 from runtime.hub import STOOD_IN
 from training.data_files import uses_sample
+from training.flags import default_flags
 from training.run_folder import RunFolder
 
 
@@ -35,8 +36,8 @@ class Run:
 
     @property
     def args(self):
-        """Every flag of the run."""
-        return self.description["args"]
+        """Every flag of the run; newer ones than the run have their defaults."""
+        return default_flags() | self.description["args"]
 
     def logged(self, key):
         """Values of `key` in the training lines that have it."""

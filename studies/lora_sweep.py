@@ -1,18 +1,20 @@
-"""LoRA's rank r and scale α against scores and cost: the future work of the paper.
+"""LoRA's rank r and scale α, or any flags, against scores and cost: future work of the paper.
 
     python -m studies.lora_sweep --ranks 1 4 16 32 64 -- --epochs 2 --steps_per_epoch 250
+    python -m studies.lora_sweep --vary LoRA_variant plain rslora dora --vary LoRA_r 4 32
 
-Trains each rank twice, with a fixed α and with a fixed α/r, one run after the other. Flags after
-`--` go to multitask_classifier.py. Writes lora-sweep.md, .png and .pdf from the runs' own files.
-The same command continues an interrupted sweep: it keeps finished runs and resumes an unfinished
-one.
+Trains each rank twice, with a fixed α and with a fixed α/r, one run after the other; with `--vary`
+every combination of the flags' values. Flags after `--` go to multitask_classifier.py. Writes
+lora-sweep.md, .png and .pdf from the runs' own files. The same command continues an interrupted
+sweep: it keeps finished runs and resumes an unfinished one.
 """
 
+import re
 import shlex
 import subprocess
 import sys
 from functools import partial
-from itertools import pairwise
+from itertools import cycle, pairwise, product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,10 +32,10 @@ from training.plan import number
 from training.run_folder import RunFolder, run_path
 from training.setup import identity
 
-# Flags that the sweep itself sets; prediction files stay in the runs' own folders.
+# Flags that a sweep sets by itself; prediction files stay in the runs' own folders.
 OWN_FLAGS = {f"--{task}_{split}_out" for task in TASKS for split in ("dev", "test")}
-OWN_FLAGS |= {"--fine-tune-mode", "--LoRA_r", "--LoRA_alpha", "--model_file_suffix"}
-OWN_FLAGS |= {"--runs_dir", "--predictions_dir", "--resume", "--overwrite"}
+OWN_FLAGS |= {"--runs_dir", "--predictions_dir", "--resume", "--overwrite", "--model_file_suffix"}
+RANK_FLAGS = {"--fine-tune-mode", "--LoRA_r", "--LoRA_alpha"}  # too, unless others vary
 RANKS = [1, 4, 16, 32, 64]
 INTERVAL = 2 * 1.96  # standard errors in a 95 % interval
 LOOKS = (  # by scheme: of two points in one place, both can be seen
@@ -51,13 +53,18 @@ class RunFailed(Exception):
 
 
 class Point(NamedTuple):
-    """A rank and an alpha, and their finished run."""
+    """What a run is asked for, and the finished run."""
 
-    r: int
-    alpha: float
+    words: list  # flags and their values
+    suffix: str  # of the run's name
+    cells: dict  # of its row in the table, by column: what sets it apart
+    x: int | str  # its place on the picture's axis: the first cell's value
     schemes: list  # labels of the curves that it is a point of
     run: Run | None = None  # None too if its numbers did not stay finite
     error: float | None = None  # standard error of its overall score
+
+    def __str__(self):
+        return ", ".join(f"{column} {value}" for column, value in self.cells.items())
 
 
 # -------------------------------------------------------------------------------- what to train
@@ -68,8 +75,35 @@ def combinations(ranks, alpha, scaling):
     found = {}
     for r in sorted(set(ranks)):
         for scheme, value in ((f"α = {alpha:g}", alpha), (f"α/r = {scaling:g}", scaling * r)):
-            found.setdefault((r, float(f"{value:g}")), []).append(scheme)
-    return [Point(*pair, schemes) for pair, schemes in found.items()]
+            found.setdefault((r, f"{value:g}"), []).append(scheme)
+    return [
+        Point(
+            ["--LoRA_r", str(r), "--LoRA_alpha", alpha],
+            f"r{r}-a{alpha}",
+            {"r": str(r), "α": alpha, "α/r": f"{float(alpha) / r:.4g}"},
+            r,
+            schemes,
+        )
+        for (r, alpha), schemes in found.items()
+    ]
+
+
+def grid(varied):
+    """Every combination of the values of `varied`: lists of a flag's name and its values.
+
+    A value may be several words; "on" is a flag without a value, "off" leaves the flag away.
+    """
+    names, points = [name for name, *_ in varied], []
+    for values in product(*(dict.fromkeys(values) for _, *values in varied)):
+        cells, words = dict(zip(names, values, strict=True)), []
+        for name, value in cells.items():
+            rest = [] if value == "on" else shlex.split(value)
+            words += [] if value == "off" else [f"--{name}", *rest]
+        name = "-".join(f"{name}_{value}" for name, value in cells.items())
+        scheme = ", ".join(f"{name} {value}" for name, value in list(cells.items())[1:])
+        name = re.sub(r"[^\w.-]+", "_", name, flags=re.ASCII)
+        points.append(Point(words, name, cells, values[0], [scheme or "all runs"]))
+    return points
 
 
 def plan_run(point, runs_dir, passed):
@@ -78,9 +112,8 @@ def plan_run(point, runs_dir, passed):
     Raises `UserError` for flags that the training script would refuse, and if the folder holds a
     run of other flags or data.
     """
-    words = ["--fine-tune-mode", "LoRA", *passed, "--LoRA_r", str(point.r)]
-    words += ["--LoRA_alpha", f"{point.alpha:g}", "--runs_dir", str(runs_dir)]
-    words += ["--model_file_suffix", f"r{point.r}-a{point.alpha:g}"]
+    words = ["--fine-tune-mode", "LoRA", *passed, *point.words, "--runs_dir", str(runs_dir)]
+    words += ["--model_file_suffix", point.suffix]
     flags = parse_command([*words, "--overwrite"]).flags  # an earlier run may exist: only read
     run = RunFolder(run_path(flags))
     if run.holds_run() and (differences := list(find_differences(flags, run.description()))):
@@ -186,19 +219,20 @@ def sweep_table(points):
     """A row for each point: what was trained, its dev scores, what it cost."""
     runs = [point.run for point in points]
     tasks = [name for name in TASKS if name in runs[0].dev]
-    header = ["r", "α", "α/r", "trained parameters", *(f"{n} {TASKS[n].metric}" for n in tasks)]
+    header = [*points[0].cells, "trained parameters", *(f"{n} {TASKS[n].metric}" for n in tasks)]
     header += ["overall", "minutes", "sentences/s", "seconds/step"]
     cells = []
-    for r, alpha, _, run, _ in points:
+    for point in points:
+        run = point.run
         scores = [*(run.dev[name].score(name) for name in tasks), run.overall]
         speed = report.median(run.logged("sentences_per_s"))
-        row = [str(r), f"{alpha:g}", f"{alpha / r:.4g}"]
-        row += [f"{run.description['parameters']['trained']:,}", *(f"{s:.3f}" for s in scores)]
+        row = [*point.cells.values(), f"{run.description['parameters']['trained']:,}"]
+        row += [*(f"{s:.3f}" for s in scores)]
         row += [f"{report.minutes(run):.1f}", report.spread([speed], "{:,.0f}")]
         cells.append([*row, report.spread([seconds_per_step(run)])])
     hardware = report.by_value(runs, lambda run: "{device}, {precision}".format(**run.description))
     caption = (
-        f"LoRA's rank r and scale α: dev scores of the best model, and cost of each run. "
+        f"{title(points)}: dev scores of the best model, and cost of each run. "
         f"{uncertainty(points)} Trained parameters: adapters and heads. Minutes: from the start to "
         f"the last logged line, evaluations included; they mean little if the machine did other "
         f"work. Speeds: medians of the logged lines, seconds/step without evaluations. Hardware: "
@@ -215,10 +249,16 @@ def uncertainty(points):
     sizes = ", ".join(f"{name} {len(result.ids):,}" for name, result in runs[0].dev.items())
     seed = report.by_value(runs, lambda run: f"{run.args['seed']}")
     return (
-        f"One seed ({seed}): another one would move each figure too. The standard error of an "
+        f"Seed {seed}: another one would move each figure too. The standard error of an "
         f"overall score that comes from the size of the dev sets ({sizes} examples) is {error} "
         f"(bootstrap)."
     )
+
+
+def title(points):
+    """What the sweep varies."""
+    is_of_ranks = isinstance(points[0].x, int)
+    return "LoRA's rank r and scale α" if is_of_ranks else ", ".join(points[0].cells)
 
 
 def best_note(points):
@@ -226,7 +266,7 @@ def best_note(points):
     best = max(points, key=lambda point: point.run.overall)
     near = sum(point.run.overall >= best.run.overall - best.error for point in points)
     rows = f"{near} of {len(points)} rows, including it, lie within one standard error of it"
-    return f"Highest overall score: r {best.r}, α {best.alpha:g}; {rows}."
+    return f"Highest overall score: {best}; {rows}."
 
 
 def schemes_of(points):
@@ -235,25 +275,29 @@ def schemes_of(points):
 
 
 def draw_sweep(figure, points):
-    """Overall score against rank (left) and minutes (right), a colour for each scheme."""
+    """Overall score against rank or first flag (left) and minutes (right), a colour a scheme."""
     left, right = figure.subplots(1, 2, sharey=True)
-    for scheme, colour, look in zip(schemes_of(points), COLOURS, LOOKS, strict=False):
+    name = next(iter(points[0].cells))
+    for scheme, colour, look in zip(schemes_of(points), cycle(COLOURS), cycle(LOOKS)):
         look = {**look, "color": colour, "markeredgewidth": 1.6}
         shown = [point for point in points if scheme in point.schemes]
-        ranks, _, _, runs, errors = zip(*shown, strict=True)
+        places = [point.x for point in shown]
+        runs, errors = [point.run for point in shown], [point.error for point in shown]
         scores, times = [run.overall for run in runs], [report.minutes(run) for run in runs]
         # Caps of different sizes: of two runs of one rank, both bars' ends can be told apart.
         bars = {"linewidth": 1.4, "elinewidth": 1, "capsize": 0.6 * look["markersize"]}
-        left.errorbar(ranks, scores, errors, label=scheme, **bars, **look)
+        left.errorbar(places, scores, errors, label=scheme, **bars, **look)
         right.plot(times, scores, linestyle="none", **look)
         beside = {"xytext": (8, 5), "textcoords": "offset points", "fontsize": 9, "color": "0.2"}
-        for r, *place in zip(ranks, times, scores, strict=True):
-            right.annotate(f"r {r}", place, **beside)
-    ranks = sorted({point.r for point in points})
-    left.set_xscale("log", base=2)
-    left.set_xticks(ranks, labels=map(str, ranks))
-    left.minorticks_off()
-    left.set(xlabel="rank r (logarithmic)", ylabel="overall dev score (0 to 1)")
+        for x, *place in zip(places, times, scores, strict=True):
+            right.annotate(f"{name} {x}" if isinstance(x, int) else x, place, **beside)
+    left.set(xlabel=name, ylabel="overall dev score (0 to 1)")
+    if isinstance(points[0].x, int):
+        ranks = sorted({point.x for point in points})
+        left.set_xscale("log", base=2)
+        left.set_xticks(ranks, labels=map(str, ranks))
+        left.minorticks_off()
+        left.set_xlabel("rank r (logarithmic)")
     right.set(xlabel="minutes of the run, evaluations included")
     right.margins(x=0.12)
     figure.legend(**LEGEND)
@@ -261,14 +305,14 @@ def draw_sweep(figure, points):
 
 def sweep_picture(points):
     """The picture of the sweep."""
-    schemes = " and ".join(schemes_of(points))
+    schemes, by = "; ".join(schemes_of(points)), next(iter(points[0].cells))
     caption = (
-        f"Overall dev score by rank r (left) and by the run's minutes (right), with {schemes}; "
-        f"where the two are equal, it is one run. Bars: ± one standard error. "
+        f"Overall dev score by {by} (left) and by the run's minutes (right). Curves: {schemes}; "
+        f"where two meet in a point, it is one run. Bars: ± one standard error. "
         f"{uncertainty(points)} All runs are judged on the same dev examples, so these errors are "
         f"not independent."
     )
-    alt = "Overall dev score against LoRA's rank, and against minutes, one curve per choice of α"
+    alt = f"Overall dev score against {by}, and against minutes, one curve for each of: {schemes}"
     return Picture("lora-sweep", alt, caption, (11, 5.2), partial(draw_sweep, points=points))
 
 
@@ -280,10 +324,10 @@ def write_sweep(points, diverged, folder, command):
     folder, runs = Path(folder), [point.run for point in points]
     picture, table = sweep_picture(points), sweep_table(points)
     if diverged:
-        names = ", ".join(f"r {c.r} with α {c.alpha:g}" for c in diverged)
+        names = "; ".join(map(str, diverged))
         table = table._replace(notes=(*table.notes, f"Not finite, without figures: {names}."))
     write_pictures([picture], folder)
-    parts = ["# LoRA: rank and scale\n", f"Made by `{command}`. The picture links to its PDF.\n"]
+    parts = [f"# {title(points)}\n", f"Made by `{command}`. The picture links to its PDF.\n"]
     parts += [report.format_table(1, table), report.format_picture(1, picture, runs)]
     parts += ["The runs' commands:\n", *(f"    {run.description['command']}" for run in runs), ""]
     write_file(folder / "lora-sweep.md", "\n".join(parts))
@@ -304,13 +348,19 @@ def parse_flags(argv):
     add("--ranks", nargs="+", type=rank, default=RANKS, help="(default: 1 4 16 32 64)")
     add("--alpha", type=rate, default=16.0, help="α of all ranks (default: %(default)g)")
     add("--scaling", type=rate, default=0.5, help="α/r of all ranks (default: %(default)g)")
+    text = "instead: a flag without dashes, and values ('on', 'off'); repeated: all combinations"
+    add("--vary", nargs="+", action="append", metavar=("FLAG", "VALUE"), help=text)
     add("--runs_dir", default="runs/sweep", help="folder of the runs (default: %(default)s)")
     add("--out", default="report/sweep", help="folder of the results (default: %(default)s)")
     add("--debug", action="store_true", help="show the traceback of an error")
     end = argv.index("--") if "--" in argv else len(argv)
     flags, passed = parser.parse_args(argv[:end]), argv[end + 1 :]
+    varied = {f"--{name}" for name, *_ in flags.vary or []}
+    for name, *values in flags.vary or []:
+        if f"--{name}" in OWN_FLAGS or not values:
+            raise UserError(f"--vary {name}: expected another flag, and its values")
     for word in passed:
-        if word.split("=")[0] in OWN_FLAGS:
+        if word.split("=")[0] in OWN_FLAGS | (varied or RANK_FLAGS):
             raise UserError(f"{word} after --: the sweep sets it (--help lists its flags)")
     return flags, passed
 
@@ -319,7 +369,8 @@ def main(argv=None):
     """Train what is missing of a sweep, then write its table and picture."""
     argv = sys.argv[1:] if argv is None else argv
     flags, passed = parse_flags(argv)
-    wanted = combinations(flags.ranks, flags.alpha, flags.scaling)
+    by_rank = partial(combinations, flags.ranks, flags.alpha, flags.scaling)
+    wanted = grid(flags.vary) if flags.vary else by_rank()
     planned = [(point, *plan_run(point, flags.runs_dir, passed)) for point in wanted]
     done = list(train_all(planned))
     points = [point for point in done if point.run]

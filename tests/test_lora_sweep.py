@@ -90,7 +90,9 @@ def metrics_of(run):
 
 def test_equal_combinations_occur_once_and_are_points_of_both_curves():
     found = lora_sweep.combinations([64, 32, 1, 32], 16.0, 0.5)
-    assert [(p.r, p.alpha) for p in found] == [(1, 16), (1, 0.5), (32, 16), (64, 16), (64, 32)]
+    suffixes = ["r1-a16", "r1-a0.5", "r32-a16", "r64-a16", "r64-a32"]
+    assert [point.suffix for point in found] == suffixes
+    assert [point.x for point in found] == [1, 1, 32, 64, 64]
     assert [len(point.schemes) for point in found] == [1, 1, 2, 1, 1]
 
 
@@ -238,7 +240,7 @@ def test_the_captions_name_data_encoder_and_uncertainty(swept, points):
     assert len(captions) == 2
     errors = [f"{point.error:.4f}" for point in points]
     for caption in captions:
-        assert "encoder` (as asked for)" in caption and "One seed (11711)" in caption
+        assert "encoder` (as asked for)" in caption and "Seed 11711: another one" in caption
         assert "training examples: sst 40, para 40, sts 40" in caption
         assert "(sst 40, para 40, sts 40 examples)" in caption
         assert f"is {min(errors)} to {max(errors)} (bootstrap)" in caption
@@ -308,7 +310,7 @@ def test_the_picture_shows_every_run_at_its_rank_score_and_time(swept, points):
 
 
 def test_a_run_that_diverged_is_named(points, tmp_path):
-    gone = lora_sweep.Point(64, 16.0, [])
+    (gone,) = lora_sweep.combinations([64], 16.0, 0.25)
     text = lora_sweep.write_sweep(points, [gone], tmp_path, "command").read_text("utf-8")
-    assert "Not finite, without figures: r 64 with α 16." in text
+    assert "Not finite, without figures: r 64, α 16, α/r 0.25." in text
     assert len(re.findall(r"^\| [24] \|", text, re.MULTILINE)) == 3

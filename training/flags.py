@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from config import (
     LEARNING_RATES,
     LORA_TARGETS,
+    LORA_VARIANTS,
     MODES,
     PRECISIONS,
     RECIPES,
@@ -22,7 +23,7 @@ from config import (
     UserError,
 )
 from runtime.script import launch_command
-from training.plan import AUXILIARY_WEIGHT, check_flags, number
+from training.plan import AUXILIARY_WEIGHT, check_flags, layer_range, number
 from training.run_folder import RunFolder, run_path
 
 SCRIPT = "multitask_classifier.py"
@@ -115,10 +116,17 @@ def make_parser():
         help="rank (default: %(default)s)")
     add("--LoRA_alpha", type=rate, default=LoRAConfig.alpha, metavar="A",
         help="the low-rank path is scaled by A/R (default: %(default)g)")
+    add("--LoRA_variant", choices=LORA_VARIANTS, default=LoRAConfig.variant,
+        help="rslora: scaled by A/√R instead; dora: also learn the magnitude of each row of the "
+        "adapted weight (default: %(default)s)")
+    add("--LoRA_lr_ratio", type=rate, default=1.0, metavar="X", help="LoRA+: the matrices B, and "
+        "dora's magnitudes, learn at X times --lr; 16 in the paper (default: %(default)g)")
     add("--LoRA_dropout", type=number(float, 0, 0.99), default=LoRAConfig.dropout, metavar="P",
         help="dropout on the input of the low-rank path (default: %(default)g)")
     add("--LoRA_targets", nargs="+", choices=LORA_TARGETS, metavar="LAYER",
         default=list(LORA_TARGETS), help=f"linear layers (default: all): {', '.join(LORA_TARGETS)}")
+    add("--LoRA_layers", nargs="+", type=layer_range, metavar="I-J", help="encoder layers that are "
+        "adapted, such as 6-11, the lowest being 0 (default: all)")
 
     add = parser.add_argument_group("heads and losses").add_argument
     for name, task in TASKS.items():
@@ -291,6 +299,8 @@ def parse_command(argv=None):
     given = names_given(parser, argv)
     flags.tasks = [name for name in TASKS if name in flags.tasks]
     flags.LoRA_targets = [name for name in LORA_TARGETS if name in flags.LoRA_targets]
+    if flags.LoRA_layers:
+        flags.LoRA_layers = sorted({layer for part in flags.LoRA_layers for layer in part})
     drop_inapplicable_flags(flags, given)
     if flags.resume and flags.overwrite:
         raise UserError("--resume and --overwrite exclude each other")

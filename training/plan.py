@@ -35,6 +35,16 @@ def number(kind, low, high=None, *, above=False):
     return parse
 
 
+def layer_range(text):
+    """An argparse type: the numbers of encoder layers, written as 6-11, or of one layer."""
+    first, dash, last = (part.strip() for part in text.partition("-"))
+    parse = number(int, 0, 999)
+    layers = list(range(parse(first), parse(last if dash else first) + 1))
+    if not layers:
+        raise argparse.ArgumentTypeError(f"{text!r}; expected the lower layer first")
+    return layers
+
+
 def pair_encoding(text):
     """An argparse type: one of the ways to encode a pair."""
     if text not in ("separate", "joint", "both"):
@@ -75,7 +85,9 @@ class Plan:
         if flags.fine_tune_mode != "LoRA":
             return None
         targets = tuple(flags.LoRA_targets)
-        return LoRAConfig(flags.LoRA_r, flags.LoRA_alpha, flags.LoRA_dropout, targets)
+        layers = tuple(flags.LoRA_layers) if flags.LoRA_layers else None
+        sizes = flags.LoRA_r, flags.LoRA_alpha, flags.LoRA_dropout
+        return LoRAConfig(*sizes, targets, flags.LoRA_variant, layers)
 
 
 def make_plan(flags, examples, processes=1):

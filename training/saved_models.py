@@ -17,6 +17,7 @@ from config import MultitaskConfig, UserError
 from lora import apply_lora, load_adapter, merge_lora, save_adapter
 from multitask_bert import MultitaskBERT
 from runtime.files import TEMPORARY, output_errors
+from training.flags import default_flags
 from training.model_card import model_card
 from training.plan import make_plan
 from training.run_folder import find_damage
@@ -126,7 +127,8 @@ def load_run(run, device):
     Raises `UserError` if there is no best model, it is damaged, or the encoder is not the run's.
     """
     description = run.description()
-    plan = make_plan(argparse.Namespace(**description["args"]), {})
+    flags = default_flags() | description["args"]  # an older run has no value of newer flags
+    plan = make_plan(argparse.Namespace(**flags), {})
     best = run.best.resolve()  # once: a run that still trains may exchange the link meanwhile
     if not best.exists():
         raise UserError(f"{run.path}: no best model yet; resume the run with --resume")

@@ -150,7 +150,7 @@ def check_fit(plan, encoder, tokenizer):
             with torch.device("meta"):
                 apply_lora(BertModel(config), plan.lora)
         except ValueError as error:
-            raise UserError(f"--LoRA_r {plan.lora.r}: {error}") from error
+            raise UserError(f"--LoRA_{error}") from error
 
 
 def build_model(plan, encoder, tokenizer):
@@ -183,6 +183,7 @@ def make_optimizer(model, plan):
     """AdamW over what is trained: no decay on biases and LayerNorm, another rate for the heads.
 
     `--layer_decay` lowers the rate layer by layer from the top (Howard & Ruder 2018, §3.2).
+    `--LoRA_lr_ratio` raises that of LoRA's B (Hayou et al. 2024), and as `peft` does of magnitudes.
     """
     groups, layers = {}, model.bert.config.num_hidden_layers
     for name, parameter in trained_parameters(model).items():
@@ -191,6 +192,8 @@ def make_optimizer(model, plan):
             layer = re.search(r"\.layer\.(\d+)\.", name)
             depth = layers - 1 - int(layer[1]) if layer else layers
             rate = plan.encoder_lr * plan.flags.layer_decay**depth
+            if name.endswith(("lora_B", "lora_magnitude_vector")):
+                rate *= plan.flags.LoRA_lr_ratio
         decay = 0.0 if parameter.ndim < 2 or "LayerNorm" in name else plan.flags.weight_decay
         group = {"params": [], "peak_lr": rate, "lr": rate, "weight_decay": decay}
         groups.setdefault((rate, decay), group)["params"].append(parameter)
