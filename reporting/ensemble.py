@@ -10,7 +10,9 @@ from config import TASKS, UserError
 from reporting import results
 from runtime.hub import STOOD_IN
 from training.data_files import uses_sample
+from training.flags import default_flags
 from training.run_folder import RunFolder
+from training.saved_models import plan_with_tasks
 
 
 @dataclass
@@ -31,8 +33,8 @@ class Run:
 
     @property
     def args(self):
-        """Every flag of the run."""
-        return self.description["args"]
+        """Every flag of the run; those that its version did not have are the defaults."""
+        return default_flags() | self.description["args"]
 
     def logged(self, key):
         """Values of `key` in the training lines that have it."""
@@ -55,7 +57,7 @@ def read_run_scores(run, split):
     """
     description, folder = run.description(), run.path / "predictions"
     found = {}
-    for name in description["args"]["tasks"]:
+    for name in plan_with_tasks(run).tasks:
         path = folder / f"{name}-{split}-scores.tsv"
         if path.exists():
             found[name] = results.read_scores(folder, name, split)
