@@ -88,6 +88,19 @@ def load_strictly(parameters, tensors, origin):
             parameter.copy_(tensors[name])
 
 
+def load_mlm_head(head, path):
+    """Load a published file's head, if it has one, into a `MaskedLMHead`, which has no decoder."""
+    part, tensors = "cls.predictions.", {}
+    for published, tensor in read_tensors(path).items():
+        name = parameter_name(published).replace("transform.", "")
+        if name.startswith(part) and not name.startswith(f"{part}decoder."):
+            tensors[name.removeprefix(part)] = tensor
+    if tensors:
+        load_strictly(head.state_dict(), tensors, path)
+    found = "read" if tensors else "not in this file; it starts anew"
+    say(f"{path}: head of masked language modelling: {found}")
+
+
 class BertPreTrainedModel(nn.Module):
     """Initialisation, loading and saving of an encoder; `bert.BertModel` adds the layers."""
 
@@ -161,9 +174,10 @@ def load_encoder_of_run(path, description):
     """
     recorded = description["encoder"]
     try:
-        encoder, tokenizer = load_encoder(recorded["name"])
+        encoder, tokenizer = load_encoder(recorded.get("best") or recorded["name"])
     except UserError as error:
         raise UserError(
             f"{path}: the encoder it was trained on cannot be loaded, and no other will do: {error}"
         ) from error
-    return replace(encoder, substituted=recorded["substituted"]), tokenizer
+    names = {key: recorded.get(key) for key in ("name", "substituted", "best")}
+    return replace(encoder, **names), tokenizer

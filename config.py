@@ -190,6 +190,7 @@ class MultitaskConfig:
     supervised_simcse: bool = False  # contrastive loss on the paraphrase pairs
     r_drop: tuple = ()  # tasks with R-Drop: two passes should predict the same
     swap_pairs: bool = False  # R-Drop's second pass swaps a pair's sentences
+    mlm: tuple = ()  # tasks with masked language modelling on their sentences; may have no head
 
     def roles(self, task):
         """The sequences of an example whose vectors the task's head takes, in order."""

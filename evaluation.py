@@ -13,6 +13,7 @@ Prints the dev scores and writes the prediction files of dev and test in the cou
 
 import csv
 import itertools
+import math
 import signal
 import sys
 from contextlib import contextmanager, redirect_stdout, suppress
@@ -42,7 +43,7 @@ from runtime.device import Compute, memory_errors, select_device
 from runtime.files import file_sha256, open_whole, output_errors
 from training.data_files import MOVED, paths_of_run
 from training.run_folder import RunFolder, newest_run
-from training.saved_models import export_run, load_run
+from training.saved_models import export_run, load_run, plan_with_tasks
 
 # ----------------------------------------------------------------------------------------- predict
 
@@ -59,18 +60,27 @@ def head_outputs(model, dataset, compute, rows=None):
     tokens = compute.batch_tokens
     memory = memory_errors(model.device, f"evaluation batches of up to {tokens:,} tokens")
     with memory, compute.autocast():  # one context for all batches: converted weights are reused
-        for number, (batch_rows, batch) in enumerate(dataset.batches_of(tokens, rows)):
-            turn = number % distributed.world_size()
-            if turn == 0:
-                distributed.check_stop()
-            if turn == distributed.rank():  # the other batches are the other processes'
-                found = predict_in_parts(model, dataset, batch_rows, batch)
-                outputs[to_device(batch_rows, model.device)] = found
+        for _, batch_rows, batch in shared_batches(dataset, tokens, rows):
+            found = predict_in_parts(model, dataset, batch_rows, batch)
+            outputs[to_device(batch_rows, model.device)] = found
     outputs = distributed.sum_over_processes(outputs).cpu()
     if bad := int((~outputs.isfinite()).any(1).sum()):
         name = dataset.task.name
         raise NotFinite(f"{name}: the model's outputs for {bad} examples are not finite")
     return outputs
+
+
+def shared_batches(dataset, batch_tokens, rows=None):
+    """Yield (number, rows, `TaskBatch`) of this process's share of `TaskDataset.batches_of`.
+
+    Raises `Stopped`, in all processes, if a signal comes.
+    """
+    for number, batch in enumerate(dataset.batches_of(batch_tokens, rows)):
+        turn = number % distributed.world_size()
+        if turn == 0:
+            distributed.check_stop()
+        if turn == distributed.rank():
+            yield number, *batch
 
 
 def predict_in_parts(model, dataset, rows, batch):
@@ -112,6 +122,29 @@ def predict_sentences(model, name, texts, compute):
 def evaluate(model, datasets, compute):
     """Predict every dataset of `datasets` (task -> `TaskDataset`); returns task -> `TaskResult`."""
     return {name: predict_dataset(model, data, compute) for name, data in datasets.items()}
+
+
+@torch.no_grad()
+def masked_losses(model, datasets, compute):
+    """Mean loss of masked language modelling on datasets (task -> `TaskDataset`).
+
+    The same tokens are hidden every time. Returns `{mlm_<task>: {"loss": …}}`; raises as
+    `head_outputs`.
+    """
+    model.eval()
+    losses = {}
+    for name in model.config.mlm:
+        total = torch.zeros(2, device=model.device)  # summed loss, hidden tokens
+        with compute.autocast():
+            for number, _, batch in shared_batches(datasets[name], compute.batch_tokens):
+                prepared = model.prepare({name: batch}, seed=(0, number))
+                states = model.token_states(prepared.sequences[1])
+                total += torch.stack(model.masked_loss(states, *prepared.hidden[name]))
+        loss, count = distributed.sum_over_processes(total).tolist()
+        losses[f"mlm_{name}"] = {"loss": loss / max(1, count)}
+        if not math.isfinite(loss):
+            raise NotFinite(f"mlm_{name}: the model's loss on dev is not finite")
+    return losses
 
 
 # --------------------------------------------------------------------------------------- calibrate
@@ -162,6 +195,7 @@ def evaluate_run(run, compute, data_dir=None):
     Uses the run's own data files, in `data_dir` if that is given. Raises `UserError` if one has
     changed.
     """
+    plan_with_tasks(run)
     model, description = load_run(run, compute.device)
     found, paths = {"dev": {}, "test": {}}, paths_of_run(description)
     for split, of_split in found.items():
@@ -186,7 +220,7 @@ def evaluate_run(run, compute, data_dir=None):
 
 def fitting_tasks(run, sentences):
     """The run's tasks, rows of `TASKS`, that take so many sentences. Raises `UserError` if none."""
-    names = run.description()["args"]["tasks"]
+    names = plan_with_tasks(run).tasks
     fitting = [TASKS[name] for name in names if len(TASKS[name].sentences) == sentences]
     if not fitting:
         kind, hint = ("pair", "add a second sentence (--sentence2, or a second column)")

@@ -2,7 +2,8 @@
 
 One forward pass encodes all sentences of a step together and returns one scalar per loss. The
 script sums them with their weights: the task losses, and if asked for unsupervised SimCSE on each
-task's sentences, supervised SimCSE on the paraphrase pairs, and R-Drop on single tasks.
+task's sentences, supervised SimCSE on the paraphrase pairs, R-Drop on single tasks, and masked
+language modelling on their sentences.
 """
 
 from collections import defaultdict
@@ -16,7 +17,8 @@ from torch import nn
 from bert import FastDropout, pack, to_device
 from config import TASKS
 from datasets import TaskBatch
-from runtime.distributed import gather_rows, mean_over_processes
+from mlm import MaskedLMHead, hide_tokens
+from runtime.distributed import gather_rows, mean_over_processes, rank
 from simcse import (
     copies_of,
     sentence_keys,
@@ -26,6 +28,7 @@ from simcse import (
 from tokenizer import join_pair
 
 VECTOR_CACHE_MIB = 1024  # sentence vectors of a frozen encoder that are kept, at most
+HIDDEN = 2  # the pass of sentences with hidden tokens; 0 and 1 are those of the other losses
 
 # ------------------------------------------------------------------------------------------ heads
 
@@ -168,6 +171,7 @@ class Prepared(NamedTuple):
     labels: dict  # task -> (batch,) fp32
     keys: dict  # of tasks with a SimCSE loss: task -> role -> (batch,) int64, equal for copies
     sequences: tuple  # of all groups, as `MultitaskBERT.arrange` returns them
+    hidden: dict  # task -> places and ids of the hidden tokens, both (hidden tokens,) int64
 
 
 class MultitaskBERT(nn.Module):
@@ -191,6 +195,8 @@ class MultitaskBERT(nn.Module):
             self.register_buffer(f"offset_{name}", torch.zeros(task.num_classes))
         if config.uses_simcse:
             self.simcse_projection = nn.Linear(hidden, hidden)
+        if config.mlm:
+            self.mlm = MaskedLMHead(bert.config)
         bert.pooler.requires_grad_(False)  # nothing here uses it
         if frozen:
             bert.requires_grad_(False)
@@ -209,10 +215,11 @@ class MultitaskBERT(nn.Module):
             self.bert.eval()
         return self
 
-    def prepare(self, batches):
+    def prepare(self, batches, seed=(0,)):
         """What `forward` takes, so that it can be made while a GPU still works on the last step.
 
-        `batches` maps a task to its `datasets.TaskBatch`. Returns a `Prepared`.
+        `batches` maps a task to its `datasets.TaskBatch`; `seed`, whole numbers, says which tokens
+        masked language modelling hides. Returns a `Prepared`.
         """
         labels = {name: to_device(batch.labels, self.device) for name, batch in batches.items()}
         keys = {
@@ -223,26 +230,33 @@ class MultitaskBERT(nn.Module):
             for name, batch in batches.items()
             if self.has_simcse(name)
         }
-        groups = {}  # (task, pass) -> sequences by role; all are encoded together
+        groups, hidden = {}, {}  # (task, pass) -> sequences by role; all are encoded together
         for name, batch in batches.items():
             groups[name, 0], groups[name, 1] = self.first_pass(name, batch), {}
             if name in self.config.simcse_tasks:
                 groups[name, 1] |= single_sentences(batch)
             if name in self.config.r_drop:
                 groups[name, 1] |= self.task_inputs(name, batch, self.config.swap_pairs)
-        return Prepared(batches, labels, keys, self.arrange(groups))
+            if name in self.config.mlm:
+                sentences, *hidden[name] = self.hide(name, batch, seed)
+                groups[name, HIDDEN] = {"first": [(ids, len(ids)) for ids in sentences]}
+        sequences = self.arrange(groups)
+        return Prepared(batches, labels, keys, sequences, self.locate(hidden, *sequences))
 
     def forward(self, batches):
         """Losses of one training step.
 
         `batches` are `Prepared`, or what `prepare` takes. Returns a dict of scalars: `<task>` for
-        each, and if configured `simcse_<task>`, `simcse_para_supervised` and `r_drop_<task>`.
+        each that has a head, and if configured `simcse_<task>`, `simcse_para_supervised`,
+        `r_drop_<task>` and `mlm_<task>`.
         """
         prepared = batches if isinstance(batches, Prepared) else self.prepare(batches)
-        labels, losses, vectors = prepared.labels, {}, self.vectors_by_role(*prepared.sequences)
-        keys = prepared.keys
+        labels, keys, losses = prepared.labels, prepared.keys, {}
+        states = self.token_states(prepared.sequences[1]) if prepared.hidden else None
+        vectors = self.vectors_by_role(*prepared.sequences, states)
         for name in labels:
-            losses |= self.task_losses(name, labels[name], vectors[name, 0], vectors[name, 1])
+            if name in self.heads:
+                losses |= self.task_losses(name, labels[name], vectors[name, 0], vectors[name, 1])
         for name in labels:
             if name in self.config.simcse_tasks:
                 passes = vectors[name, 0], vectors[name, 1]
@@ -250,6 +264,9 @@ class MultitaskBERT(nn.Module):
         if self.config.supervised_simcse and "para" in labels:
             loss = self.supervised_simcse(labels["para"], keys["para"], vectors["para", 0])
             losses["simcse_para_supervised"] = loss
+        for name, hidden in prepared.hidden.items():
+            loss, count = self.masked_loss(states, *hidden)
+            losses[f"mlm_{name}"] = loss / mean_over_processes(count).clamp(min=1e-9)
         return losses
 
     def task_losses(self, name, labels, first, second):
@@ -320,7 +337,7 @@ class MultitaskBERT(nn.Module):
     def first_pass(self, name, batch):
         """The sequences of the first pass by role: the head's, and those of the SimCSE losses."""
         more = single_sentences(batch) if self.has_simcse(name) else {}
-        return self.task_inputs(name, batch) | more
+        return (self.task_inputs(name, batch) if name in self.heads else {}) | more
 
     def has_simcse(self, name):
         """Whether a task has a contrastive loss."""
@@ -346,9 +363,12 @@ class MultitaskBERT(nn.Module):
                 sequences += part
         return parts, sequences if self.frozen else self.pack(sequences)
 
-    def vectors_by_role(self, parts, sequences):
-        """Encode what `arrange` returned: `{key: {role: vectors}}`."""
-        encoded = self.encode_once(sequences) if self.frozen else self.encode(sequences)
+    def vectors_by_role(self, parts, sequences, states=None):
+        """Encode what `arrange` returned: `{key: {role: vectors}}`; `states`: of all its tokens."""
+        if states is not None:
+            encoded = self.pool(states, sequences)
+        else:
+            encoded = self.encode_once(sequences) if self.frozen else self.encode(sequences)
         vectors, of_parts = defaultdict(dict), encoded.split([count for *_, count in parts])
         for (key, role, _), part in zip(parts, of_parts, strict=True):
             vectors[key][role] = part
@@ -362,9 +382,13 @@ class MultitaskBERT(nn.Module):
 
     def encode(self, packed):
         """Vectors (sequences, hidden) fp32 of packed sequences."""
+        return self.pool(self.token_states(packed), packed)
+
+    def token_states(self, packed):
+        """The last hidden states (tokens, hidden) of packed sequences."""
         self.encoded_sequences += len(packed.lengths)
         self.encoded_tokens += packed.tokens
-        return self.pool(self.bert.encode(packed.rows), packed)
+        return self.bert.encode(packed.rows)
 
     def pool(self, hidden_states, packed):
         """One vector for each sentence: (tokens, hidden) -> (sentences, hidden) fp32."""
@@ -402,6 +426,30 @@ class MultitaskBERT(nn.Module):
         """How many more vectors of a frozen encoder there is room for."""
         room = VECTOR_CACHE_MIB * 2**20 // (4 * self.bert.config.hidden_size)
         return max(0, room - len(self.vectors))
+
+    # ------------------------------------------------------------------- masked language modelling
+
+    def hide(self, name, batch, seed):
+        """The task's sentences with hidden tokens, and what these were: see `hide_tokens`."""
+        sentences = [ids for row in zip(*batch.columns().values(), strict=True) for ids in row]
+        seed, first = (*seed, list(TASKS).index(name)), rank() * len(sentences)
+        return hide_tokens(sentences, self.tokenizer, self.config.max_length, seed, first)
+
+    def locate(self, hidden, parts, packed):
+        """The places of hidden tokens in what `arrange` returned, and their ids, by task."""
+        found, start = {}, 0
+        for (name, number), _, count in parts:
+            if number == HIDDEN:
+                owners, positions, ids = (to_device(x, self.device) for x in hidden[name])
+                found[name] = packed.first[start + owners] + positions, ids
+            start += count
+        return found
+
+    def masked_loss(self, hidden_states, places, ids):
+        """Cross entropy of a task's hidden tokens (see `locate`), summed, and their number."""
+        logits = self.mlm(hidden_states[places], self.bert.embeddings.word_embeddings.weight)
+        loss = F.cross_entropy(logits.float(), ids, reduction="sum")
+        return loss, loss.new_full((), len(ids))
 
     # --------------------------------------------------------------- the course starter's methods
 

@@ -3,8 +3,9 @@
     python multitask_classifier.py --fine-tune-mode=LoRA --LoRA_r=32
 
 Each step takes one batch of each task and sums their losses, with SimCSE's contrastive losses (Gao
-et al. 2021) and R-Drop (Liang et al. 2021) if asked for. A run is a folder under runs/ with its
-best model, prediction files and log. `python evaluation.py` evaluates it, `--resume` resumes it.
+et al. 2021), R-Drop (Liang et al. 2021) and masked language modelling if asked for. A run is a
+folder under runs/ with its best model, prediction files and log. `python evaluation.py` evaluates
+it, `--resume` resumes it.
 """
 
 import random
@@ -26,7 +27,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from datasets import MultitaskBatches
-from evaluation import calibrate, evaluate
+from evaluation import calibrate, evaluate, masked_losses
 from gradient_surgery import combine
 from reporting import results
 from runtime import distributed
@@ -63,10 +64,10 @@ def prepare_step(model, batches, step, plan):
     A step has one pass, `--accumulate` passes, or with surgery between tasks one for each task.
     """
     count = plan.flags.accumulate
-    passes = [batches[i] for i in range(step * count, (step + 1) * count)]
+    passes = [(batches[i], i) for i in range(step * count, (step + 1) * count)]
     if plan.flags.gradient_surgery not in (None, "main"):
-        passes = [{name: batch} for name, batch in passes[0].items()]
-    return [model.prepare(batch_by_task) for batch_by_task in passes]
+        passes = [({name: batch}, step) for name, batch in passes[0][0].items()]
+    return [model.prepare(of_pass, (plan.flags.seed, number)) for of_pass, number in passes]
 
 
 def compute_gradients(model, passes, step, plan, compute):
@@ -250,14 +251,10 @@ def evaluate_and_keep_best(run, model, data, plan, compute):
     """
     began, progress = time.perf_counter(), run.progress
     try:
-        calibrate(model, of_split(data, "train"), plan.flags.calibration_examples, compute)
-        scores = evaluate(model, of_split(data, "dev"), compute)
+        overall, dev, table = scores_on_dev(model, data, plan, compute)
     except NotFinite as error:
         raise NotFinite(f"step {progress.step}: {error}; try a lower --lr") from error
-    for name, reason in results.undefined_correlations(scores).items():
-        say(f"warning: {name}: {reason}; its correlation counts as 0")
-    overall, epoch = results.overall_score(scores), progress.step // plan.steps_per_epoch
-    dev = {name: {"loss": r.loss, **r.metrics} for name, r in scores.items()}
+    epoch = progress.step // plan.steps_per_epoch
     run.log(
         kind="eval",
         step=progress.step,
@@ -274,7 +271,25 @@ def evaluate_and_keep_best(run, model, data, plan, compute):
     progress.evaluated, progress.misses = progress.step, 0 if is_best else progress.misses + 1
     mark = "  (best so far)" if is_best else ""
     say(f"\nepoch {epoch}/{plan.flags.epochs}, step {progress.step}{mark}")
-    say(results.format_table(scores))
+    say(table)
+
+
+def scores_on_dev(model, data, plan, compute):
+    """Calibrate and evaluate on dev: the overall score, each task's metrics, and a table of them.
+
+    Of masked language modelling alone, the overall score is minus the mean loss of its tasks.
+    """
+    if not plan.tasks:
+        dev = masked_losses(model, of_split(data, "dev"), compute)
+        mean = sum(values["loss"] for values in dev.values()) / len(dev)
+        return -mean, dev, f"masked loss on dev, mean of {', '.join(dev)}: {mean:.3f}"
+    data = {name: data[name] for name in plan.tasks}
+    calibrate(model, of_split(data, "train"), plan.flags.calibration_examples, compute)
+    scores = evaluate(model, of_split(data, "dev"), compute)
+    for name, reason in results.undefined_correlations(scores).items():
+        say(f"warning: {name}: {reason}; its correlation counts as 0")
+    dev = {name: {"loss": r.loss, **r.metrics} for name, r in scores.items()}
+    return results.overall_score(scores), dev, results.format_table(scores)
 
 
 # ---------------------------------------------------------------------------------------- the run
@@ -287,6 +302,7 @@ def predict_and_write(run, model, data, plan, compute):
     """
     load_weights(model, plan.lora, run.best)
     files, texts, folder = {}, {}, run.path / "predictions"
+    data = {name: data[name] for name in plan.tasks}
     for split in ("dev", "test"):
         scores = evaluate(model, of_split(data, split), compute)
         paths = {name: data_files.output_path(plan.flags, name, split) for name in scores}
@@ -353,7 +369,10 @@ def fine_tune(command, device):
         if plan.is_frozen and not run.progress.is_finished(plan):
             setup.encode_in_advance(model, make_batches(data, plan), plan, compute)
         train(run, model, optimizer, data, plan, compute)
-        predict_and_write(run, model, data, plan, compute)
+        if plan.tasks:
+            predict_and_write(run, model, data, plan, compute)
+        else:
+            say(f"\n{run.describe_best()}; train tasks from it: --start_from {run.path}")
 
 
 if __name__ == "__main__":

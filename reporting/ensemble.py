@@ -15,6 +15,7 @@ from runtime.hub import STOOD_IN
 from training.data_files import uses_sample
 from training.flags import default_flags
 from training.run_folder import RunFolder
+from training.saved_models import plan_with_tasks
 
 
 @dataclass
@@ -60,7 +61,7 @@ def read_run_scores(run, split):
     """
     description, folder = run.description(), run.path / "predictions"
     found = {}
-    for name in description["args"]["tasks"]:
+    for name in plan_with_tasks(run).tasks:
         path = folder / f"{name}-{split}-scores.tsv"
         if path.exists():
             found[name] = results.read_scores(folder, name, split)

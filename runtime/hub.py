@@ -64,6 +64,7 @@ class Encoder:
     sha256: str  # of the weights
     substituted: bool = False  # whether the program fell back to it from the default encoder
     settings_sha256: str | None = None  # of the configuration and the vocabulary, as they are read
+    best: str | None = None  # its folder if it is the best model of a run (--start_from)
 
     def describe(self):
         """What `run.json` keeps of the encoder: all but its folder on this machine."""

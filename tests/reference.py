@@ -84,6 +84,27 @@ def encoder(tensors, model):
     return measure(bert.eval(), tensors)
 
 
+def masked_lm(tensors, model):
+    """The loss of `BertForMaskedLM` of folder `model`, and the gradient of each parameter.
+
+    Labels are -100 where no token is hidden. The head's parameters have the names of mlm.py.
+    """
+    import transformers
+
+    bert, info = transformers.BertForMaskedLM.from_pretrained(model, output_loading_info=True)
+    if amiss := {key: sorted(map(str, names)) for key, names in info.items() if names}:
+        warnings.warn(str(amiss), stacklevel=1)
+    outputs = bert.eval()(**tensors)
+    outputs.loss.backward()
+    names = {"cls.predictions.transform.": "mlm.", "cls.predictions.": "mlm."}
+    result = {"loss": outputs.loss.detach()}
+    for name, parameter in bert.named_parameters():
+        for old, new in names.items():
+            name = name.replace(old, new)
+        result[f"gradient of {name}"] = parameter.grad
+    return result
+
+
 def tokens(tensors, tokenizer, texts, pairs=(), max_length=512, options=()):
     """Ids of texts and of pairs of texts, one after the other, with lengths and segment ids."""
     import transformers

@@ -37,6 +37,7 @@ TOLERANCE = 1e-6  # relative; for gradients and weights, to the norm of all of t
 SUM_TOLERANCE = 5e-6
 SIMCSE = ["--unsupervised_simcse", "--supervised_simcse"]
 LORA = ["--fine-tune-mode", "LoRA", "--LoRA_r", "4"]
+MLM_ALONE = ["--mlm", "sst", "sts", "--tasks", "sst", "sts", "--loss_weights", "sst=0", "sts=0"]
 COMPARED = {"full": SIMCSE, "lora": [*SIMCSE, *LORA]}  # the same on one process and on two
 COMPARED_SLOWLY = {
     "last": ["--fine-tune-mode", "last-linear-layer"],
@@ -54,6 +55,8 @@ COMPARED_SLOWLY = {
     "accumulate": [*SIMCSE, "--accumulate", "2"],
     "joint": [*SIMCSE, "--pair_encoding", "joint"],
     "both": [*SIMCSE, "--pair_encoding", "both", "--task_batch_sizes", "para=8"],
+    "mlm": [*SIMCSE, *LORA, "--mlm", "sst", "para", "--accumulate", "2"],
+    "mlm_alone": MLM_ALONE,
 }
 
 

@@ -134,6 +134,14 @@ EXPECTED = {  # command -> values of its flags and of its plan, and the path of 
         "sst": 1.0, "para": 0.0, "r_drop_sst": 0.5, "r_drop_para": 1.0, "simcse_sst": 0.1,
         "simcse_para": 1.0, "simcse_para_supervised": 3.0,
     }},
+    # with --mlm, a task of weight 0 has no head
+    "--mlm sts sst": {"mlm": ["sst", "sts"], "tasks": ["sst", "para", "sts"], "loss_weights": {
+        "sst": 1.0, "para": 1.0, "sts": 1.0, "mlm_sst": 1.0, "mlm_sts": 1.0,
+    }},
+    "--mlm sst --tasks sst para --loss_weights sst=0 mlm_sst=0.1": {"tasks": ["para"]},
+    "--mlm sst --tasks sst --loss_weights sst=0": {"tasks": []},
+    f"--mlm sst --loss_weights sst=0 para=0 sts=0 {SIMCSE}": {"tasks": []},
+    "--loss_weights sst=0": {"tasks": ["sst", "para", "sts"]},  # as without --mlm
     # what looks like a contradiction and is none
     f"{FROZEN} --tasks sts --sts_head linear": {"sts_head": "linear"},
     f"{FROZEN} --tasks sts {PAIRS} joint": {"joint": ("sts",)},
@@ -214,6 +222,14 @@ REFUSED = {
     "01 --r_drop para --tasks sst": "--r_drop para: not among --tasks sst",
     f"01 {FROZEN} --r_drop sst": "both passes would be identical",
     "01 --r_drop sst --swap_pairs": "--swap_pairs: only with --r_drop para",
+    f"01 {FROZEN} --mlm sst": "--mlm: the encoder is frozen",
+    "01 --mlm sst cfimdb": "--mlm cfimdb: not among --tasks sst para sts",
+    "01 --mlm sst --loss_weights sst=0 para=0": "para=0: with --mlm, expected another loss",
+    "01 --mlm sst --loss_weights sst=0 mlm_sst=0": "sst=0: with --mlm, expected another loss",
+    "01 --mlm sst --r_drop sst --loss_weights sst=0": "sst=0: .* no R-Drop",
+    "01 --loss_weights mlm_sst=0.1": "losses sst, para, sts",
+    "01 --start_from runs/a --pretrained bundled": "exclude each other",
+    "01 --start_from runs/full-model/": "runs/full-model: this run itself",
     "01 --simcse_tasks sst": "only with --unsupervised_simcse",
     f"01 {SIMCSE} --simcse_tasks cfimdb": "not among --tasks",
     f"01 {SIMCSE} --simcse_tasks sst --loss_weights simcse_sts=5": "losses .* simcse_sst",
@@ -266,6 +282,10 @@ ANOTHER_MODEL = {
     f"{LORA} --precision bf16": "--precision is bf16, was auto or fp32$",
     f"{LORA} --LoRA_r 8 --epochs 3 --seed 5 --lr 1":
         "--LoRA_r is 8, was 4; --lr is 1.0, was not given; --seed is 5, was 11711$",
+    f"{LORA} --epochs 20":
+        "--epochs is 20, was 3; more epochs are a new run, which --start_from begins with this .*",
+    f"{LORA} --mlm sst --start_from runs/x":
+        r"--start_from is runs/x, was not given; --mlm is \['sst'\], was \[\]$",
     "--fine-tune-mode full-model": "--fine_tune_mode is full-model, was LoRA$",
 }
 # fmt: on

@@ -15,7 +15,7 @@ MODULES = {".".join(p.relative_to(REPOSITORY).with_suffix("").parts): p for p in
 PROGRAM = [name for name in MODULES if not name.startswith(("studies", "benchmarks"))]
 # From the bottom up: a module or folder imports only from lower lines, or from its own folder.
 LAYERS = (
-    {"config", "simcse", "gradient_surgery"},
+    {"config", "simcse", "gradient_surgery", "mlm"},
     {"tokenizer", "datasets", "runtime"},
     {"base_bert"},
     {"bert", "lora"},

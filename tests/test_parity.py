@@ -25,11 +25,13 @@ import torch
 from conftest import REAL_DATA, REPOSITORY, SAMPLE, pipeline_of
 from safetensors.torch import load_file, save_file
 
-from base_bert import load_encoder
+from base_bert import load_encoder, load_mlm_head
 from bert import ROW_TOKENS, BertModel, pack
-from config import TASKS, BertConfig, LoRAConfig
-from datasets import read_task_file
+from config import TASKS, BertConfig, LoRAConfig, MultitaskConfig
+from datasets import TaskBatch, read_task_file
 from lora import adapter_layers, adapter_tensors, apply_lora, load_adapter, merge_lora, save_adapter
+from mlm import MaskedLMHead
+from multitask_bert import MultitaskBERT
 from runtime import hub
 from tokenizer import BertTokenizer, join_pair
 from training.run_folder import RunFolder
@@ -267,6 +269,95 @@ def test_faulty_encoder_does_not_equal_transformers(fault, answers, minilm, batc
     ours = reference.measure(model, tensors)
     for part in ("last", "gradient"):
         assert largest_difference(ours, answers["minilm"].result().tensors, part) > CLEARLY
+
+
+# --------------------------------------------------------------------- masked language modelling
+
+
+@pytest.fixture(scope="module")
+def masked_lm(minilm, tokenizer, tmp_path_factory):
+    """A function: a model for masked language modelling alone on a file with a random head.
+
+    The file has the names of bert-base-uncased's, old ones for LayerNorm.
+    """
+    torch.manual_seed(4)
+    folder, head = tmp_path_factory.mktemp("masked_lm"), MaskedLMHead(minilm.config)
+    minilm.save_pretrained(folder, tokenizer)
+    tensors = load_file(folder / "model.safetensors")
+    tensors = {f"bert.{n}": t for n, t in tensors.items() if not n.startswith("pooler")}
+    for name, tensor in head.state_dict().items():
+        part = "" if name == "bias" else "transform."
+        name = name.replace("LayerNorm.weight", "LayerNorm.gamma")
+        name = name.replace("LayerNorm.bias", "LayerNorm.beta")
+        tensors[f"cls.predictions.{part}{name}"] = tensor + 0.1 * torch.randn(tensor.shape)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+    def make():
+        config = MultitaskConfig(tasks=(), mlm=("sst", "sts"))
+        model = MultitaskBERT(BertModel.from_pretrained(folder), config, tokenizer)
+        load_mlm_head(model.mlm, folder / "model.safetensors")
+        return model.eval()
+
+    return folder, make
+
+
+@pytest.fixture(scope="module")
+def hidden_batches(tokenizer):
+    """Batches of real sentences, one longer than the rows that the others share, as `Prepared`."""
+    (review,) = sentences_of("cfimdb", "dev")[0]
+    single = [text for (text,) in sentences_of("sst", "dev")[:5]]
+    ids = [*tokenizer(single, max_length=40), *tokenizer([review], max_length=ROW_TOKENS + 6)]
+    first, second = zip(
+        *(tokenizer(pair, 40) for pair in sentences_of("sts", "dev")[:4]), strict=True
+    )
+    sst = TaskBatch(["a"] * 6, ids, None, torch.zeros(6))
+    return {"sst": sst, "sts": TaskBatch(["b"] * 4, list(first), list(second), torch.zeros(4))}
+
+
+def padded_and_hidden(model, batches):
+    """The hidden sentences of a step as the padded batch, with labels, that `transformers` takes."""
+    rows, labels = [], []
+    for name, batch in batches.items():
+        hidden, owners, positions, ids = model.hide(name, batch, (0,))
+        for number, sentence in enumerate(hidden):
+            rows.append((sentence, len(sentence)))
+            labels.append(torch.full((len(sentence),), -100))
+            labels[-1][positions[owners == number]] = torch.from_numpy(ids[owners == number])
+    inputs = {n: t for n, t in padded(rows).items() if not n.endswith("weights")}
+    pad = torch.nn.utils.rnn.pad_sequence
+    return inputs | {"labels": pad(labels, batch_first=True, padding_value=-100)}
+
+
+def loss_and_gradients(model, batches):
+    """The mean over the hidden tokens of all tasks, and its gradient for each parameter."""
+    model.zero_grad()
+    prepared = model.prepare(batches)
+    states = model.token_states(prepared.sequences[1])
+    losses, counts = zip(
+        *(model.masked_loss(states, *f) for f in prepared.hidden.values()), strict=True
+    )
+    by_task = {f"mlm_{n}": loss / c for n, loss, c in zip(batches, losses, counts, strict=True)}
+    torch.testing.assert_close(model(prepared), by_task)  # the losses of a step
+    loss = sum(losses) / sum(counts)
+    loss.backward()
+    found = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    return {"loss": loss.detach()} | {f"gradient of {name}": t for name, t in found.items()}
+
+
+def test_masked_language_modelling_equals_transformers(ask, masked_lm, hidden_batches):
+    """Loss and gradients, those of the word embeddings from both of their uses."""
+    folder, make = masked_lm
+    model = make()
+    tensors = padded_and_hidden(model, hidden_batches)
+    assert (tensors["labels"] != -100).sum() > 30
+    answer = ask("masked_lm", tensors, model=folder)
+    ours, theirs = loss_and_gradients(model, hidden_batches), answer.result().tensors
+    assert largest_difference(ours, theirs) <= LIMIT
+    assert answer.result().said == []
+    for name in ("LayerNorm.weight", "bias"):  # twins: a head that is a little different
+        wrong = make()
+        wrong.mlm.get_parameter(name).data[7] += 1e-2
+        assert largest_difference(loss_and_gradients(wrong, hidden_batches), theirs) > CLEARLY
 
 
 # ------------------------------------------------------------------------------------- tokenizer

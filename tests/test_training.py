@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import csv
+import hashlib
 import io
 import json
 import math
@@ -48,6 +49,7 @@ THREE = ("sst", "para", "sts")
 SMALL = "--pretrained encoder --data_dir data --batch_size 4 --log_every 1"
 LORA = "--fine-tune-mode LoRA --LoRA_r"
 FROZEN = "--fine-tune-mode last-linear-layer"
+ALONE = "--tasks sst sts --mlm sst sts --loss_weights sst=0 sts=0"  # no task is trained
 PAPER = (  # the command lines printed there, with fewer epochs
     "--fine-tune-mode=full-model --lr=1e-5 --weight_decay=1e-3 --epoch=1 --batch_size=16 "
     "--supervised_simcse --unsupervised_simcse --model_file_suffix=both_simcse_batch_16",
@@ -81,11 +83,15 @@ def keep_rows(path, count):
 
 @pytest.fixture
 def train(tiny_folder, cut_sample):
-    """Runs the training script in this process and returns the `RunFolder`."""
+    """Runs the training script in this process and returns the `RunFolder`.
+
+    On the tiny encoder, or with `--start_from` on that run's.
+    """
     shutil.copytree(cut_sample, "data")
 
     def run(flags):
-        words = f"{SMALL} {flags}".split()
+        small = SMALL.removeprefix("--pretrained encoder") if "--start_from" in flags else SMALL
+        words = f"{small} {flags}".split()
         multitask_classifier.main(words)
         return RunFolder(run_path(make_parser().parse_args(words)))
 
@@ -154,6 +160,8 @@ def assert_complete(run, tasks=THREE, steps=3):
         "--pair_encoding para=joint --pooling cls --sst_head linear --sts_head linear",
         "--para_head dot --max_length 12 --loss_weights para=0.5 --patience 1",
         "--accumulate 3 --para_head cosine --clip 0 --warmup 0",
+        f"{LORA} 4 --mlm sst para --loss_weights mlm_sst=0.1 --accumulate 2",
+        "--mlm sst sts --unsupervised_simcse --gradient_surgery --freeze_word_embeddings",
         PAPER[0],
     ],
 )
@@ -573,6 +581,7 @@ STEPS = [
     "--gradient_surgery main --unsupervised_simcse --supervised_simcse",
     "--gradient_surgery vaccine --sampling annealed",
     FROZEN,
+    "--mlm sst para --accumulate 2",
 ]
 
 
@@ -693,7 +702,10 @@ def test_tensorboard_that_is_not_installed_is_the_users_mistake(train, monkeypat
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("flags", [FROZEN, "", f"{LORA} 32", "--freeze_word_embeddings"])
+@pytest.mark.parametrize(
+    "flags",
+    [FROZEN, "", f"{LORA} 32", "--freeze_word_embeddings", ALONE, f"{LORA} 4 --mlm sst para"],
+)
 def test_a_resumed_run_is_the_unbroken_one(train, monkeypatch, flags, precision):
     """Vectors of a frozen encoder too: their last bits depend on the batch they are encoded in."""
     assert_resumed_is_unbroken(train, monkeypatch, f"--precision {precision} {flags}")
@@ -749,6 +761,13 @@ def test_what_a_sampled_run_says_of_its_batches(train, monkeypatch, capsys):
         train(f"{flags} --resume")
 
 
+@pytest.mark.parametrize("flags", ["--freeze_word_embeddings --mlm sts", f"{LORA} 4", FROZEN])
+def test_a_resumed_run_that_began_with_another_is_the_unbroken_one(train, monkeypatch, flags):
+    """What it does not train, a checkpoint does not have: it is read from that run again."""
+    train(f"{ALONE} --epochs 1 --steps_per_epoch 2 --model_file_suffix first")
+    assert_resumed_is_unbroken(train, monkeypatch, f"{flags} --start_from runs/full-model-first")
+
+
 def test_a_run_is_resumed_in_its_own_precision(train, monkeypatch):
     """Begun where `auto` is fp32, moved to a machine where it is bf16."""
     flags = "--epochs 1 --steps_per_epoch 2"
@@ -788,7 +807,176 @@ def test_a_resumed_run_keeps_the_encoder_that_it_fell_back_to(
         assert "cannot be reached" not in said
 
 
+# ------------------------------------------------------------------------ masked language modelling
+
+
+def test_masked_language_modelling_alone_keeps_the_lowest_loss_and_evaluates_no_task(train):
+    """The dev loss falls, and rises again in the last epoch, whose rate is far too high."""
+    calls, rate = [], multitask_classifier.set_learning_rate
+
+    def set_learning_rate(optimizer, step, plan):
+        rate(optimizer, step, plan)
+        calls.append(step)
+        for group in optimizer.param_groups:
+            group["lr"] = 1.0 if step >= 12 else 3e-3
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(multitask_classifier, "set_learning_rate", set_learning_rate)
+        run = train(f"{ALONE} --epochs 4 --steps_per_epoch 4 --precision fp32")
+    assert all(set(losses) == {"mlm_sst", "mlm_sts"} for losses in losses_of(run))
+    evaluations = lines_of(run, "eval")
+    means = [np.mean([of["loss"] for of in line["dev"].values()]) for line in evaluations]
+    assert [set(line["dev"]) for line in evaluations] == [{"mlm_sst", "mlm_sts"}] * 4
+    assert [line["overall"] for line in evaluations] == pytest.approx([-mean for mean in means])
+    assert means[3] > means[2] > 0 and means[2] < means[0]
+    assert run.describe_best() == f"best model of step {4 * (1 + int(np.argmin(means)))}"
+    assert not Path("predictions").exists() and not (run.path / "predictions").exists()
+    names = load_file(run.best / "heads.safetensors")
+    assert names.keys() == {
+        f"mlm.{name}"
+        for name in (
+            "bias",
+            *(f"{m}.{p}" for m in ("dense", "LayerNorm") for p in ("weight", "bias")),
+        )
+    }
+
+
+def test_masks_on_dev_are_the_same_in_each_evaluation(train):
+    """Rates that move nothing leave the loss as it was, to the last bit."""
+    rates = "--lr 1e-30 --head_lr 1e-30"
+    run = train(f"{ALONE} --epochs 3 --steps_per_epoch 1 {rates} --patience 2")
+    first, *others = (line["dev"] for line in lines_of(run, "eval"))
+    assert others == [first] * 2
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        [],
+        ["--sentence", "x"],
+        ["--report", "runs/full-model"],
+        ["--checkpoint", "runs/full-model", "runs/full-model-tasks"],
+    ],
+)
+def test_a_run_of_masked_language_modelling_alone_has_nothing_to_evaluate(train, argv):
+    train("--epochs 0 --model_file_suffix tasks")
+    train(f"{ALONE} --epochs 0")
+    with pytest.raises(
+        UserError, match=r"runs/full-model: .* no task to predict; train tasks with"
+    ):
+        evaluation.main(argv)
+    evaluation.main(["--checkpoint", "runs/full-model", "--export", "exported"])
+    assert (Path("exported") / "model.safetensors").is_file()
+
+
+def test_reviews_may_serve_masked_language_modelling_alone(train):
+    """The task of weight 0 has no head, no score and no prediction file; the others have theirs."""
+    flags = "--tasks sst para sts cfimdb --mlm cfimdb --loss_weights cfimdb=0 mlm_cfimdb=0.1"
+    run = train(f"{flags} --epochs 1 --steps_per_epoch 3")
+    assert_complete(run)
+    assert all(set(losses) == {*THREE, "mlm_cfimdb"} for losses in losses_of(run))
+    assert not any("cfimdb" in n for n in load_file(run.best / "heads.safetensors"))
+    assert set(finished_run(run).dev) == set(THREE)
+    evaluation.main([])
+
+
+# ------------------------------------------------------------------- begun with another run's model
+
+OTHER = f"{LORA} 4 --LoRA_targets query output"
+
+
+def numbers_of(files):
+    """Every number in prediction files by name."""
+    return {
+        name: [float(row.split()[-1]) for row in text.decode().splitlines()[1:]]
+        for name, text in files.items()
+    }
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [("", ""), ("", FROZEN), ("", OTHER), (OTHER, OTHER), (OTHER, ""), (FROZEN, OTHER)],
+)
+def test_a_run_begins_with_the_predictions_of_another(train, first, second):
+    """Encoder and heads of every task are the other run's; adapters are taken or merged."""
+    flags = "--precision fp32 --unsupervised_simcse --mlm sst" * (FROZEN not in (first, second))
+    source = train(
+        f"{first} {flags} --epochs 2 --steps_per_epoch 3 --lr 1e-2 --model_file_suffix one"
+    )
+    expected = prediction_files(source.path / "predictions")
+    run = train(f"{second} {flags} --epochs 0 --start_from {source.path} --model_file_suffix two")
+    found, description = prediction_files(run.path / "predictions"), run.description()
+    for name, numbers in numbers_of(expected).items():
+        assert numbers_of(found)[name] == pytest.approx(numbers, abs=2e-4), name
+    untrained = prediction_files(train("--epochs 0").path / "predictions")
+    assert numbers_of(untrained) != numbers_of(found)
+    for name, tensor in load_file(source.best / "heads.safetensors").items():
+        if not name.startswith("offset_"):
+            assert torch.equal(load_file(run.best / "heads.safetensors")[name], tensor), name
+    assert description["encoder"]["name"] == str(Path("encoder").resolve())
+    manifest = (source.best / "manifest.json").read_bytes()
+    assert description["start_from"] == hashlib.sha256(manifest).hexdigest()
+    evaluation.main(["--checkpoint", str(run.path), "--predictions_dir", "again"])
+    assert prediction_files("again") == found
+
+
+def test_heads_of_another_shape_and_of_other_tasks_start_anew(train, capsys):
+    train("--tasks sst para --epochs 0 --model_file_suffix one --seed 1")
+    capsys.readouterr()
+    flags = "--start_from runs/full-model-one --sst_head linear --model_file_suffix two"
+    train(f"{flags} --epochs 0")
+    assert "best model of step 0: taken: encoder, para\n" in capsys.readouterr().out
+
+
+def test_one_run_after_another_after_a_third(train):
+    """Adapters on the encoder of a run of the whole model, and a run that begins with those."""
+    train(f"{ALONE} --epochs 1 --steps_per_epoch 2 --model_file_suffix one")
+    start = f"{LORA} 2 --epochs 1 --steps_per_epoch 2 --start_from runs"
+    second = train(f"{start}/full-model-one --model_file_suffix two")
+    third = train(f"{start}/LoRA-two --model_file_suffix three")
+    best = str(Path("runs/full-model-one/best").resolve())
+    for run in (second, third):
+        settings = json.loads((run.best / "adapter_config.json").read_text(encoding="utf-8"))
+        assert settings["base_model_name_or_path"] == best
+        assert run.description()["encoder"]["best"] == best
+        evaluation.main(["--checkpoint", str(run.path)])
+    shutil.rmtree(best)
+    with pytest.raises(UserError, match="cannot be loaded, and no other will do"):
+        evaluation.main(["--checkpoint", str(third.path)])
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (f"{LORA} 3 --start_from runs/LoRA-one", "r is 4, expected 3"),
+        ("--start_from runs/nothing", "not the description of a run"),
+        ("--start_from runs/full-model-begun", "no best model yet"),
+        ("--start_from runs/LoRA-one --resume", "best model of --start_from is"),
+    ],
+)
+def test_models_that_a_run_cannot_begin_with(train, flags, message):
+    train(f"{LORA} 4 --epochs 0 --model_file_suffix one")
+    shutil.rmtree(train("--epochs 0 --model_file_suffix begun").best.resolve())
+    if "--resume" in flags:
+        train("--epochs 0 --start_from runs/LoRA-one")
+        train(f"{LORA} 4 --epochs 0 --model_file_suffix one --overwrite --seed 3")
+    with pytest.raises(UserError, match=message):
+        train(f"--epochs 0 {flags}")
+
+
 # --------------------------------------------------------------------------------------- evaluation
+
+
+def test_a_run_of_an_older_version_is_evaluated(train):
+    """It has no word of newer flags."""
+    path = train("--epochs 0").path / "run.json"
+    description = json.loads(path.read_text(encoding="utf-8"))
+    for flag in ("mlm", "start_from"):
+        del description["args"][flag]
+    del description["start_from"], description["encoder"]["best"]
+    path.write_text(json.dumps(description), encoding="utf-8")
+    evaluation.main([])
+    evaluation.main(["--report", "runs/full-model"])
 
 
 def test_predictions_on_text(train, capsys):

@@ -110,6 +110,8 @@ def make_parser():
         help=f"of {', '.join(TASKS)} (default: all but cfimdb)")
     add("--pretrained", metavar="ENCODER", help="folder, hub name, or 'bundled' (default: "
         "bert-base-uncased; if the hub is out of reach, the bundled MiniLM)")
+    add("--start_from", metavar="RUN", help="begin with the best model of a run in place of "
+        "--pretrained: its encoder (of a LoRA run in mode LoRA: its adapters) and heads that fit")
 
     add = parser.add_argument_group("LoRA (only with --fine-tune-mode LoRA)").add_argument
     add("--LoRA_r", type=positive, default=LoRAConfig.r, metavar="R",
@@ -146,8 +148,12 @@ def make_parser():
         "under two dropout masks (default: none)")
     add("--swap_pairs", action="store_true",
         help="R-Drop's second pass has the two sentences of a pair in the other order")
+    add("--mlm", nargs="+", choices=TASKS, default=[], metavar="TASK",
+        help="masked language modelling on the training sentences of these tasks (default: none); "
+        "those of weight 0 (--loss_weights sst=0) have no other loss and are not evaluated, and "
+        "if all have, the best model is the one with the lowest masked loss on dev")
     add("--loss_weights", nargs="+", default=[], metavar="LOSS=W",
-        help="weights of the summed losses, as para=2, with SimCSE simcse_sst=0.1 (default: 1)")
+        help="weights of the summed losses, as para=2, simcse_sst=0.1, mlm_sst=0.1 (default: 1)")
     add("--calibration_examples", type=natural, default=2000, metavar="N",
         help="before each evaluation, fit each head's offset on N training examples of its task, "
         "since dropout shifts its outputs; 0 for none (default: %(default)s)")
@@ -298,6 +304,7 @@ def parse_command(argv=None):
             raise UserError(f"{path!a}: not UTF-8; rename the folder, or set PYTHONUTF8=1")
     given = names_given(parser, argv)
     flags.tasks = [name for name in TASKS if name in flags.tasks]
+    flags.mlm = [name for name in TASKS if name in flags.mlm]
     flags.LoRA_targets = [name for name in LORA_TARGETS if name in flags.LoRA_targets]
     if flags.LoRA_layers:
         flags.LoRA_layers = sorted({layer for part in flags.LoRA_layers for layer in part})
@@ -308,6 +315,8 @@ def parse_command(argv=None):
     if flags.resume and run.holds_run():
         given = take_flags_of_run(flags, given, run.description())
     check_flags(flags, given)
+    if flags.start_from and os.path.realpath(flags.start_from) == os.path.realpath(run.path):
+        raise UserError(f"--start_from {run.path}: this run itself; add --model_file_suffix NAME")
     command = Command(flags, argv, given)
     if run.holds_run() and not (flags.resume or flags.overwrite):
         words = shlex.join([*launch_command(SCRIPT), *argv])
@@ -358,5 +367,7 @@ def take_flags_of_run(flags, given, description):
             differences.append(f"--{name} is {getattr(flags, name)}, was {earlier}")
         setattr(flags, name, value)
     if differences:
-        raise UserError(f"--resume: not the run that was begun: {'; '.join(differences)}")
+        more = "; more epochs are a new run, which --start_from begins with this one's best model"
+        more = more if any(text.startswith("--epochs") for text in differences) else ""
+        raise UserError(f"--resume: not the run that was begun: {'; '.join(differences)}{more}")
     return given & (FREE_WHEN_RESUMING | OF_ONE_COMMAND)

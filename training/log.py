@@ -142,7 +142,7 @@ def not_finite(model, losses, passes, step, plan, compute):
         bad = bad_gradients(model, passes, step, plan, compute)
         bad = sorted(set(" ".join(distributed.gather_texts(" ".join(bad))).split())) or list(losses)
         what = f"gradient of the loss {', '.join(bad)}"
-    tasks = {re.sub("^(simcse|r_drop)_|_supervised$", "", name) for name in bad}
+    tasks = {re.sub("^(simcse|r_drop|mlm)_|_supervised$", "", name) for name in bad}
     ids = "; ".join(
         f"{name}: {' '.join(distributed.gather_texts(' '.join(batch.ids)))}"
         for prepared in passes

@@ -69,7 +69,8 @@ def model_card(description, dev, max_length, is_adapter):
     `description` holds the values of `run.json`; `dev` maps a task to its dev metrics by name;
     `max_length` is in tokens. `is_adapter`: the folder has an adapter, not a whole encoder.
     """
-    base, on_sample = description["encoder"]["name"], uses_sample(description)
+    about, on_sample = description["encoder"], uses_sample(description)
+    base = (is_adapter and about.get("best")) or about["name"]
     on_hub = not Path(base).is_absolute()  # a local folder's name is its whole path
     base = base if on_hub else "ENCODER"
     scores = [
@@ -82,7 +83,7 @@ def model_card(description, dev, max_length, is_adapter):
     text = TEXT.format(
         name=run_name(description),
         what="A LoRA adapter of a BERT encoder" if is_adapter else "A BERT encoder",
-        titles=", ".join(TASKS[name].title for name in dev),
+        titles=", ".join(TASKS[name].title if name in TASKS else name for name in dev),
         base=f"`{base}`" if on_hub else "a local encoder, ENCODER below",
         scores="\n".join(scores),
         data=sample if on_sample else "",
@@ -131,7 +132,8 @@ def metadata(description, dev, settings):
 def training_command(description, encoder):
     """The words of a command that trains the model again, with every flag that has no default."""
     defaults = default_flags()
-    words = ["python", "multitask_classifier.py", "--pretrained", encoder]
+    start = [] if description["args"]["start_from"] else ["--pretrained", encoder]
+    words = ["python", "multitask_classifier.py", *start]
     for name, value in description["args"].items():
         if name not in NOT_LISTED and value != defaults[name]:
             words += flag_words(name, value)

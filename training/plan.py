@@ -59,6 +59,7 @@ class Plan:
     flags: argparse.Namespace
     joint: tuple  # pair tasks encoded as one sequence
     both: tuple  # pair tasks encoded as one sequence and as two
+    tasks: list  # those with a head; with --mlm a task of weight 0 has none
     batch_sizes: dict  # task -> examples in a batch, over all processes
     epoch_sizes: list  # the same as --sampling has it, of each epoch; the last one stays
     simcse_tasks: tuple  # tasks with unsupervised SimCSE
@@ -110,14 +111,16 @@ def make_plan(flags, examples, processes=1):
     encoder_lr, head_lr = LEARNING_RATES[flags.fine_tune_mode]
     is_frozen = flags.fine_tune_mode == "last-linear-layer"
     most = min(MOST_STEPS, math.ceil(batches / flags.accumulate))
+    weights = loss_weights(flags, simcse_tasks)
     return Plan(
         flags=flags,
         joint=tuple(name for name in pairs if encodings[name] == "joint"),
         both=tuple(name for name in pairs if encodings[name] == "both"),
+        tasks=[name for name in flags.tasks if weights[name] or not flags.mlm],
         batch_sizes=sizes,
         epoch_sizes=epoch_sizes,
         simcse_tasks=tuple(simcse_tasks),
-        loss_weights=loss_weights(flags, simcse_tasks),
+        loss_weights=weights,
         encoder_lr=0.0 if is_frozen else flags.lr or encoder_lr,
         head_lr=flags.head_lr or (flags.lr if is_frozen else None) or head_lr,
         steps_per_epoch=flags.steps_per_epoch or most,
@@ -175,6 +178,7 @@ def loss_weights(flags, simcse_tasks):
     losses = [*flags.tasks, *(f"r_drop_{name}" for name in flags.r_drop)]
     losses += [f"simcse_{name}" for name in simcse_tasks]
     losses += ["simcse_para_supervised"] * flags.supervised_simcse
+    losses += [f"mlm_{name}" for name in flags.mlm]
     expected = "LOSS=WEIGHT with LOSS of this run's losses"
     given = keyed_values(flags, "loss_weights", losses, number(float, 0), expected)
     weights = dict.fromkeys(losses, 1.0)
@@ -199,10 +203,12 @@ def check_flags(flags, given):
         raise UserError("--simcse_tasks: only with --unsupervised_simcse")
     if flags.supervised_simcse and "para" not in flags.tasks:
         raise UserError("--supervised_simcse: needs the task para")
-    for flag in ("simcse_tasks", "r_drop", "main_tasks"):
+    for flag in ("simcse_tasks", "r_drop", "main_tasks", "mlm"):
         for name in getattr(flags, flag) or []:
             if name not in flags.tasks:
                 raise UserError(f"--{flag} {name}: not among --tasks {' '.join(flags.tasks)}")
+    if flags.start_from and flags.pretrained:
+        raise UserError("--start_from and --pretrained exclude each other: both name an encoder")
     if flags.swap_pairs and not any(TASKS[name].is_pair for name in flags.r_drop):
         raise UserError("--swap_pairs: only with --r_drop para, whose second pass it swaps")
     if flags.tensorboard and importlib.util.find_spec("tensorboard") is None:
@@ -216,6 +222,7 @@ def check_flags(flags, given):
     plan = make_plan(flags, {})
     if flags.gradient_surgery == "main" and plan.loss_weights.keys() <= set(plan.main_tasks):
         raise UserError("--gradient_surgery main: no auxiliary loss; add SimCSE or --main_tasks")
+    check_tasks_without_head(plan)
     for name in plan.simcse_tasks + ("para",) * flags.supervised_simcse:
         if plan.batch_sizes[name] < 2:
             raise UserError(
@@ -223,6 +230,16 @@ def check_flags(flags, given):
             )
     if plan.is_frozen:
         check_frozen(plan, given)
+
+
+def check_tasks_without_head(plan):
+    """Raise `UserError` where a task without a head has no loss, or one that needs the head."""
+    for name in (name for name in plan.flags.tasks if name not in plan.tasks):
+        losses = (f"mlm_{name}", f"simcse_{name}", f"simcse_{name}_supervised")
+        has_loss = any(plan.loss_weights.get(loss) for loss in losses)
+        if name in plan.flags.r_drop or not has_loss:
+            expected = "with --mlm, expected another loss of its sentences, and no R-Drop"
+            raise UserError(f"--loss_weights {name}=0: {expected}; or omit {name} in --tasks")
 
 
 def check_frozen(plan, given):
@@ -233,6 +250,8 @@ def check_frozen(plan, given):
         raise UserError(f"SimCSE: {frozen}; its losses would have no effect")
     if flags.r_drop:
         raise UserError(f"--r_drop: {frozen}; both passes would be identical")
+    if flags.mlm:
+        raise UserError(f"--mlm: {frozen}; the texts would not change it")
     if flags.gradient_surgery:
         raise UserError(f"--gradient_surgery: {frozen}; tasks share no trained weights")
     if flags.layer_decay < 1:

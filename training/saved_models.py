@@ -17,6 +17,7 @@ from config import MultitaskConfig, UserError
 from lora import apply_lora, load_adapter, merge_lora, save_adapter
 from multitask_bert import MultitaskBERT
 from runtime.files import TEMPORARY, output_errors
+from runtime.script import say
 from training.flags import default_flags
 from training.model_card import model_card
 from training.plan import make_plan
@@ -31,7 +32,8 @@ def save_model(model, lora, folder, card=None):
     """
     folder = Path(folder)
     if lora:
-        save_adapter(model.bert, folder, lora, model.bert.origin.name, model.bert.origin.revision)
+        origin = model.bert.origin
+        save_adapter(model.bert, folder, lora, origin.best or origin.name, origin.revision)
         model.tokenizer.save_pretrained(folder)
     else:
         model.bert.save_pretrained(folder, model.tokenizer)
@@ -121,19 +123,36 @@ def export_run(run, folder):
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def load_run(run, device):
-    """The best model of a run, a `RunFolder`, in eval mode, and the run's description.
+def plan_of(run):
+    """The `Plan` of a `RunFolder`; flags that an older version did not have are the defaults."""
+    return make_plan(argparse.Namespace(**default_flags() | run.description()["args"]), {})
 
-    Raises `UserError` if there is no best model, it is damaged, or the encoder is not the run's.
-    """
-    description = run.description()
-    flags = default_flags() | description["args"]  # an older run has no value of newer flags
-    plan = make_plan(argparse.Namespace(**flags), {})
+
+def plan_with_tasks(run):
+    """As `plan_of`. Raises `UserError` for a run without a task to predict."""
+    plan = plan_of(run)
+    if not plan.tasks:
+        reason = "masked language modelling alone, no task to predict"
+        raise UserError(f"{run.path}: {reason}; train tasks with --start_from {run.path}")
+    return plan
+
+
+def undamaged_best(run):
+    """The folder of a run's best model. Raises `UserError` if there is none or it is damaged."""
     best = run.best.resolve()  # once: a run that still trains may exchange the link meanwhile
     if not best.exists():
         raise UserError(f"{run.path}: no best model yet; resume the run with --resume")
     if problem := find_damage(best):
         raise UserError(problem)
+    return best
+
+
+def load_run(run, device):
+    """The best model of a run, a `RunFolder`, in eval mode, and the run's description.
+
+    Raises `UserError` if there is no best model, it is damaged, or the encoder is not the run's.
+    """
+    description, plan, best = run.description(), plan_of(run), undamaged_best(run)
     if (best / "adapter_config.json").exists() != bool(plan.lora):
         kind = "the whole encoder, expected an adapter"
         kind = kind if plan.lora else "an adapter, expected a model"
@@ -145,10 +164,45 @@ def load_run(run, device):
     else:
         encoder, tokenizer = load_encoder(str(best))
         bert = BertModel.from_pretrained(encoder)
-    config = read_config(best / "heads.json", plan.flags.tasks)
+    config = read_config(best / "heads.json", plan.tasks)
     model = MultitaskBERT(bert, config, tokenizer, plan.is_frozen)
     load_weights(model, plan.lora, best)
     return model.to(device).eval(), description
+
+
+def encoder_of_best(run):
+    """`(Encoder, BertTokenizer)` of a run's best model; of a LoRA run, those below its adapters."""
+    recorded, best = run.description()["encoder"], undamaged_best(run)
+    if not (best / "adapter_config.json").exists():
+        recorded = recorded | {"best": str(best)}
+    return load_encoder_of_run(run.path, {"encoder": recorded})
+
+
+def start_from(model, lora, run):
+    """Give a model on `encoder_of_best` the run's adapters, merged without `lora`, and its heads.
+
+    Only heads of the same shape; returns their names. Raises `UserError` for other adapters.
+    """
+    source, _ = load_run(run, "cpu")
+    if not lora:
+        tensors = merge_lora(source.bert).state_dict()
+        load_strictly(model.bert.state_dict(), tensors, run.path)
+    elif plan_of(run).lora:
+        load_adapter(model.bert, run.best, lora)
+    theirs, taken = _parts(source), []
+    for name, part in _parts(model).items():
+        ours, found = part.state_dict(), theirs[name].state_dict() if name in theirs else {}
+        if ours and {n: t.shape for n, t in ours.items()} == {n: t.shape for n, t in found.items()}:
+            load_strictly(ours, found, run.path)
+            taken.append(name)
+    say(f"{run.path}, {run.describe_best()}: taken: {', '.join(['encoder', *taken])}")
+    return taken
+
+
+def _parts(model):
+    """The modules outside the encoder by name: heads by task, projections."""
+    more = {n: part for n, part in model.named_children() if n not in ("bert", "heads")}
+    return dict(model.heads.items()) | more
 
 
 def check_encoder_of_run(path, encoder, recorded):

@@ -9,7 +9,7 @@ from importlib.metadata import version
 
 import torch
 
-from base_bert import load_encoder, load_encoder_of_run, load_strictly
+from base_bert import load_encoder, load_encoder_of_run, load_mlm_head, load_strictly
 from bert import BertModel
 from config import REPOSITORY, TASKS, BertConfig, MultitaskConfig, UserError
 from lora import apply_lora
@@ -19,6 +19,8 @@ from runtime.device import device_name
 from runtime.files import file_sha256
 from runtime.hub import STANDS_IN, STOOD_IN
 from runtime.script import say
+from training.run_folder import RunFolder
+from training.saved_models import encoder_of_best, start_from, undamaged_best
 
 PACKAGES = ("torch", "numpy", "tokenizers", "safetensors", "scikit-learn")
 
@@ -27,11 +29,13 @@ PACKAGES = ("torch", "numpy", "tokenizers", "safetensors", "scikit-learn")
 
 def describe_run(command, encoder, files, compute):
     """Everything that a run depends on, for `run.json`."""
+    start = command.flags.start_from
     return {
         "command": shlex.join(command.words()),
         "expanded_command": command.expanded(),
         "args": vars(command.flags),
         "encoder": encoder.describe(),
+        "start_from": start and file_sha256(undamaged_best(RunFolder(start)) / "manifest.json"),
         "data": {
             name: {split: describe_file(file) for split, file in of_task.items()}
             for name, of_task in files.items()
@@ -68,6 +72,8 @@ def identity(description):
         "encoder's configuration or vocabulary": encoder["settings_sha256"],
         "precision": description["precision"],
     }
+    if description.get("start_from"):  # the hash of its manifest, which has those of its files
+        values["best model of --start_from"] = description["start_from"]
     for name, of_task in description["data"].items():
         values |= {f"{name} {split} file": f["sha256"] for split, f in of_task.items()}
     if description["args"].get("sampling", "equal") != "equal":  # shares are multiples of it
@@ -122,9 +128,11 @@ def check_same_everywhere(description, step):
 
 
 def find_encoder(run, flags, earlier):
-    """The encoder and its tokenizer: of the resumed run, or as `--pretrained` says."""
+    """The encoder and its tokenizer: of the resumed run, of `--start_from` or of `--pretrained`."""
     if earlier:
         encoder, tokenizer = load_encoder_of_run(run.path, earlier)
+    elif flags.start_from:
+        encoder, tokenizer = encoder_of_best(RunFolder(flags.start_from))
     else:
         encoder, tokenizer = load_encoder(flags.pretrained)
     if encoder.substituted:
@@ -154,7 +162,10 @@ def check_fit(plan, encoder, tokenizer):
 
 
 def build_model(plan, encoder, tokenizer):
-    """Encoder with its pretrained weights, LoRA layers in mode LoRA, and fresh task heads."""
+    """Encoder with its pretrained weights, LoRA layers in mode LoRA, and fresh task heads.
+
+    With `--start_from`, all that fits comes from that run.
+    """
     flags = plan.flags
     bert = BertModel.from_pretrained(encoder)
     if flags.hidden_dropout_prob is not None:
@@ -162,7 +173,7 @@ def build_model(plan, encoder, tokenizer):
     if flags.freeze_word_embeddings:
         bert.embeddings.word_embeddings.requires_grad_(False)
     config = MultitaskConfig(
-        tasks=tuple(flags.tasks),
+        tasks=tuple(plan.tasks),
         heads={name: getattr(flags, f"{name}_head") for name in flags.tasks},
         joint=plan.joint,
         both=plan.both,
@@ -173,10 +184,16 @@ def build_model(plan, encoder, tokenizer):
         supervised_simcse=flags.supervised_simcse,
         r_drop=tuple(flags.r_drop),
         swap_pairs=flags.swap_pairs,
+        mlm=tuple(flags.mlm),
     )
     if plan.lora:
         apply_lora(bert, plan.lora)
-    return MultitaskBERT(bert, config, tokenizer, plan.is_frozen)
+    model, taken = MultitaskBERT(bert, config, tokenizer, plan.is_frozen), []
+    if flags.start_from:
+        taken = start_from(model, plan.lora, RunFolder(flags.start_from))
+    if flags.mlm and "mlm" not in taken:
+        load_mlm_head(model.mlm, encoder.folder / "model.safetensors")
+    return model
 
 
 def make_optimizer(model, plan):
