@@ -14,6 +14,7 @@ from bert import BertModel
 from config import REPOSITORY, TASKS, BertConfig, MultitaskConfig, UserError
 from lora import apply_lora
 from multitask_bert import VECTOR_CACHE_MIB, MultitaskBERT
+from pals import apply_pals, train_layer_norms_only
 from runtime import distributed
 from runtime.device import device_name
 from runtime.files import file_sha256
@@ -152,7 +153,7 @@ def check_fit(plan, encoder, tokenizer):
 
 
 def build_model(plan, encoder, tokenizer):
-    """Encoder with its pretrained weights, LoRA layers in mode LoRA, and fresh task heads."""
+    """Encoder with its pretrained weights, LoRA layers or PALs if asked for, fresh task heads."""
     flags = plan.flags
     bert = BertModel.from_pretrained(encoder)
     if flags.hidden_dropout_prob is not None:
@@ -174,7 +175,12 @@ def build_model(plan, encoder, tokenizer):
     )
     if plan.lora:
         apply_lora(bert, plan.lora)
-    return MultitaskBERT(bert, config, tokenizer, plan.is_frozen)
+    model = MultitaskBERT(bert, config, tokenizer, plan.is_frozen)
+    if plan.pals:
+        model.pals = apply_pals(bert, plan.pals, config.tasks)
+    if flags.fine_tune_mode == "PAL":
+        train_layer_norms_only(bert)
+    return model
 
 
 def make_optimizer(model, plan):
