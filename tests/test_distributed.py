@@ -46,6 +46,8 @@ COMPARED_SLOWLY = {
     "surgery_lora": [*SIMCSE, *LORA, "--gradient_surgery", "mean"],
     "accumulate": [*SIMCSE, "--accumulate", "2"],
     "joint": [*SIMCSE, "--pair_encoding", "joint"],
+    "pals": [*SIMCSE, "--pals", "--accumulate", "2"],
+    "pals_surgery": [*SIMCSE, "--fine-tune-mode", "PAL", "--gradient_surgery"],
     "both": [*SIMCSE, "--pair_encoding", "both", "--task_batch_sizes", "para=8"],
 }
 
