@@ -31,6 +31,7 @@ class Rows(NamedTuple):
     token_type_ids: torch.Tensor  # (B, T) int64
     # (B, 1, 1 or T, T) bool, True where a token may attend; in the layers `additive` makes of it
     attention_mask: torch.Tensor
+    group: str | None = None  # of `join`, for layers that treat groups of sentences differently
 
 
 class Packed(NamedTuple):
@@ -289,6 +290,21 @@ def pack(sequences, segment_starts, pad_id, device):
         tokens, width = tokens + len(filled) * width, narrower(width)
     where = (to_device(array, device) for array in (first, lengths))
     return Packed(rows, torch.cat(owners), *where, int(lengths.sum()))
+
+
+def join(groups):
+    """Several `Packed` by group as one, the sentences in order; the rows know their group."""
+    rows, owners, first, tokens, count = [], [], [], 0, 0
+    total = sum(len(packed.lengths) for packed in groups.values())
+    for group, packed in groups.items():
+        rows += [r._replace(group=group) for r in packed.rows]
+        is_padding = packed.sentence == len(packed.lengths)
+        owners.append((packed.sentence + count).masked_fill(is_padding, total))
+        first.append(packed.first + tokens)
+        tokens, count = tokens + len(packed.sentence), count + len(packed.lengths)
+    lengths = torch.cat([packed.lengths for packed in groups.values()])
+    real = sum(packed.tokens for packed in groups.values())
+    return Packed(rows, torch.cat(owners), torch.cat(first), lengths, real)
 
 
 def to_device(array, device):

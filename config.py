@@ -108,6 +108,21 @@ class LoRAConfig:
 
 
 @dataclass(frozen=True)
+class PALConfig:
+    """Projected attention layers (Stickland & Murray 2019): self-attention of `size` dimensions.
+
+    By default as many as their 204 are to BERT-base's 768, down to a multiple of `heads`.
+    """
+
+    size: int | None = None
+    heads: int = 12
+
+    def size_for(self, hidden_size):
+        """The dimensions in an encoder of `hidden_size`."""
+        return self.size or max(1, hidden_size * 204 // 768 // self.heads) * self.heads
+
+
+@dataclass(frozen=True)
 class Task:
     """A task: its files, columns, labels, heads, metric and prediction header."""
 
@@ -209,14 +224,15 @@ class MultitaskConfig:
         return bool(self.simcse_tasks) or self.supervised_simcse
 
 
-MODES = ("last-linear-layer", "full-model", "LoRA")
+MODES = ("last-linear-layer", "full-model", "LoRA", "PAL")
 
 # Peak learning rates by mode, (encoder, heads). The heads and LoRA's matrices start from random
-# numbers and need a larger rate than the pretrained encoder.
+# numbers and need a larger rate than the pretrained encoder. PALs learn at the heads' rate.
 LEARNING_RATES = {
     "last-linear-layer": (0.0, 1e-3),
     "full-model": (5e-5, 5e-4),
     "LoRA": (5e-4, 5e-4),
+    "PAL": (5e-4, 5e-4),
 }
 
 

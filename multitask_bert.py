@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from bert import FastDropout, pack, to_device
+from bert import FastDropout, join, pack, to_device
 from config import TASKS
 from datasets import TaskBatch
 from mlm import MaskedLMHead, hide_tokens
@@ -186,6 +186,7 @@ class MultitaskBERT(nn.Module):
     def __init__(self, bert, config, tokenizer=None, frozen=False):
         super().__init__()
         self.bert, self.config, self.tokenizer, self.frozen = bert, config, tokenizer, frozen
+        self.pals = None  # of `apply_pals`: each task's own part of the encoder's layers
         self.pad_id = tokenizer.pad_id if tokenizer else bert.config.pad_token_id
         hidden = bert.config.hidden_size
         self.heads = nn.ModuleDict()
@@ -354,14 +355,19 @@ class MultitaskBERT(nn.Module):
     def arrange(self, groups):
         """The sequences of `{key: {role: sequences}}` in one list, packed unless frozen.
 
-        Returns the list's parts in order, each (key, role, number of sequences), and the list.
+        Returns the list's parts in order, each (key, role, number of sequences), and the list. A
+        key is a task or begins with one; with PALs, no row has sequences of two tasks.
         """
-        parts, sequences = [], []
+        parts, sequences = [], defaultdict(list)
         for key, roles in groups.items():
+            task = key if isinstance(key, str) else key[0]
             for role, part in roles.items():
                 parts.append((key, role, len(part)))
-                sequences += part
-        return parts, sequences if self.frozen else self.pack(sequences)
+                sequences[task if self.pals else None] += part
+        if self.frozen:
+            return parts, sequences[None]
+        packed = {group: self.pack(of_group) for group, of_group in sequences.items()}
+        return parts, join(packed) if self.pals else packed[None]
 
     def vectors_by_role(self, parts, sequences, states=None):
         """Encode what `arrange` returned: `{key: {role: vectors}}`; `states`: of all its tokens."""

@@ -143,7 +143,7 @@ def loss_panel(runs, tasks, unit):
 def loss_limits(curves):
     """Ends of the loss axis: around the median run's losses after the first quarter of its steps.
 
-    Up to 1.3 times its largest, so that one bad run or the first steps do not squeeze the others; and
+    Up to 1.3 times its largest, so that one bad run or the first steps do not squeeze the others;
     down to a tenth of its smallest.
     """
     kept = [[*curve.means[len(curve.means) // 4 :], *curve.dev[1]] for curve in curves]

@@ -146,6 +146,39 @@ def lora(tensors, model, folder, settings=None, steps=0, lr=0.0, double=False):
     return {name.replace(".default.weight", ""): tensor for name, tensor in plain.items()}
 
 
+def pals(tensors, model, heads):
+    """An encoder with a task's projected attention layers, as their authors compute them.
+
+    g is a `BertSelfAttention`; each weight of the PALs is in `tensors` by its name.
+    """
+    import transformers
+    from transformers.models.bert.modeling_bert import BertSelfAttention
+
+    bert = transformers.BertModel.from_pretrained(model).eval()
+    hidden, size = bert.config.hidden_size, tensors["pals.V_E.bias"].numel()
+    narrow = copy.deepcopy(bert.config)
+    narrow.hidden_size, narrow.num_attention_heads = size, heads
+    parts = {"V_E": torch.nn.Linear(hidden, size), "V_D": torch.nn.Linear(size, hidden)}
+    parts["attention"] = torch.nn.ModuleList(BertSelfAttention(narrow) for _ in bert.encoder.layer)
+    bert.pals = torch.nn.ModuleDict(parts).eval()
+    beginning, added = "pals.", {}
+    own = {n.removeprefix(beginning): t for n, t in tensors.items() if n.startswith(beginning)}
+    bert.pals.load_state_dict(own)
+
+    def compute(layer, inputs):
+        hidden_states, mask = inputs[:2]
+        attended, _ = parts["attention"][layers.index(layer)](parts["V_E"](hidden_states), mask)
+        added["TS"] = torch.nn.functional.gelu(parts["V_D"](attended))
+
+    layers = list(bert.encoder.layer)
+    for layer in layers:
+        layer.register_forward_pre_hook(compute)
+        layer.output.register_forward_pre_hook(
+            lambda _, inputs: (inputs[0], inputs[1] + added["TS"])
+        )
+    return measure(*in_double(bert, tensors))
+
+
 def sentence_vectors(tensors, model, texts):
     """Vectors of texts by `SentenceTransformer`, (texts, hidden)."""
     from sentence_transformers import SentenceTransformer

@@ -54,6 +54,8 @@ COMPARED_SLOWLY = {
     ],
     "accumulate": [*SIMCSE, "--accumulate", "2"],
     "joint": [*SIMCSE, "--pair_encoding", "joint"],
+    "pals": [*SIMCSE, "--pals", "--accumulate", "2"],
+    "pals_surgery": [*SIMCSE, "--fine-tune-mode", "PAL", "--gradient_surgery"],
     "both": [*SIMCSE, "--pair_encoding", "both", "--task_batch_sizes", "para=8"],
     "mlm": [*SIMCSE, *LORA, "--mlm", "sst", "para", "--accumulate", "2"],
     "mlm_alone": MLM_ALONE,

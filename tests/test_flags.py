@@ -152,6 +152,10 @@ EXPECTED = {  # command -> values of its flags and of its plan, and the path of 
     f"{LORA} --model_file_suffix r4.x_1": {"path": "runs/LoRA-r4.x_1"},
     "--runs_dir elsewhere": {"path": "elsewhere/full-model"},
     # a recipe names the run; a flag beside it overrides it, wherever it stands
+    "--fine-tune-mode PAL --PAL_size 24": {
+        "path": "runs/PAL", "PAL_size": 24, "PAL_heads": 12, "pals": False,
+    },
+    "--pals --PAL_heads 7 --freeze_word_embeddings": {"pals": True, "PAL_size": None},
     "--recipe simcse-lora --LoRA_r 4": {"path": "runs/LoRA-simcse-lora", "LoRA_r": 4},
     "--LoRA_r 4 --recipe=simcse-lora --model_file_suffix x": {
         "path": "runs/LoRA-x", "LoRA_r": 4, "unsupervised_simcse": True,
@@ -168,6 +172,7 @@ EXPECTED = {  # command -> values of its flags and of its plan, and the path of 
     f"{BEST} --tasks sst": {"r_drop": ["sst"], "both": (), "freeze_word_embeddings": True},
     f"{BEST} --no-freeze_word_embeddings": {"freeze_word_embeddings": False, "encoder_lr": 1e-4},
     f"{BEST} {LORA}": {"freeze_word_embeddings": False, "encoder_lr": 5e-4, "head_lr": 5e-4},
+    f"{BEST} --fine-tune-mode PAL": {"freeze_word_embeddings": False, "encoder_lr": 5e-4},
     f"{BEST} {FROZEN}": {
         "r_drop": [], "both": ("para",), "freeze_word_embeddings": False, "encoder_lr": 0.0,
         "head_lr": 1e-3,
@@ -269,6 +274,12 @@ REFUSED = {
     "04 --LoRA_targets query qury": "invalid choice: 'qury'.*attention_output",
     "04 --LoRA_r 4": "--LoRA_r: only with --fine-tune-mode LoRA, not full-model",
     "04 --recipe simcse-lora --fine-tune-mode full-model --LoRA_r 4": "--LoRA_r: only with",
+    "04 --PAL_size 24": "--PAL_size: only with --fine-tune-mode PAL or --pals",
+    f"04 {LORA} --PAL_heads 2": "--PAL_heads: only with --fine-tune-mode PAL or --pals",
+    "04 --pals --PAL_size 50": "--PAL_size 50: expected a multiple of --PAL_heads, 12",
+    **{f"04 --pals --fine-tune-mode {mode}": f"--pals: only with .* full-model, not {mode}"
+       for mode in ("PAL", "LoRA", "last-linear-layer")},
+    "04 --fine-tune-mode PAL --freeze_word_embeddings": "PAL freezes them anyway",
     f"04 {FROZEN} --LoRA_targets query": "--LoRA_targets: only with --fine-tune-mode LoRA",
     **{f"39 '--model_file_suffix={suffix}'": "--model_file_suffix.*expected 1 to 100 letters"
        for suffix in ("../../x", "/etc/x", "a/b", "x" * 300, "a b", ".hidden", "-x", "x\n", "~")},

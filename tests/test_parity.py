@@ -27,11 +27,12 @@ from safetensors.torch import load_file, save_file
 
 from base_bert import load_encoder, load_mlm_head
 from bert import ROW_TOKENS, BertModel, pack
-from config import TASKS, BertConfig, LoRAConfig, MultitaskConfig
+from config import TASKS, BertConfig, LoRAConfig, MultitaskConfig, PALConfig
 from datasets import TaskBatch, read_task_file
 from lora import adapter_layers, adapter_tensors, apply_lora, load_adapter, merge_lora, save_adapter
 from mlm import MaskedLMHead
 from multitask_bert import MultitaskBERT
+from pals import apply_pals
 from runtime import hub
 from tokenizer import BertTokenizer, join_pair
 from training.run_folder import RunFolder
@@ -315,7 +316,7 @@ def hidden_batches(tokenizer):
 
 
 def padded_and_hidden(model, batches):
-    """The hidden sentences of a step as the padded batch, with labels, that `transformers` takes."""
+    """The hidden sentences of a step as `transformers` takes them: padded, with labels."""
     rows, labels = [], []
     for name, batch in batches.items():
         hidden, owners, positions, ids = model.hide(name, batch, (0,))
@@ -620,6 +621,53 @@ def test_faulty_lora_does_not_equal_peft(fault, adapters, minilm, sequences):
     ours = measure_lora(model, padded(sequences[-2:]), **TRAINING["fp64"])
     for part in ("last", "gradient", "merged", "trained"):
         assert largest_difference(ours, adapters["all", "fp64"].result().tensors, part) > CLEARLY
+
+
+# ----------------------------------------------------------------------- projected attention layers
+
+
+def random_pals(model):
+    """A copy of `model` with PALs of two tasks, none of whose weights is 0, and the PALs."""
+    torch.manual_seed(8)
+    model = copy.deepcopy(model)
+    pals = apply_pals(model, PALConfig(), ("a", "b"))
+    for parameter in pals.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    return model, pals.eval()
+
+
+def measure_pals(model, pals, task, tensors):
+    """Outputs and gradients of sentences that are a task's, in rows as in training."""
+    model, pals, encode = model.double(), pals.double(), model.encode
+    model.encode = lambda rows: encode([r._replace(group=task) for r in rows])
+    in_rows, own = InRows(model), pals[task].named_parameters(prefix="pals")
+    named = [*model.named_parameters(), *own]
+    in_rows.named_parameters = lambda **_: iter(named)
+    return in_single(reference.measure(*reference.in_double(in_rows, tensors)))
+
+
+@pytest.fixture(scope="module")
+def authors(ask, minilm, sequences):
+    """The answer for task b."""
+    _, pals = random_pals(minilm)
+    weights = {f"pals.{name}": tensor for name, tensor in pals["b"].state_dict().items()}
+    return ask("pals", padded(sequences) | weights, model=minilm.origin.folder, heads=12)
+
+
+@pytest.mark.parametrize("fault", [None, "GELU", "another task's", "layers in another order"])
+def test_pals_equal_the_authors_over_transformers(fault, authors, minilm, sequences, monkeypatch):
+    """Outputs and gradients; the reference knows nothing of rows. Each fault shows."""
+    model, pals = random_pals(minilm)
+    if fault == "layers in another order":
+        pals["b"].attention = pals["b"].attention[::-1]
+    if fault == "GELU":
+        monkeypatch.setattr("pals.F.gelu", partial(torch.nn.functional.gelu, approximate="tanh"))
+    task = "a" if fault == "another task's" else "b"
+    found, theirs = measure_pals(model, pals, task, padded(sequences)), authors.result().tensors
+    for part in ("last", "gradient"):
+        apart = largest_difference(found, in_single(theirs), part)
+        assert apart > CLEARLY if fault else apart <= LIMIT
+    assert authors.result().said == []
 
 
 # ---------------------------------------------------------------------------------- exported runs

@@ -50,6 +50,7 @@ SMALL = "--pretrained encoder --data_dir data --batch_size 4 --log_every 1"
 LORA = "--fine-tune-mode LoRA --LoRA_r"
 FROZEN = "--fine-tune-mode last-linear-layer"
 ALONE = "--tasks sst sts --mlm sst sts --loss_weights sst=0 sts=0"  # no task is trained
+PAL = "--fine-tune-mode PAL"
 PAPER = (  # the command lines printed there, with fewer epochs
     "--fine-tune-mode=full-model --lr=1e-5 --weight_decay=1e-3 --epoch=1 --batch_size=16 "
     "--supervised_simcse --unsupervised_simcse --model_file_suffix=both_simcse_batch_16",
@@ -162,6 +163,9 @@ def assert_complete(run, tasks=THREE, steps=3):
         "--accumulate 3 --para_head cosine --clip 0 --warmup 0",
         f"{LORA} 4 --mlm sst para --loss_weights mlm_sst=0.1 --accumulate 2",
         "--mlm sst sts --unsupervised_simcse --gradient_surgery --freeze_word_embeddings",
+        f"{PAL} --PAL_size 8 --PAL_heads 2 --accumulate 2 --recipe best --batch_size 4",
+        f"{PAL} --gradient_surgery --unsupervised_simcse --supervised_simcse",
+        "--pals --PAL_heads 4 --unsupervised_simcse --pair_encoding para=both",
         PAPER[0],
     ],
 )
@@ -226,8 +230,9 @@ def test_a_logged_step_has_losses_speed_rate_and_conflicts(train):
     [
         ("--epochs 0", ""),
         (FROZEN, ""),
-        ("--fine-tune-mode full-model", "pooler."),
-        ("--freeze_word_embeddings", ("pooler.", "embeddings.word_embeddings.")),
+        ("--fine-tune-mode full-model", "pooler"),
+        ("--freeze_word_embeddings", "pooler|embeddings.word_embeddings"),
+        (PAL, "(?!.*LayerNorm)"),
     ],
 )
 def test_what_is_frozen_is_saved_as_it_was_read(train, flags, frozen, precision):
@@ -236,7 +241,7 @@ def test_what_is_frozen_is_saved_as_it_was_read(train, flags, frozen, precision)
     before, after = load_file("encoder/model.safetensors"), weights_of(run)
     assert before.keys() == after.keys()
     moved = {name for name in before if not torch.equal(before[name], after[name])}
-    assert moved == {name for name in before if not name.startswith(frozen)}
+    assert moved == {name for name in before if not re.match(frozen, name)}
 
 
 def test_lora_adapts_the_named_layers_only(train):
@@ -251,6 +256,33 @@ def test_lora_adapts_the_named_layers_only(train):
     assert run.description()["args"]["LoRA_targets"] == ["query", "output"]
     train(f"{flags} query output --resume")
     evaluation.main([])
+
+
+@pytest.mark.parametrize("flags", [PAL, "--pals --PAL_size 24"])
+def test_pals_lie_with_the_heads_and_the_encoder_is_not_passed_off_as_the_model(train, flags):
+    run = train(f"{flags} --epochs 1 --steps_per_epoch 2")
+    names = load_file(run.best / "heads.safetensors")
+    assert names["pals.sst.V_E.weight"].shape == (24 if "24" in flags else 12, 32)
+    assert "pals.para.attention.1.value.bias" in names
+    assert not any("pals" in name for name in weights_of(run))
+    assert not (run.best / "modules.json").exists() and not (run.best / "1_Pooling").exists()
+    card = (run.best / "README.md").read_text()
+    assert "alone is not the model" in card and "SentenceTransformer" not in card
+    assert "library_name" not in card and "pipeline_tag" not in card
+    with pytest.raises(UserError, match="has PALs; its encoder alone is not the model"):
+        evaluation.main(["--checkpoint", str(run.path), "--export", "new"])
+    assert not Path("new").exists()
+
+
+def test_a_run_from_before_the_newest_flags_is_evaluated(train):
+    before = prediction_files(train("--epochs 0").path / "predictions")
+    path = Path("runs/full-model/run.json")
+    description = json.loads(path.read_text())
+    for name in ("pals", "PAL_size", "PAL_heads"):
+        del description["args"][name]
+    path.write_text(json.dumps(description))
+    evaluation.main(["--predictions_dir", "again"])
+    assert prediction_files("again") == before
 
 
 @pytest.mark.parametrize("tasks", [("sst", "para", "sts", "cfimdb"), ("cfimdb",)])
@@ -437,6 +469,7 @@ def test_accumulated_batches_equal_one_large_one(train):
         "--lr 3e-3 --head_lr 1e-2",
         f"{LORA} 8 --lr 2e-2 --head_lr 1e-2",
         f"{FROZEN} --lr 1e-2 --sts_head linear",
+        f"{PAL} --lr 1e-2 --head_lr 1e-2",
     ],
 )
 def test_losses_fall_on_a_small_sample(train, flags):
@@ -582,6 +615,7 @@ STEPS = [
     "--gradient_surgery vaccine --sampling annealed",
     FROZEN,
     "--mlm sst para --accumulate 2",
+    f"{PAL} --unsupervised_simcse --mlm sts",
 ]
 
 
@@ -701,11 +735,12 @@ def test_tensorboard_that_is_not_installed_is_the_users_mistake(train, monkeypat
         train("--tensorboard")
 
 
+RESUMED = [FROZEN, "", f"{LORA} 32", "--freeze_word_embeddings", "--pals"]
+RESUMED += [f"{PAL} --gradient_surgery --unsupervised_simcse", ALONE, f"{LORA} 4 --mlm sst para"]
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize(
-    "flags",
-    [FROZEN, "", f"{LORA} 32", "--freeze_word_embeddings", ALONE, f"{LORA} 4 --mlm sst para"],
-)
+@pytest.mark.parametrize("flags", RESUMED)
 def test_a_resumed_run_is_the_unbroken_one(train, monkeypatch, flags, precision):
     """Vectors of a frozen encoder too: their last bits depend on the batch they are encoded in."""
     assert_resumed_is_unbroken(train, monkeypatch, f"--precision {precision} {flags}")

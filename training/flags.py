@@ -20,6 +20,7 @@ from config import (
     RECIPES,
     TASKS,
     LoRAConfig,
+    PALConfig,
     UserError,
 )
 from runtime.script import launch_command
@@ -104,7 +105,8 @@ def make_parser():
     add("--recipe", choices=RECIPES, metavar="NAME", help="preset flags, a row of the paper's "
         f"Table 1 or ours, 'best': {', '.join(RECIPES)}; a flag given beside it overrides it")
     add("--fine-tune-mode", choices=MODES, default="full-model", help="what is trained: the heads "
-        "alone, everything, or LoRA adapters and the heads (default: %(default)s)")
+        "alone, everything, LoRA adapters and the heads, or projected attention layers, LayerNorms "
+        "and the heads (default: %(default)s)")
     add("--tasks", nargs="+", choices=TASKS, metavar="TASK",
         default=[name for name, task in TASKS.items() if task.default],
         help=f"of {', '.join(TASKS)} (default: all but cfimdb)")
@@ -129,6 +131,14 @@ def make_parser():
         default=list(LORA_TARGETS), help=f"linear layers (default: all): {', '.join(LORA_TARGETS)}")
     add("--LoRA_layers", nargs="+", type=layer_range, metavar="I-J", help="encoder layers that are "
         "adapted, such as 6-11, the lowest being 0 (default: all)")
+
+    add = parser.add_argument_group("projected attention layers (PALs)").add_argument
+    add("--pals", action="store_true", help="full-model: train each task's own projected attention "
+        "layers too; --fine-tune-mode PAL trains them over a frozen encoder")
+    add("--PAL_size", type=positive, metavar="S", help="dimensions of their attention, a multiple "
+        "of --PAL_heads (default: 204 for bert-base, in proportion for other encoders)")
+    add("--PAL_heads", type=positive, default=PALConfig.heads, metavar="H",
+        help="heads of their attention (default: %(default)s)")
 
     add = parser.add_argument_group("heads and losses").add_argument
     for name, task in TASKS.items():
@@ -183,7 +193,7 @@ def make_parser():
         "(default: %(default)s)")
     add("--lr", type=rate, help="peak learning rate of the encoder (heads in last-linear-layer; "
         f"default: {', '.join(f'{m} {r[0] or r[1]:g}' for m, r in LEARNING_RATES.items())})")
-    add("--head_lr", type=rate, help="peak learning rate of the newly initialised heads (default: "
+    add("--head_lr", type=rate, help="peak learning rate of what is new, heads and PALs (default: "
         f"{LEARNING_RATES['full-model'][1]:g} beside a trained encoder, "
         f"{LEARNING_RATES['last-linear-layer'][1]:g} beside a frozen one)")
     add("--layer_decay", type=number(float, 0.01, 1), default=1.0, metavar="D",

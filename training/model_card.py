@@ -32,6 +32,10 @@ For `sentence-transformers`, merge the adapter into its encoder first, in the pr
 
     python evaluation.py --checkpoint RUN --export NEW_FOLDER
 """
+PALS = """\
+`model.safetensors` alone is not the model: each task adds its own projected attention layers
+(Stickland & Murray 2019) to the encoder. Only the project's own code computes them.
+"""
 TEXT = """
 # {name}
 
@@ -48,7 +52,7 @@ The dev set also chose the epoch, so the scores are a little too high.{data}
 FOLDER is this folder, or the model's name on the hub.
 
 {load}
-The heads are in `heads.safetensors`. To predict with them, in the project's folder:
+The {heads} in `heads.safetensors`. To predict with them, in the project's folder:
 
     python evaluation.py --checkpoint RUN --predict FILE
 
@@ -63,11 +67,12 @@ words for groups of people change its predictions. Do not use it for decisions a
 """
 
 
-def model_card(description, dev, max_length, is_adapter):
+def model_card(description, dev, max_length, is_adapter, has_pals=False):
     """The text of a card.
 
     `description` holds the values of `run.json`; `dev` maps a task to its dev metrics by name;
     `max_length` is in tokens. `is_adapter`: the folder has an adapter, not a whole encoder.
+    `has_pals`: its encoder is not the model without the PALs beside the heads.
     """
     about, on_sample = description["encoder"], uses_sample(description)
     base = (is_adapter and about.get("best")) or about["name"]
@@ -83,16 +88,19 @@ def model_card(description, dev, max_length, is_adapter):
     text = TEXT.format(
         name=run_name(description),
         what="A LoRA adapter of a BERT encoder" if is_adapter else "A BERT encoder",
+        heads="heads and these layers are" if has_pals else "heads are",
         titles=", ".join(TASKS[name].title if name in TASKS else name for name in dev),
         base=f"`{base}`" if on_hub else "a local encoder, ENCODER below",
         scores="\n".join(scores),
         data=sample if on_sample else "",
-        load=ADAPTER.format(base=base) if is_adapter else ENCODER,
+        load=ADAPTER.format(base=base) if is_adapter else PALS if has_pals else ENCODER,
         command=shlex.join(training_command(description, base)),
         length=max_length,
     )
     settings = {"base_model": base} if on_hub else {}
     settings |= {"library_name": "peft" if is_adapter else "sentence-transformers"}
+    if has_pals:
+        settings |= {"library_name": None, "pipeline_tag": None}
     return f"---\n{metadata(description, {} if on_sample else dev, settings)}\n---\n{text}"
 
 

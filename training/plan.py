@@ -9,7 +9,7 @@ import importlib.util
 import math
 from dataclasses import dataclass
 
-from config import LEARNING_RATES, TASKS, LoRAConfig, UserError
+from config import LEARNING_RATES, TASKS, LoRAConfig, PALConfig, UserError
 
 MOST_STEPS = 2000  # of an epoch, unless --steps_per_epoch says otherwise
 AUXILIARY_WEIGHT = 0.3  # of the auxiliary losses of --gradient_surgery main (Bi et al. 2022)
@@ -89,6 +89,13 @@ class Plan:
         layers = tuple(flags.LoRA_layers) if flags.LoRA_layers else None
         sizes = flags.LoRA_r, flags.LoRA_alpha, flags.LoRA_dropout
         return LoRAConfig(*sizes, targets, flags.LoRA_variant, layers)
+
+    @property
+    def pals(self):
+        """The run's `PALConfig`, None where it has no projected attention layers."""
+        flags = self.flags
+        has_pals = flags.pals or flags.fine_tune_mode == "PAL"
+        return PALConfig(flags.PAL_size, flags.PAL_heads) if has_pals else None
 
 
 def make_plan(flags, examples, processes=1):
@@ -197,6 +204,15 @@ def check_flags(flags, given):
     lora_flags = sorted(name for name in given if name.startswith("LoRA_"))
     if mode != "LoRA" and lora_flags:
         raise UserError(f"--{lora_flags[0]}: only with --fine-tune-mode LoRA, not {mode}")
+    if mode != "full-model" and flags.pals:
+        raise UserError(f"--pals: only with --fine-tune-mode full-model, not {mode}")
+    pal_flags = sorted(name for name in given if name.startswith("PAL_"))
+    if mode != "PAL" and not flags.pals and pal_flags:
+        raise UserError(f"--{pal_flags[0]}: only with --fine-tune-mode PAL or --pals")
+    if flags.PAL_size and flags.PAL_size % flags.PAL_heads:
+        raise UserError(
+            f"--PAL_size {flags.PAL_size}: expected a multiple of --PAL_heads, {flags.PAL_heads}"
+        )
     if mode != "full-model" and flags.freeze_word_embeddings:
         raise UserError(f"--freeze_word_embeddings: only in full-model; {mode} freezes them anyway")
     if flags.simcse_tasks and not flags.unsupervised_simcse:

@@ -1,7 +1,7 @@
 """Whole models, encoder and heads, saved and loaded in other tools' formats.
 
 `transformers` and `sentence-transformers` read the encoder, in mode LoRA `peft` reads the adapter.
-The heads lie beside it.
+The heads lie beside it, and with them the PALs, without which the encoder is not the model.
 """
 
 import argparse
@@ -16,6 +16,7 @@ from bert import BertModel
 from config import MultitaskConfig, UserError
 from lora import apply_lora, load_adapter, merge_lora, save_adapter
 from multitask_bert import MultitaskBERT
+from pals import apply_pals
 from runtime.files import TEMPORARY, output_errors
 from runtime.script import say
 from training.flags import default_flags
@@ -37,7 +38,8 @@ def save_model(model, lora, folder, card=None):
         model.tokenizer.save_pretrained(folder)
     else:
         model.bert.save_pretrained(folder, model.tokenizer)
-        _write_sentence_transformers_files(folder, model)
+        if not model.pals:  # they are no part of a model of sentence-transformers
+            _write_sentence_transformers_files(folder, model)
     write_tensors(folder / "heads.safetensors", _heads(model))
     text = json.dumps(asdict(model.config), indent=2) + "\n"
     (folder / "heads.json").write_text(text, encoding="utf-8")
@@ -49,7 +51,8 @@ def save_best(run, model, lora, dev):
     """Keep a model as its run's best, with its model card; `dev` has its dev metrics by task."""
 
     def write(folder):
-        card = model_card(run.description(), dev, model.config.max_length, bool(lora))
+        kind = {"is_adapter": bool(lora), "has_pals": bool(model.pals)}
+        card = model_card(run.description(), dev, model.config.max_length, **kind)
         save_model(model, lora, folder, card)
 
     run.save_best(write)
@@ -104,12 +107,14 @@ def load_weights(model, lora, folder):
 def export_run(run, folder):
     """Write a run's best model as one plain encoder, LoRA merged, with its heads, into a folder.
 
-    The folder appears once it is complete. Raises `UserError` if it exists.
+    The folder appears once it is complete. Raises `UserError` if it exists, or the run has PALs.
     """
     folder = Path(folder)
     if folder.exists() or folder.is_symlink():
         raise UserError(f"--export {folder}: exists; expected the name of a new folder")
     model, description = load_run(run, "cpu")
+    if model.pals:
+        raise UserError(f"--export: {run.path} has PALs; its encoder alone is not the model")
     merge_lora(model.bert)
     lines = [line for line in run.metrics() if line["kind"] == "eval"]
     dev = max(lines, key=lambda line: line["overall"])["dev"] if lines else {}
@@ -166,6 +171,8 @@ def load_run(run, device):
         bert = BertModel.from_pretrained(encoder)
     config = read_config(best / "heads.json", plan.tasks)
     model = MultitaskBERT(bert, config, tokenizer, plan.is_frozen)
+    if plan.pals:
+        model.pals = apply_pals(bert, plan.pals, plan.flags.tasks)
     load_weights(model, plan.lora, best)
     return model.to(device).eval(), description
 

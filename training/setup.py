@@ -14,6 +14,7 @@ from bert import BertModel
 from config import REPOSITORY, TASKS, BertConfig, MultitaskConfig, UserError
 from lora import apply_lora
 from multitask_bert import VECTOR_CACHE_MIB, MultitaskBERT
+from pals import apply_pals, train_layer_norms_only
 from runtime import distributed
 from runtime.device import device_name
 from runtime.files import file_sha256
@@ -162,7 +163,7 @@ def check_fit(plan, encoder, tokenizer):
 
 
 def build_model(plan, encoder, tokenizer):
-    """Encoder with its pretrained weights, LoRA layers in mode LoRA, and fresh task heads.
+    """Encoder with its pretrained weights, LoRA layers or PALs if asked for, fresh task heads.
 
     With `--start_from`, all that fits comes from that run.
     """
@@ -189,10 +190,15 @@ def build_model(plan, encoder, tokenizer):
     if plan.lora:
         apply_lora(bert, plan.lora)
     model, taken = MultitaskBERT(bert, config, tokenizer, plan.is_frozen), []
+    if plan.pals:
+        model.pals = apply_pals(bert, plan.pals, flags.tasks)
+    if flags.fine_tune_mode == "PAL":
+        train_layer_norms_only(bert)
     if flags.start_from:
         taken = start_from(model, plan.lora, RunFolder(flags.start_from))
     if flags.mlm and "mlm" not in taken:
         load_mlm_head(model.mlm, encoder.folder / "model.safetensors")
+    return model
     return model
 
 

@@ -1,0 +1,195 @@
+"""Projected attention layers: whose rows they see, what they train, and that they start as nothing.
+
+Their numbers, beside those of `transformers`, are in tests/test_parity.py.
+"""
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+from test_multitask_bert import ALL_SIMCSE, NAMES, make_batch
+
+from bert import BertModel, Rows, join, pack
+from config import BertConfig, MultitaskConfig, PALConfig
+from multitask_bert import MultitaskBERT
+from pals import PAL, apply_pals, train_layer_norms_only
+
+CONFIG = PALConfig(heads=3)  # of 6 dimensions, for a hidden size of 32
+R_DROP = {"r_drop": ("sst", "para"), "both": ("para",)}
+
+
+@pytest.fixture
+def plain(tiny_config):
+    """A model of three tasks without PALs or dropout, in eval mode."""
+    bert = BertModel(replace(tiny_config, initializer_range=0.2))
+    bert.set_dropout(0.0)
+    return MultitaskBERT(bert, MultitaskConfig(dropout=0.0, max_length=40)).eval()
+
+
+def with_pals(plain, are_trained=True, **settings):
+    """A copy of `plain` with PALs, as after training or at the start, and another configuration."""
+    config = replace(plain.config, **settings)
+    model = MultitaskBERT(copy.deepcopy(plain.bert), config)
+    model.load_state_dict(plain.state_dict(), strict=False)
+    model.pals = apply_pals(model.bert, CONFIG, config.tasks)
+    if are_trained:
+        for parameter in model.pals.parameters():
+            torch.nn.init.normal_(parameter, std=0.3)
+    return model.eval()
+
+
+@pytest.fixture
+def batches(tiny_config):
+    """A batch of each of the three tasks."""
+    return {name: make_batch(name, tiny_config.vocab_size) for name in NAMES[:3]}
+
+
+def gradients_of(model):
+    """Gradients by name, where there is one."""
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+# ------------------------------------------------------------------------------------- the numbers
+
+
+def test_a_pal_by_hand():
+    """Queries of zero attend evenly: g is the mean of the values of the token's own sentence."""
+    sizes = {"hidden_size": 2, "num_attention_heads": 1, "num_hidden_layers": 2}
+    bert = BertModel(BertConfig(vocab_size=5, intermediate_size=3, **sizes)).eval()
+    pal = PAL(bert, PALConfig(size=2, heads=1)).eval()
+    with torch.no_grad():
+        pal.V_E.weight.copy_(torch.tensor([[0.0, 1.0], [1.0, 0.0]]))
+        pal.V_E.bias.copy_(torch.tensor([0.5, 0.0]))
+        pal.attention[1].query.weight.zero_()
+        pal.attention[1].value.weight.copy_(torch.tensor([[1.0, 0.0], [0.0, 3.0]]))
+        pal.V_D.weight.copy_(torch.tensor([[2.0, 0.0], [0.0, -1.0]]))
+        pal.V_D.bias.copy_(torch.tensor([-2.0, 0.5]))
+        h = torch.tensor([[1.0, 0.0], [0.0, 2.0], [5.0, 7.0]])  # the last is another sentence
+        mask = torch.tensor([[1, 1, 0], [1, 1, 0], [0, 0, 1]]).bool()
+        rows = Rows(torch.zeros(1, 3), None, None, torch.where(mask, 0.0, -1e9)[None, None])
+        found = pal(h, [rows], 1)
+    # V^E h = (0.5, 1) and (2.5, 0); values (0.5, 3) and (2.5, 0); their mean (1.5, 1.5)
+    # V^D of it = (1, -1); GELU(1) = 0.841345, GELU(-1) = -0.158655
+    expected = torch.tensor([0.841345, -0.158655])
+    torch.testing.assert_close(found[:2], expected.expand(2, 2), rtol=0, atol=1e-6)
+    # the other: V^E h = (7.5, 5), value (7.5, 15), V^D of it = (13, -14.5)
+    torch.testing.assert_close(found[2], torch.tensor([13.0, 0.0]), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("config", "size", "count"),
+    [
+        # 2 s d + s + d, and in each layer 3 (s² + s); the paper counts 1.81 million at s = 204
+        (BertConfig(), 204, 1_819_836),
+        (BertConfig(hidden_size=384, num_hidden_layers=6, intermediate_size=1), 96, 241_824),
+    ],
+)
+def test_the_default_size_is_the_papers_in_proportion(config, size, count):
+    assert PALConfig().size_for(config.hidden_size) == size
+    with torch.device("meta"):
+        pal = PAL(BertModel(config), PALConfig())
+    assert sum(p.numel() for p in pal.parameters()) == count
+
+
+@pytest.mark.parametrize(("heads", "hidden", "size"), [(6, 768, 204), (5, 384, 100), (12, 32, 12)])
+def test_every_default_size_is_a_multiple_of_the_heads(heads, hidden, size):
+    assert PALConfig(heads=heads).size_for(hidden) == size
+
+
+# ------------------------------------------------------------------------------ a whole model
+
+
+def test_at_the_start_the_model_is_the_plain_one_bitwise(plain, batches):
+    model = with_pals(plain, are_trained=False)
+    for name, batch in batches.items():
+        assert torch.equal(model.predict(name, batch), plain.predict(name, batch))
+    for name, parameter in model.pals.named_parameters():
+        if name.endswith("bias") or "V_D" in name:
+            assert not parameter.any()
+        else:
+            assert parameter.std().item() == pytest.approx(0.02, rel=0.4), name
+    assert model.bert.state_dict().keys() == plain.bert.state_dict().keys()
+    trained = with_pals(plain)  # the twin
+    for name, batch in batches.items():
+        apart = trained.predict(name, batch) - plain.predict(name, batch)
+        assert apart.abs().max() > 1e-2
+
+
+def test_joined_groups_keep_every_sentence_where_it_was():
+    """Long ones in wider rows too. Token 9·i + j is the j-th of sentence i."""
+    lengths = {"a": [3, 70, 5], "b": [130], "c": [64, 2]}
+    numbers = iter(range(6))
+    sentences = {g: [np_ids(next(numbers), n) for n in of] for g, of in lengths.items()}
+    packs = {g: pack(s, [len(ids) for ids in s], 0, "cpu") for g, s in sentences.items()}
+    joined = join(packs)
+    ids = torch.cat([rows.input_ids.flatten() for rows in joined.rows])
+    groups = [rows.group for rows in joined.rows for _ in range(rows.input_ids.numel())]
+    every = [(group, ids) for group, of_group in sentences.items() for ids in of_group]
+    assert joined.tokens == sum(len(sentence) for _, sentence in every)
+    for number, (group, sentence) in enumerate(every):
+        first, length = int(joined.first[number]), int(joined.lengths[number])
+        assert ids[first : first + length].tolist() == sentence.tolist()
+        places = (joined.sentence == number).nonzero().flatten().tolist()
+        assert places == list(range(first, first + length))
+        assert {groups[place] for place in places} == {group}
+    assert set(joined.sentence[ids == 0].tolist()) == {len(every)}  # padding
+
+
+def np_ids(number, length):
+    """Token ids of a sentence that no other sentence has."""
+    return (1 + 200 * number + torch.arange(length)).int().numpy()
+
+
+@pytest.mark.parametrize("settings", [{}, ALL_SIMCSE, R_DROP])
+def test_one_forward_equals_task_by_task(plain, batches, settings):
+    """All tasks' sentences go through the shared layers together: nothing may change by it."""
+    model, found = with_pals(plain, **settings).train(), []
+    for parts in ([batches], [{name: batch} for name, batch in batches.items()]):
+        model.zero_grad()
+        losses = {}
+        for part in parts:
+            of_part = model(part)
+            sum(of_part.values()).backward()
+            losses |= of_part
+        found.append((losses, gradients_of(model)))
+    torch.testing.assert_close(found[1][0], found[0][0], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found[1][1], found[0][1], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", NAMES[:3])
+def test_a_tasks_pal_has_to_do_with_its_own_losses_alone(plain, batches, name):
+    """Its contrastive losses and second passes count as its own."""
+    model = with_pals(plain, **ALL_SIMCSE).train()
+    before = model(batches)
+    model({name: batches[name]})[f"simcse_{name}"].backward()
+    found = {n.split(".")[1] for n in gradients_of(model) if n.startswith("pals.")}
+    assert found == {name}
+    with torch.no_grad():
+        model.pals[name].V_D.bias += torch.randn(32)
+    for loss, value in model(batches).items():
+        assert (value - before[loss]).abs().item() > 1e-4 or name not in loss, loss
+        assert torch.equal(value, before[loss]) or name in loss, loss
+
+
+@pytest.mark.parametrize("is_frozen", [False, True])
+def test_what_is_trained_gets_a_gradient(plain, batches, is_frozen):
+    model = with_pals(plain, **ALL_SIMCSE).train()
+    if is_frozen:
+        train_layer_norms_only(model.bert)
+    sum(model(batches).values()).backward()
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert trained == set(gradients_of(model))
+    of_encoder = {name for name in trained if name.startswith("bert.")}
+    norms = {n for n, _ in model.named_parameters() if "LayerNorm" in n}
+    assert (of_encoder == norms) == is_frozen and len(norms) == 2 * (1 + 2 * 2)
+    own = {name.split(".")[1] for name in trained if name.startswith("pals.")}
+    assert own == set(NAMES[:3])
+
+
+def test_attention_dropout_is_the_encoders(tiny_config):
+    bert = BertModel(tiny_config)
+    rates = {m.p for m in PAL(bert, CONFIG).modules() if isinstance(m, torch.nn.Dropout)}
+    bert.set_dropout(0.3)
+    rates |= {m.p for m in PAL(bert, CONFIG).modules() if isinstance(m, torch.nn.Dropout)}
+    assert rates == {0.1, 0.3}
