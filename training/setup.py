@@ -199,7 +199,6 @@ def build_model(plan, encoder, tokenizer):
     if flags.mlm and "mlm" not in taken:
         load_mlm_head(model.mlm, encoder.folder / "model.safetensors")
     return model
-    return model
 
 
 def make_optimizer(model, plan):
