@@ -77,8 +77,8 @@ class Bench:
         BertModel(config).save_pretrained(folder / "encoder", tokenizer)
         (folder / "data").mkdir()
         for path in SAMPLE.glob("*.csv"):
-            header, *rows = path.read_text(encoding="utf-8").splitlines(keepends=True)[:31]
-            copies = [row.replace("\t", "\tcopy-", 1) for row in rows]  # the same texts, other ids
+            header, *rows = path.read_text(encoding="utf-8").splitlines(keepends=True)[:46]
+            copies = [row.replace("\t", "\tcopy-", 1) for row in rows[:15]]  # with other ids
             text = "".join([header, *rows, *copies])
             (folder / "data" / path.name).write_text(text, encoding="utf-8")
             if path.name == "ids-sst-train.csv":
@@ -210,11 +210,11 @@ def test_twin_without_the_wrapper_gradients_are_not_averaged(quick):
 
 
 def test_row_49_twin_with_copies_as_negatives_is_another_loss(quick):
-    """Half of the rows are copies of the others: as negatives they would raise every such loss."""
+    """A quarter of the rows are copies: as negatives they would raise every such loss."""
     one, several = Record(quick[0], "full"), Record(quick[1], "copies")
     for name, loss in one.log()[0]["losses"].items():
         apart = (several.log()[0]["losses"][name] - loss) / loss
-        assert (apart > 0.01) == (name in ("simcse_sst", "simcse_para", "simcse_sts")), name
+        assert (apart > 0.001) == (name in ("simcse_sst", "simcse_para", "simcse_sts")), name
 
 
 def test_twin_without_the_gathered_rows_simcse_is_another_loss(quick):
