@@ -10,7 +10,6 @@ from config import TASKS, UserError
 from reporting import results
 from runtime.hub import STOOD_IN
 from training.data_files import uses_sample
-from training.flags import default_flags
 from training.run_folder import RunFolder
 
 
@@ -32,8 +31,8 @@ class Run:
 
     @property
     def args(self):
-        """Every flag of the run; newer ones than the run have their defaults."""
-        return default_flags() | self.description["args"]
+        """Every flag of the run."""
+        return self.description["args"]
 
     def logged(self, key):
         """Values of `key` in the training lines that have it."""

@@ -53,7 +53,8 @@ def recipe_of(run):
         return None
     recipe, expected = RECIPES[name].flags, default_flags() | RECIPES[name].flags
     compared = recipe.keys() | (expected.keys() - MAY_DIFFER - BUDGET)
-    return name if all(run.args[flag] == expected[flag] for flag in compared) else None
+    found = default_flags() | run.args  # an older run has no value of newer flags
+    return name if all(found[flag] == expected[flag] for flag in compared) else None
 
 
 def group_runs(runs):

@@ -84,6 +84,7 @@ EXPECTED = {  # command -> values of its flags and of its plan, and the path of 
     "": {
         "fine_tune_mode": "full-model", "epochs": 10, "batch_size": 8, "weight_decay": 1e-3,
         "LoRA_r": 32, "LoRA_alpha": 16, "LoRA_targets": list(LORA_TARGETS), "pooling": "mean",
+        "LoRA_variant": "plain", "LoRA_layers": None, "LoRA_lr_ratio": 1.0,
         "hidden_dropout_prob": None, "tasks": ["sst", "para", "sts"], "gradient_surgery": None,
         "sst_head": "ffn", "para_head": "features", "sts_head": "cosine", "joint": (), "both": (),
         "simcse_tasks": (), "steps_per_epoch": 5, "total_steps": 50,
@@ -93,6 +94,7 @@ EXPECTED = {  # command -> values of its flags and of its plan, and the path of 
     "--tasks sts sst sts": {"tasks": ["sst", "sts"]},
     "--tasks sst para sts cfimdb": {"tasks": list(TASKS), "steps_per_epoch": 2000},
     f"{LORA} --LoRA_targets value query value": {"LoRA_targets": ["query", "value"]},
+    f"{LORA} --LoRA_layers 9 6-8 7": {"LoRA_layers": [6, 7, 8, 9]},
     "--gradient_surgery": {"gradient_surgery": "sum"},
     "--gradient_surgery mean": {"gradient_surgery": "mean"},
     "--resume": {"resume": True},  # nothing to resume is no error
@@ -179,6 +181,7 @@ OUT_OF_RANGE = {
     "--layer_decay": "0 1.1", "--weight_decay": "-1 nan inf", "--clip": "-1", "--accumulate": "0",
     "--seed": "-1", "--steps_per_epoch": "0", "--max_length": "2", "--patience": "-1",
     "--log_every": "0", "--save_every": "x", "--LoRA_r": "0 -4 2.5", "--LoRA_alpha": "0 -1",
+    "--LoRA_lr_ratio": "0 -1 nan", "--LoRA_layers": "x 3-2 -1 1- 1000 1-2-3",
     "--LoRA_dropout": "1", "--pair_encoding": "all sst=joint para=yes joint=para =joint=",
     "--task_batch_sizes": "64 para para=0 para=-1 para=1.5 cfimdb=8 =8",
     "--loss_weights": "para para=much para=-1 para=nan stss=2 simcse_sst=5",
@@ -226,6 +229,8 @@ REFUSED = {
     "04 --LoRA_r 0": "--LoRA_r: '0'; expected a whole number of at least 1",
     "04 --LoRA_alpha 0": "--LoRA_alpha: '0'; expected a number above 0",
     "04 --LoRA_targets query qury": "invalid choice: 'qury'.*attention_output",
+    f"04 {LORA} --LoRA_variant loha": "invalid choice: 'loha'.*plain.*rslora.*dora",
+    "04 --LoRA_lr_ratio 4": "--LoRA_lr_ratio: only with --fine-tune-mode LoRA, not full-model",
     "04 --LoRA_r 4": "--LoRA_r: only with --fine-tune-mode LoRA, not full-model",
     "04 --recipe simcse-lora --fine-tune-mode full-model --LoRA_r 4": "--LoRA_r: only with",
     f"04 {FROZEN} --LoRA_targets query": "--LoRA_targets: only with --fine-tune-mode LoRA",
@@ -236,6 +241,8 @@ ANOTHER_MODEL = {
     f"{LORA} --LoRA_r 5": "--LoRA_r is 5, was 4$",
     f"{LORA} --LoRA_alpha 8": "--LoRA_alpha is 8.0, was 16.0$",
     f"{LORA} --LoRA_targets query": r"--LoRA_targets is \['query'\], was \['query', 'key', .*'\]$",
+    f"{LORA} --LoRA_layers 0-1": r"--LoRA_layers is \[0, 1\], was not given$",
+    f"{LORA} --LoRA_variant dora": "--LoRA_variant is dora, was plain$",
     f"{LORA} --tasks sst": r"--tasks is \['sst'\], was \['sst', 'para', 'sts'\]$",
     f"{LORA} --task_batch_sizes para=64": r"--task_batch_sizes is \['para=64'\], was \[\]$",
     f"{LORA} --precision bf16": "--precision is bf16, was auto or fp32$",
@@ -363,7 +370,8 @@ def main(tiny_config, toy_vocab_folder):
     ("flags", "pattern"),
     [
         ("--max_length 41", "--max_length 41: this encoder has 40 positions"),
-        (f"{LORA} --LoRA_r 33 --overwrite", "--LoRA_r 33: .*1 to 32"),
+        (f"{LORA} --LoRA_r 33 --overwrite", "--LoRA_r is 33; .*1 to 32"),
+        (f"{LORA} --LoRA_layers 0-2 --overwrite", "--LoRA_layers is 2; expected 0 to 1"),
         ("--use_gpu", "--use_gpu: no GPU here; the only device is cpu"),
     ],
 )

@@ -47,6 +47,7 @@ ROWS = {"train": 24, "dev": 12, "test": 6}  # of each file of the sample
 THREE = ("sst", "para", "sts")
 SMALL = "--pretrained encoder --data_dir data --batch_size 4 --log_every 1"
 LORA = "--fine-tune-mode LoRA --LoRA_r"
+DORA = f"{LORA} 4 --LoRA_variant dora --LoRA_lr_ratio 4 --LoRA_layers 1 --LoRA_dropout 0.1"
 FROZEN = "--fine-tune-mode last-linear-layer"
 PAPER = (  # the command lines printed there, with fewer epochs
     "--fine-tune-mode=full-model --lr=1e-5 --weight_decay=1e-3 --epoch=1 --batch_size=16 "
@@ -147,6 +148,7 @@ def assert_complete(run, tasks=THREE, steps=3):
         f"{LORA} 4 --LoRA_dropout 0.1",
         "--unsupervised_simcse --supervised_simcse --model_file_suffix simcse",
         f"{LORA} 2 --pair_encoding joint --unsupervised_simcse",
+        f"{DORA} --gradient_surgery --unsupervised_simcse --r_drop sst",
         "--gradient_surgery --unsupervised_simcse --supervised_simcse",
         f"{LORA} 4 --gradient_surgery mean",
         "--pair_encoding para=joint --pooling cls --sst_head linear --sts_head linear",
@@ -239,6 +241,10 @@ def test_lora_adapts_the_named_layers_only(train):
     assert all(any(layer in name for layer in layers) for name in names)
     assert all(".attention.output." not in name for name in names)
     assert run.description()["args"]["LoRA_targets"] == ["query", "output"]
+    path, description = run.path / "run.json", run.description()
+    for name in ("LoRA_variant", "LoRA_layers", "LoRA_lr_ratio"):  # as in a run older than these
+        del description["args"][name]
+    path.write_text(json.dumps(description), encoding="utf-8")
     train(f"{flags} query output --resume")
     evaluation.main([])
 
@@ -568,6 +574,7 @@ STEPS = [
     "--recipe best --batch_size 4",
     f"{LORA} 4 --unsupervised_simcse --accumulate 2 --LoRA_dropout 0.1 --pooling cls",
     f"{LORA} 4 --gradient_surgery --unsupervised_simcse --supervised_simcse",
+    DORA,
     FROZEN,
 ]
 
@@ -689,7 +696,7 @@ def test_tensorboard_that_is_not_installed_is_the_users_mistake(train, monkeypat
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("flags", [FROZEN, "", f"{LORA} 32", "--freeze_word_embeddings"])
+@pytest.mark.parametrize("flags", [FROZEN, "", f"{LORA} 32", DORA, "--freeze_word_embeddings"])
 def test_a_resumed_run_is_the_unbroken_one(train, monkeypatch, flags, precision):
     """Vectors of a frozen encoder too: their last bits depend on the batch they are encoded in."""
     assert_resumed_is_unbroken(train, monkeypatch, f"--precision {precision} {flags}")
