@@ -587,9 +587,7 @@ def differentiable_norms(layer, weight):
 
 
 @pytest.mark.parametrize(("name", "ratio"), [("some", 1.0), ("dora", 4.0)])
-def test_faulty_training_does_not_equal_peft(
-    name, ratio, adapters, minilm, sequences, monkeypatch
-):
+def test_faulty_training_does_not_equal_peft(name, ratio, adapters, minilm, sequences, monkeypatch):
     """One rate for A and B; or gradients through the norms, with the same outputs."""
     model, theirs = random_adapter(minilm, LORA[name]), adapters[name, "fp64"].result().tensors
     monkeypatch.setattr(DoRALinear, "row_norms", differentiable_norms)
