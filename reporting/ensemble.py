@@ -13,7 +13,6 @@ from reporting import results
 from runtime.files import file_sha256
 from runtime.hub import STOOD_IN
 from training.data_files import uses_sample
-from training.flags import default_flags
 from training.run_folder import RunFolder
 from training.saved_models import plan_with_tasks
 
@@ -37,8 +36,8 @@ class Run:
 
     @property
     def args(self):
-        """Every flag of the run; newer ones than the run have their defaults."""
-        return default_flags() | self.description["args"]
+        """Every flag of the run."""
+        return self.description["args"]
 
     def logged(self, key):
         """Values of `key` in the training lines that have it."""

@@ -57,10 +57,10 @@ def measure(model, tensors):
     return outputs_of(model, tensors) | gradients
 
 
-def train(model, tensors, steps, lr):
-    """Trained parameters by name after `steps` of AdamW on `loss_of`."""
+def train(model, tensors, steps, make_optimizer):
+    """Trained parameters by name after `steps` on `loss_of` of what `make_optimizer(model)` is."""
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    optimizer = torch.optim.AdamW(trained.values(), lr=lr)
+    optimizer = make_optimizer(model)
     for _ in range(steps):
         optimizer.zero_grad()
         loss_of(forward(model, tensors), tensors).backward()
@@ -121,14 +121,19 @@ def tokens(tensors, tokenizer, texts, pairs=(), max_length=512, options=()):
     return result
 
 
-def lora(tensors, model, folder, settings=None, steps=0, lr=0.0, double=False):
+def lora(tensors, model, folder, settings=None, steps=0, lr=0.0, ratio=1.0, double=False):
     """A LoRA model of `peft`: outputs, gradients, outputs when merged, weights after training.
 
-    The adapter is read from `folder`, or with `settings` made anew and written there. `double`: all
-    of it in double precision.
+    The adapter is read from `folder`, or with `settings` made anew and written there. `ratio`: of
+    LoRA+. `double`: all of it in double precision.
     """
     import peft
     import transformers
+    from peft.optimizers import create_loraplus_optimizer
+
+    def make_optimizer(wrapped):
+        rates = {"lr": lr, "loraplus_lr_ratio": ratio}
+        return create_loraplus_optimizer(wrapped, torch.optim.AdamW, **rates)
 
     bert = transformers.BertModel.from_pretrained(model)
     if settings is None:
@@ -141,7 +146,7 @@ def lora(tensors, model, folder, settings=None, steps=0, lr=0.0, double=False):
         wrapped, tensors = in_double(wrapped, tensors)
     merged = outputs_of(copy.deepcopy(wrapped).merge_and_unload(), tensors)
     result = measure(wrapped, tensors) | {f"merged {name}": t for name, t in merged.items()}
-    result |= train(wrapped, tensors, steps, lr)
+    result |= train(wrapped, tensors, steps, make_optimizer)
     plain = {name.replace("base_model.model.", ""): tensor for name, tensor in result.items()}
     return {name.replace(".default.weight", ""): tensor for name, tensor in plain.items()}
 

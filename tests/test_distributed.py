@@ -52,6 +52,10 @@ COMPARED_SLOWLY = {
         *("--tasks", "sst", "para", "--sst_train", "data/few.csv"),
         *("--sampling", "annealed", "--epochs", "2", "--steps_per_epoch", "5"),
     ],
+    "dora": [
+        *(*SIMCSE, *LORA, "--LoRA_variant", "dora"),
+        *("--LoRA_lr_ratio", "4", "--LoRA_layers", "1"),
+    ],
     "accumulate": [*SIMCSE, "--accumulate", "2"],
     "joint": [*SIMCSE, "--pair_encoding", "joint"],
     "pals": [*SIMCSE, "--pals", "--accumulate", "2"],

@@ -17,8 +17,9 @@ from torch import nn
 
 from base_bert import read_tensors, write_tensors
 from bert import BertModel
-from config import LORA_TARGETS, LoRAConfig, MultitaskConfig, UserError
+from config import LORA_TARGETS, LORA_VARIANTS, LoRAConfig, MultitaskConfig, UserError
 from lora import (
+    DoRALinear,
     LoRALinear,
     LowRankLinear,
     adapter_layers,
@@ -32,6 +33,7 @@ from lora import (
 from multitask_bert import MultitaskBERT
 
 CONFIG = LoRAConfig(r=3, alpha=6.0)
+DORA = replace(CONFIG, variant="dora")
 IDS = torch.tensor([[2, 9, 14, 22, 3], [2, 30, 11, 3, 0]])
 MASK = (IDS != 0).long()
 
@@ -43,9 +45,9 @@ def plain(tiny_config):
 
 
 @pytest.fixture
-def adapted(plain):
+def adapted(plain, request):
     """The encoder `plain`, copied, with an adapter as after training: B is not zero any more."""
-    model = apply_lora(copy.deepcopy(plain), CONFIG)
+    model = apply_lora(copy.deepcopy(plain), getattr(request, "param", CONFIG))
     for layer in adapter_layers(model).values():
         nn.init.normal_(layer.lora_B, std=0.3)
     return model
@@ -75,6 +77,31 @@ def test_one_layer_by_hand():
     assert merged.tolist() == [[1.0 + 8.0, 2.0 - 8.0], [3.0 + 2.0, 4.0 - 2.0]]
 
 
+def test_one_dora_layer_by_hand():
+    layer = DoRALinear(linear := nn.Linear(2, 2), LoRAConfig(r=1, alpha=4.0, variant="dora"))
+    with torch.no_grad():
+        linear.weight.copy_(torch.tensor([[1.0, 2.0], [3.0, 4.0]]))
+        linear.bias.copy_(torch.tensor([0.5, -0.5]))
+        layer.lora_A.copy_(torch.tensor([[1.0, -1.0]]))
+        layer.lora_B.copy_(torch.tensor([[0.5], [0.5]]))
+        layer.lora_magnitude_vector.copy_(torch.tensor([6.0, 2.5]))
+    y = layer(torch.tensor([[3.0, 1.0]]))
+    # V = W + 4 B A = ((3, 0), (5, 2)), of norms 3 and √29; V x = (9, 17); m / ‖V‖ = 2, 2.5 / √29
+    torch.testing.assert_close(y, torch.tensor([[18.5, 42.5 / math.sqrt(29) - 0.5]]))
+    y.sum().backward()
+    factors = torch.tensor([2, 2.5 / math.sqrt(29)])  # the norms are constants
+    torch.testing.assert_close(layer.lora_magnitude_vector.grad, torch.tensor([3, 17 / 29**0.5]))
+    torch.testing.assert_close(layer.lora_B.grad, (4 * 2 * factors)[:, None])  # A x = 2
+    found = merge_lora(nn.Sequential(layer))[0].weight
+    torch.testing.assert_close(found, factors[:, None] * torch.tensor([[3.0, 0.0], [5.0, 2.0]]))
+
+
+def test_rslora_divides_by_the_root_of_r():
+    """Kalajdzievski 2023: α/√r, so that a larger r does not shrink the path."""
+    scales = [LoRAConfig(r=16, alpha=8.0, variant=v).scaling for v in ("plain", "rslora", "dora")]
+    assert scales == [0.5, 2.0, 0.5]
+
+
 def test_dropout_is_on_the_low_rank_path_alone_and_has_its_rate():
     """With W, A and B the identity, y - x is what dropout made of x; its mask is the gradient's."""
     layer = LoRALinear(nn.Linear(500, 500), LoRAConfig(r=500, alpha=500.0, dropout=0.3)).train()
@@ -97,28 +124,37 @@ def test_dropout_is_on_the_low_rank_path_alone_and_has_its_rate():
 
 def composite(layer, x):
     """The same layer by autograd, as `peft` computes it."""
-    low_rank = F.linear(F.linear(layer.dropout(x), layer.lora_A), layer.lora_B)
-    return F.linear(x, layer.weight, layer.bias) + layer.scaling * low_rank
+    dropped = layer.dropout(x)
+    low_rank = layer.scaling * F.linear(F.linear(dropped, layer.lora_A), layer.lora_B)
+    y = F.linear(x, layer.weight, layer.bias)
+    if not isinstance(layer, DoRALinear):
+        return y + low_rank
+    weight = layer.weight + layer.scaling * (layer.lora_B @ layer.lora_A)
+    factor = layer.lora_magnitude_vector / weight.norm(dim=1).detach()
+    share, factor = (factor - 1).to(y.dtype), factor.to(y.dtype)
+    return y + share * F.linear(dropped, layer.weight) + factor * low_rank
 
 
 def values_and_gradients(function, layer, x, weights):
-    """Output and gradients of x, A and B, with the same dropout on every call."""
+    """Output and gradients of x, A, B and magnitudes, with the same dropout on every call."""
     torch.manual_seed(9)
     leaf = x.clone().requires_grad_()
     y = function(leaf)
-    matrices = (layer.lora_A, layer.lora_B)
-    gradients = torch.autograd.grad(y, (leaf, *matrices), weights.to(y.dtype))
-    return dict(zip(("y", "x", "lora_A", "lora_B"), (y.detach(), *gradients), strict=True))
+    matrices = {name: p for name, p in layer.named_parameters() if name.startswith("lora_")}
+    gradients = torch.autograd.grad(y, (leaf, *matrices.values()), weights.to(y.dtype))
+    return dict(zip(("y", "x", *matrices), (y.detach(), *gradients), strict=True))
 
 
-def layer_and_input(shape, with_dropout=False, with_bias=True):
+def layer_and_input(shape, with_dropout=False, with_bias=True, kind=LoRALinear):
     """A layer of 24 -> 20 as it is amid training, an input (…, 24) and weights of the output.
 
     Of three dimensions, the tensors do not lie in memory in order.
     """
     config = LoRAConfig(r=3, alpha=6.0, dropout=0.4 if with_dropout else 0.0)
-    layer = LoRALinear(nn.Linear(24, 20, bias=with_bias), config).train()
+    layer = kind(nn.Linear(24, 20, bias=with_bias), config).train()
     nn.init.normal_(layer.lora_B, std=0.3)
+    if kind is DoRALinear:
+        layer.lora_magnitude_vector.data *= 1 + 0.3 * torch.rand(20)
     x, weights = torch.randn(*shape, 24), torch.randn(*shape, 20)
     if len(shape) == 3:
         x, weights = (t.movedim(-1, 0).contiguous().movedim(0, -1) for t in (x, weights))
@@ -129,10 +165,11 @@ def layer_and_input(shape, with_dropout=False, with_bias=True):
 @pytest.mark.parametrize("with_dropout", [False, True])
 @pytest.mark.parametrize("with_bias", [False, True])
 @pytest.mark.parametrize("of", ["float64", "float32", "float32 autocast", "bfloat16 autocast"])
-def test_a_layer_equals_the_composite(shape, with_dropout, with_bias, of):
+@pytest.mark.parametrize("kind", [LoRALinear, DoRALinear])
+def test_a_layer_equals_the_composite(shape, with_dropout, with_bias, of, kind):
     """Also in double precision, from which it differs by bf16's rounding at most."""
     dtype, autocast = getattr(torch, of.split()[0]), "autocast" in of
-    layer, x, weights = layer_and_input(shape, with_dropout, with_bias)
+    layer, x, weights = layer_and_input(shape, with_dropout, with_bias, kind)
     layer, x = layer.to(torch.promote_types(dtype, torch.float32)), x.to(dtype)
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
         found = values_and_gradients(layer, layer, x, weights)
@@ -147,9 +184,10 @@ def test_a_layer_equals_the_composite(shape, with_dropout, with_bias, of):
             torch.testing.assert_close(found[name].double(), other, rtol=rtol, atol=float(atol))
 
 
-def test_frozen_weights_cast_to_bf16_change_nothing_under_autocast():
+@pytest.mark.parametrize("kind", [LoRALinear, DoRALinear])
+def test_frozen_weights_cast_to_bf16_change_nothing_under_autocast(kind):
     """`keep_frozen_in` casts W and b once instead of in every forward pass."""
-    layer, x, weights = layer_and_input((2, 3), with_dropout=True)
+    layer, x, weights = layer_and_input((2, 3), with_dropout=True, kind=kind)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         right = values_and_gradients(layer, layer, x, weights)
         layer.weight.data, layer.bias.data = layer.weight.bfloat16(), layer.bias.bfloat16()
@@ -174,9 +212,10 @@ def test_twin_a_wrong_gradient_shows(monkeypatch):
         assert (wrong[name] - right[name]).abs().max() > 2**-4 * scale, name
 
 
-def test_gradients_can_be_asked_for_twice_and_of_frozen_inputs():
+@pytest.mark.parametrize("kind", [LoRALinear, DoRALinear])
+def test_gradients_can_be_asked_for_twice_and_of_frozen_inputs(kind):
     """Surgery goes back once per task; the first layers' input and the base weights are frozen."""
-    layer, x, weights = layer_and_input((2, 3))
+    layer, x, weights = layer_and_input((2, 3), kind=kind)
     right = values_and_gradients(layer, layer, x, weights)
     y = layer(x)
     for _ in range(2):
@@ -200,11 +239,12 @@ def test_an_empty_batch_has_gradients_and_a_second_derivative_is_refused():
 # ---------------------------------------------------------------------------------- a whole model
 
 
-def test_at_the_start_output_and_base_parameters_are_the_plain_models(plain):
+@pytest.mark.parametrize("variant", LORA_VARIANTS)
+def test_at_the_start_output_and_base_parameters_are_the_plain_models(plain, variant):
     """The largest r that fits is 32 here. A ~ Kaiming uniform, B = 0 (Hu et al. 2021, §4.1)."""
     before, parameters = output(plain), dict(plain.named_parameters())
     linears = [n for n, m in plain.encoder.named_modules() if isinstance(m, nn.Linear)]
-    apply_lora(plain, replace(CONFIG, r=32))
+    apply_lora(plain, replace(CONFIG, r=32, variant=variant))
     assert torch.equal(output(plain), before)
     after = dict(plain.named_parameters())
     assert all(after.pop(name) is parameter for name, parameter in parameters.items())
@@ -234,6 +274,14 @@ def test_each_target_is_one_kind_of_layer(plain, target):
     assert list(adapter_layers(plain)) == expected
 
 
+def test_layers_select_encoder_layers_by_number(plain):
+    """Of two; an unknown one is an error, for nothing would say that it was not adapted."""
+    apply_lora(plain, replace(CONFIG, targets=("output",), layers=(1,)))
+    assert list(adapter_layers(plain)) == ["encoder.layer.1.output.dense"]
+    with pytest.raises(ValueError, match="layers is 2; expected 0 to 1"):
+        apply_lora(plain, replace(CONFIG, layers=(0, 2)))
+
+
 def test_adapters_and_heads_train_and_the_base_stays(adapted):
     model = MultitaskBERT(adapted, MultitaskConfig())
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -250,6 +298,7 @@ def test_adapters_and_heads_train_and_the_base_stays(adapted):
 # ------------------------------------------------------------------------------ merging, saving
 
 
+@pytest.mark.parametrize("adapted", [CONFIG, DORA], indirect=True)
 def test_merged_equals_unmerged_and_is_a_plain_model(plain, adapted, tmp_path):
     before = output(adapted)
     assert (before - output(plain)).abs().max() > 1e-2  # the twin: an adapter left out shows
@@ -304,6 +353,25 @@ def test_what_peft_writes_is_read(saved, fresh, adapted):
     assert "base_model.model.encoder.layer.0.attention.self.query.lora_A.weight" in names
 
 
+@pytest.mark.parametrize("numbers", [1, [1], [0, 1], None])
+@pytest.mark.parametrize("pattern", [None, [], "layer", ["layer"]])
+def test_layers_to_transform_is_read_as_peft_reads_it(plain, tmp_path, numbers, pattern):
+    """A number or a list; ends of names count in those layers alone, whole names everywhere."""
+    config = replace(CONFIG, targets=("query", "key"), layers=(1,))
+    model = apply_lora(plain, config)
+    save_adapter(model, tmp_path, config, "some/encoder")
+    settings = change(tmp_path, target_modules=["query", f"encoder.layer.1.{LORA_TARGETS['key']}"])
+    assert settings["layers_to_transform"] == [1]
+    assert settings["target_modules"] == target_names(plain, ("query", "key"), (1,))
+    change(tmp_path, layers_to_transform=numbers, layers_pattern=pattern)
+    if numbers in (1, [1]):
+        load_adapter(model, tmp_path, config)
+    else:
+        message = r"target_modules is \['encoder.layer.0.attention.self.query', 'key', 'query'\]"
+        with pytest.raises(UserError, match=message):
+            load_adapter(model, tmp_path, config)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -318,6 +386,7 @@ def test_what_peft_writes_is_read(saved, fresh, adapted):
         ({"rank_pattern": {"query": 1}}, "rank_pattern is {'query': 1}"),
         ({"alpha_pattern": {"query": 1}}, "alpha_pattern is {'query': 1}"),
         ({"fan_in_fan_out": True}, "fan_in_fan_out is True"),
+        ({"layers_pattern": "block"}, "layers_pattern is block"),
         ({"alora_invocation_tokens": [1]}, "alora_invocation_tokens is [1]"),
         ({"lora_alpha": "much"}, "not an adapter's configuration"),
         ({"target_modules": None}, "not an adapter's configuration"),

@@ -10,6 +10,7 @@ import signal
 import sys
 import time
 from dataclasses import replace
+from itertools import product
 from operator import itemgetter
 from subprocess import PIPE, Popen
 
@@ -24,6 +25,7 @@ from reporting.ensemble import Run, finished_run
 from runtime.script import NotFinite
 from studies import lora_sweep
 from tokenizer import BertTokenizer
+from training.flags import parse_command
 from training.run_folder import RunFolder
 
 NAMES = ["LoRA-r2-a2", "LoRA-r2-a1", "LoRA-r4-a2"]  # α = 2 and α/r = 0.5 are equal at r 4
@@ -94,6 +96,42 @@ def test_equal_combinations_occur_once_and_are_points_of_both_curves():
     assert [point.suffix for point in found] == suffixes
     assert [point.x for point in found] == [1, 1, 32, 64, 64]
     assert [len(point.schemes) for point in found] == [1, 1, 2, 1, 1]
+
+
+VARIED = [["LoRA_variant", "plain", "dora"], ["LoRA_targets", "query", "query output"]]
+
+
+def test_any_flag_varies_and_its_values_are_the_words_of_the_command(tmp_path):
+    """Of two flags every combination; "on" and "off" for one that takes no value."""
+    found = lora_sweep.grid(VARIED)
+    values = product(("plain", "dora"), ("query", "query_output"))
+    suffixes = [f"LoRA_variant_{v}-LoRA_targets_{t}" for v, t in values]
+    assert [point.suffix for point in found] == suffixes
+    assert found[3].words == ["--LoRA_variant", "dora", "--LoRA_targets", "query", "output"]
+    assert found[3].cells == {"LoRA_variant": "dora", "LoRA_targets": "query output"}
+    assert [point.x for point in found] == ["plain", "plain", "dora", "dora"]
+    assert [point.schemes for point in found[:2]] == [[f"LoRA_targets {t}"] for t in VARIED[1][1:]]
+    words, run = lora_sweep.plan_run(found[3], tmp_path, ["--LoRA_r", "4"])
+    assert run.path == tmp_path / f"LoRA-{suffixes[3]}"
+    assert parse_command(words).flags.LoRA_targets == ["query", "output"]
+    switch = lora_sweep.grid([["unsupervised_simcse", "off", "on", "on"]])
+    assert [point.words for point in switch] == [[], ["--unsupervised_simcse"]]
+    assert [point.schemes for point in switch] == [["all runs"]] * 2
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--vary LoRA_r 4 8 -- --LoRA_r 2", "--LoRA_r after --"),
+        ("--vary seed 1 2 -- --runs_dir x", "--runs_dir after --"),
+        ("--vary resume on", "--vary resume: expected another flag"),
+        ("--vary seed", "--vary seed: expected another flag, and its values"),
+    ],
+)
+def test_what_cannot_vary_is_refused(words, message):
+    lora_sweep.parse_flags(["--vary", "seed", "1", "2", "--", "--LoRA_r", "4"])
+    with pytest.raises(UserError, match=message):
+        lora_sweep.parse_flags(words.split())
 
 
 def test_every_combination_is_trained_once(swept):
@@ -307,6 +345,31 @@ def test_the_picture_shows_every_run_at_its_rank_score_and_time(swept, points):
     (legend,) = figure.legends
     assert [text.get_text() for text in legend.get_texts()] == ["α = 2", "α/r = 0.5"]
     assert not any(legend.get_window_extent().overlaps(axes.bbox) for axes in figure.axes)
+
+
+def test_a_sweep_of_flags_has_a_column_for_each_and_a_curve_for_each_of_the_others(
+    points, tmp_path
+):
+    runs = [*(point.run for point in points), points[0].run]
+    shown = [
+        point._replace(run=run, error=0.01)
+        for point, run in zip(lora_sweep.grid(VARIED), runs, strict=True)
+    ]
+    text = lora_sweep.write_sweep(shown, [], tmp_path, "command").read_text("utf-8")
+    assert text.startswith("# LoRA_variant, LoRA_targets\n")
+    assert r"| LoRA\_variant | LoRA\_targets | trained parameters |" in text
+    assert len(re.findall(r"^\| (?:plain|dora) \| query(?: output)? \|", text, re.MULTILINE)) == 4
+    figure = Figure(figsize=(11, 5.2), layout="constrained")
+    lora_sweep.draw_sweep(figure, shown)
+    left, right = figure.axes
+    for container, of_curve in zip(left.containers, (runs[::2], runs[1::2]), strict=True):
+        assert list(container.lines[0].get_ydata()) == [run.overall for run in of_curve]
+    figure.canvas.draw()
+    assert [text.get_text() for text in left.get_xticklabels()] == ["plain", "dora"]
+    assert [text.get_text() for text in right.texts] == ["plain", "dora"] * 2
+    (legend,) = figure.legends
+    texts = [text.get_text() for text in legend.get_texts()]
+    assert texts == ["LoRA_targets query", "LoRA_targets query output"]
 
 
 def test_a_run_that_diverged_is_named(points, tmp_path):

@@ -27,9 +27,17 @@ from safetensors.torch import load_file, save_file
 
 from base_bert import load_encoder, load_mlm_head
 from bert import ROW_TOKENS, BertModel, pack
-from config import TASKS, BertConfig, LoRAConfig, MultitaskConfig, PALConfig
+from config import LORA_TARGETS, TASKS, BertConfig, LoRAConfig, MultitaskConfig, PALConfig
 from datasets import TaskBatch, read_task_file
-from lora import adapter_layers, adapter_tensors, apply_lora, load_adapter, merge_lora, save_adapter
+from lora import (
+    DoRALinear,
+    adapter_layers,
+    adapter_tensors,
+    apply_lora,
+    load_adapter,
+    merge_lora,
+    save_adapter,
+)
 from mlm import MaskedLMHead
 from multitask_bert import MultitaskBERT
 from pals import apply_pals
@@ -37,6 +45,7 @@ from runtime import hub
 from tokenizer import BertTokenizer, join_pair
 from training.run_folder import RunFolder
 from training.saved_models import export_run, load_run, save_model
+from training.setup import make_optimizer
 
 LIMIT = 1e-5  # largest difference, relative to the tensor's largest value
 CLEARLY = 10 * LIMIT  # what a twin must exceed
@@ -499,29 +508,42 @@ def test_faulty_tokenizer_does_not_equal_transformers(published, tokenizer):
 LORA = {
     "all": LoRAConfig(r=4, alpha=6.0),
     "some": LoRAConfig(r=5, alpha=16.0, targets=("query", "value")),
+    "rslora": LoRAConfig(r=5, alpha=6.0, variant="rslora", layers=(1, 2, 3, 4, 5)),
+    "dora": LoRAConfig(r=4, alpha=6.0, variant="dora"),
+    "some dora": LoRAConfig(3, 8.0, 0.0, ("query", "intermediate"), "dora", layers=(0, 4)),
 }
 # Optimiser steps by precision. Adam divides a gradient by its own size. So the rounding of an
 # element close to 0 grows to a share of the learning rate, which therefore is small in fp32.
 TRAINING = {"fp32": {"steps": 10, "lr": 2e-5}, "fp64": {"steps": 10, "lr": 1e-3, "double": True}}
+RATIOS = {"some": 4.0, "dora": 4.0}  # of LoRA+; 1 in the other cases
 
 
 def random_adapter(model, config):
-    """A copy of `model` with LoRA layers whose B is not 0."""
+    """A copy of `model` with LoRA layers whose B is not 0, and magnitudes as after training."""
     torch.manual_seed(5)
     model = apply_lora(copy.deepcopy(model), config)
     for layer in adapter_layers(model).values():
         torch.nn.init.normal_(layer.lora_B, std=0.02)
+        if config.variant == "dora":
+            layer.lora_magnitude_vector.data *= 1 + 0.1 * torch.randn(layer.out_features)
     return model.eval()
 
 
-def measure_lora(model, tensors, steps=0, lr=0.0, double=False):
+def optimizer_of(lr, ratio):
+    """A function: the training script's optimiser of an encoder, without weight decay."""
+    flags = SimpleNamespace(layer_decay=1.0, weight_decay=0.0, LoRA_lr_ratio=ratio)
+    plan = SimpleNamespace(flags=flags, encoder_lr=lr, head_lr=lr)
+    return lambda bert: make_optimizer(MultitaskBERT(bert, MultitaskConfig()), plan)
+
+
+def measure_lora(model, tensors, steps=0, lr=0.0, ratio=1.0, double=False):
     """Everything that reference.py's `lora` gives, of a model with our LoRA layers."""
     model = copy.deepcopy(model)
     if double:
         model, tensors = reference.in_double(model, tensors)
     merged = reference.outputs_of(merge_lora(copy.deepcopy(model)), tensors)
     result = reference.measure(model, tensors) | {f"merged {n}": t for n, t in merged.items()}
-    return result | reference.train(model, tensors, steps, lr)
+    return result | reference.train(model, tensors, steps, optimizer_of(lr, ratio))
 
 
 def in_single(tensors, beginning=""):
@@ -543,6 +565,7 @@ def adapters(peft, minilm, sequences, tmp_path_factory):
         folder = tmp_path_factory.mktemp(name)
         save_adapter(random_adapter(minilm, config), folder, config, "bundled")
         for precision, training in TRAINING.items():
+            training = training | {"ratio": RATIOS.get(name, 1.0)}
             found[name, precision] = peft(tensors, folder=folder, **training)
     return found
 
@@ -556,7 +579,7 @@ def test_our_adapter_in_peft(name, precision, adapters, minilm, sequences):
     elsewhere: so ours in fp32 is held against theirs in double precision.
     """
     model, tensors = random_adapter(minilm, LORA[name]), padded(sequences[-2:])
-    ours = measure_lora(model, tensors, **TRAINING[precision])
+    ours = measure_lora(model, tensors, ratio=RATIOS.get(name, 1.0), **TRAINING[precision])
     theirs = dict(adapters[name, precision].result().tensors)
     if precision == "fp32":
         theirs |= in_single(adapters[name, "fp64"].result().tensors, "gradient")
@@ -568,10 +591,12 @@ def test_our_adapter_in_peft(name, precision, adapters, minilm, sequences):
 def settings_of(name, model):
     """The settings with which peft makes an adapter as `LORA[name]`."""
     config = LORA[name]
-    targets = list(config.targets)  # a subset by short names, as users of peft write it
+    targets = [LORA_TARGETS[t] for t in config.targets]  # short names, as users of peft write them
     if name == "all":
         targets = list(adapter_layers(apply_lora(copy.deepcopy(model), config)))
-    return {"r": config.r, "lora_alpha": config.alpha, "target_modules": targets}
+    settings = {"r": config.r, "lora_alpha": config.alpha, "target_modules": targets}
+    kinds = {"use_rslora": config.variant == "rslora", "use_dora": config.variant == "dora"}
+    return settings | kinds | {"layers_to_transform": config.layers}
 
 
 @pytest.mark.parametrize("name", LORA)
@@ -587,7 +612,7 @@ def test_adapter_of_peft_in_ours(name, peft, minilm, batch, tmp_path):
 
 @pytest.mark.parametrize("name", LORA)
 def test_fresh_adapter_is_drawn_as_peft_draws_it(name, peft, minilm, batch, tmp_path):
-    """The same names and shapes; B all zero; A uniform with the same limits and deviation."""
+    """The same names and shapes; B zero, magnitudes equal; A of the same limits and deviation."""
     fresh = adapter_tensors(apply_lora(copy.deepcopy(minilm), LORA[name]))
     answer = peft(batch, folder=tmp_path, settings=settings_of(name, minilm)).result().tensors
     theirs = {n.removeprefix("trained "): t for n, t in answer.items() if n.startswith("trained")}
@@ -596,6 +621,8 @@ def test_fresh_adapter_is_drawn_as_peft_draws_it(name, peft, minilm, batch, tmp_
         other = theirs[matrix]
         if matrix.endswith("lora_B"):
             assert not ours.any() and not other.any()
+        elif matrix.endswith("lora_magnitude_vector"):
+            torch.testing.assert_close(ours, other, rtol=1e-6, atol=0)
         else:
             assert max(ours.abs().max(), other.abs().max()) <= ours.size(1) ** -0.5
             assert ours.std().item() == pytest.approx(other.std().item(), rel=0.06)
@@ -614,13 +641,50 @@ def leave_one_out(model):
     adapter_layers(model)["encoder.layer.0.attention.self.value"].scaling = 0.0
 
 
-@pytest.mark.parametrize("fault", [corrupt_alpha, change_adapter, leave_one_out])
-def test_faulty_lora_does_not_equal_peft(fault, adapters, minilm, sequences):
-    model = random_adapter(minilm, LORA["all"])
+def keep_norms_of_the_start(model):
+    for layer in adapter_layers(model).values():
+        norms = torch.linalg.vector_norm(layer.weight, dim=1)
+        layer.row_norms = lambda _, norms=norms: norms
+
+
+def as_plain_lora(model):
+    for layer in adapter_layers(model).values():
+        layer.scaling = 6 / layer.r
+
+
+FAULTS = {
+    "all": [corrupt_alpha, change_adapter, leave_one_out],
+    "dora": [corrupt_alpha, keep_norms_of_the_start],
+    "rslora": [as_plain_lora],
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "fault"), [(name, fault) for name, faults in FAULTS.items() for fault in faults]
+)
+def test_faulty_lora_does_not_equal_peft(name, fault, adapters, minilm, sequences):
+    model = random_adapter(minilm, LORA[name])
     fault(model)
-    ours = measure_lora(model, padded(sequences[-2:]), **TRAINING["fp64"])
+    training = TRAINING["fp64"] | {"ratio": RATIOS.get(name, 1.0)}
+    ours = measure_lora(model, padded(sequences[-2:]), **training)
     for part in ("last", "gradient", "merged", "trained"):
-        assert largest_difference(ours, adapters["all", "fp64"].result().tensors, part) > CLEARLY
+        assert largest_difference(ours, adapters[name, "fp64"].result().tensors, part) > CLEARLY
+
+
+def differentiable_norms(layer, weight):
+    """DoRA's as they would be if they were not constants in the backward pass."""
+    updated = weight + layer.scaling * layer.lora_B @ layer.lora_A
+    return torch.linalg.vector_norm(updated, dim=1)
+
+
+@pytest.mark.parametrize(("name", "ratio"), [("some", 1.0), ("dora", 4.0)])
+def test_faulty_training_does_not_equal_peft(name, ratio, adapters, minilm, sequences, monkeypatch):
+    """One rate for A and B; or gradients through the norms, with the same outputs."""
+    model, theirs = random_adapter(minilm, LORA[name]), adapters[name, "fp64"].result().tensors
+    monkeypatch.setattr(DoRALinear, "row_norms", differentiable_norms)
+    ours = measure_lora(model, padded(sequences[-2:]), ratio=ratio, **TRAINING["fp64"])
+    assert largest_difference(ours, theirs, "last", "pooler") <= LIMIT
+    assert largest_difference(ours, theirs, "trained") > CLEARLY
 
 
 # ----------------------------------------------------------------------- projected attention layers
@@ -672,24 +736,29 @@ def test_pals_equal_the_authors_over_transformers(fault, authors, minilm, sequen
 
 # ---------------------------------------------------------------------------------- exported runs
 
-RUNS = {"full-model": [], "LoRA": ["--LoRA_r", "4", "--LoRA_alpha", "6"]}
+RUNS = {
+    "full-model": "--fine-tune-mode full-model",
+    "LoRA": "--fine-tune-mode LoRA --LoRA_r 4 --LoRA_alpha 6",
+    "LoRA-dora": "--fine-tune-mode LoRA --LoRA_r 4 --LoRA_variant dora --LoRA_lr_ratio 8 "
+    "--LoRA_layers 1-5 --model_file_suffix dora",
+}
 FLAGS = "--pretrained bundled --tasks sst --epochs 1 --steps_per_epoch 2 --lr 1e-3 --precision fp32"
-WEIGHTS = {"full-model": "model.safetensors", "LoRA": "adapter_model.safetensors"}
+WEIGHTS = dict.fromkeys(RUNS, "adapter_model.safetensors") | {"full-model": "model.safetensors"}
 EXPORT_TEXTS = [*ODD_TEXTS[3:10], "a [SEP] b", "A film to fall in love with .", "word " * 90]
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory, bundled_folder):
-    """Best models after two steps of the real script on the sample: mode -> folder, model."""
+    """Best models after two steps of the real script on the sample: name -> folder, model."""
     folder = tmp_path_factory.mktemp("runs")
     script = [sys.executable, REPOSITORY / "multitask_classifier.py", *FLAGS.split()]
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     found = {}
-    for mode, flags in RUNS.items():
-        command = [*script, "--data_dir", SAMPLE, "--fine-tune-mode", mode, *flags]
+    for name, flags in RUNS.items():
+        command = [*script, "--data_dir", SAMPLE, *flags.split()]
         subprocess.run(command, cwd=folder, env=environment, check=True)
-        run = RunFolder(folder / "runs" / mode)
-        found[mode] = run.best, load_run(run, torch.device("cpu"))[0]
+        run = RunFolder(folder / "runs" / name)
+        found[name] = run.best, load_run(run, torch.device("cpu"))[0]
     yield found
     shutil.rmtree(folder)
 
@@ -697,9 +766,9 @@ def runs(tmp_path_factory, bundled_folder):
 @pytest.fixture(scope="module")
 def export(ask, peft, batch):
     """A function: what `transformers` or `peft` makes of the folder of a best model."""
-    jobs = {"full-model": lambda folder: ask("encoder", batch, model=folder)}
-    jobs["LoRA"] = lambda folder: peft(batch, folder=folder)
-    return lambda mode, folder: jobs[mode](folder)
+    jobs = dict.fromkeys(RUNS, lambda folder: peft(batch, folder=folder))
+    jobs["full-model"] = lambda folder: ask("encoder", batch, model=folder)
+    return lambda name, folder: jobs[name](folder)
 
 
 @pytest.mark.parametrize("mode", RUNS)
@@ -712,7 +781,7 @@ def test_run_in_transformers_and_peft(mode, export, runs, minilm, batch):
     assert largest_difference(ours, theirs, *outputs) <= LIMIT
     assert largest_difference(untrained, theirs, *outputs) > CLEARLY
     assert answer.result().said == []
-    if mode == "LoRA":
+    if mode != "full-model":
         merged = {f"merged {name}": tensor for name, tensor in ours.items()}
         assert largest_difference(merged, theirs, "merged") <= LIMIT
         corrupt_alpha(wrong := copy.deepcopy(model.bert))
@@ -750,9 +819,10 @@ def test_run_in_sentence_transformers(pooling, other, ask, runs, tmp_path):
     assert largest_difference(vectors(model), theirs.result().tensors) > CLEARLY
 
 
-def test_exported_lora_run_in_sentence_transformers(ask, runs, tmp_path):
+@pytest.mark.parametrize("name", ["LoRA", "LoRA-dora"])
+def test_exported_lora_run_in_sentence_transformers(name, ask, runs, tmp_path):
     """One plain encoder, its adapter merged, pooled as the run's heads pool."""
-    best, model = runs["LoRA"]
+    best, model = runs[name]
     export_run(RunFolder(best.parent), tmp_path / "merged")
     theirs = ask("sentence_vectors", model=tmp_path / "merged", texts=EXPORT_TEXTS)
     assert largest_difference(vectors(model), theirs.result().tensors) <= LIMIT

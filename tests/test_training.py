@@ -48,6 +48,7 @@ ROWS = {"train": 24, "dev": 12, "test": 6}  # of each file of the sample
 THREE = ("sst", "para", "sts")
 SMALL = "--pretrained encoder --data_dir data --batch_size 4 --log_every 1"
 LORA = "--fine-tune-mode LoRA --LoRA_r"
+DORA = f"{LORA} 4 --LoRA_variant dora --LoRA_lr_ratio 4 --LoRA_layers 1 --LoRA_dropout 0.1"
 FROZEN = "--fine-tune-mode last-linear-layer"
 ALONE = "--tasks sst sts --mlm sst sts --loss_weights sst=0 sts=0"  # no task is trained
 PAL = "--fine-tune-mode PAL"
@@ -154,6 +155,7 @@ def assert_complete(run, tasks=THREE, steps=3):
         f"{LORA} 4 --LoRA_dropout 0.1",
         "--unsupervised_simcse --supervised_simcse --model_file_suffix simcse",
         f"{LORA} 2 --pair_encoding joint --unsupervised_simcse",
+        f"{DORA} --gradient_surgery --unsupervised_simcse --r_drop sst",
         "--gradient_surgery --unsupervised_simcse --supervised_simcse",
         f"{LORA} 4 --gradient_surgery mean",
         f"{LORA} 4 --gradient_surgery vaccine --sampling proportional --swap_pairs --r_drop para",
@@ -254,6 +256,10 @@ def test_lora_adapts_the_named_layers_only(train):
     assert all(any(layer in name for layer in layers) for name in names)
     assert all(".attention.output." not in name for name in names)
     assert run.description()["args"]["LoRA_targets"] == ["query", "output"]
+    path, description = run.path / "run.json", run.description()
+    for name in ("LoRA_variant", "LoRA_layers", "LoRA_lr_ratio"):  # as in a run older than these
+        del description["args"][name]
+    path.write_text(json.dumps(description), encoding="utf-8")
     train(f"{flags} query output --resume")
     evaluation.main([])
 
@@ -613,6 +619,7 @@ STEPS = [
     f"{LORA} 4 --gradient_surgery --unsupervised_simcse --supervised_simcse",
     "--gradient_surgery main --unsupervised_simcse --supervised_simcse",
     "--gradient_surgery vaccine --sampling annealed",
+    DORA,
     FROZEN,
     "--mlm sst para --accumulate 2",
     f"{PAL} --unsupervised_simcse --mlm sts",
@@ -735,7 +742,7 @@ def test_tensorboard_that_is_not_installed_is_the_users_mistake(train, monkeypat
         train("--tensorboard")
 
 
-RESUMED = [FROZEN, "", f"{LORA} 32", "--freeze_word_embeddings", "--pals"]
+RESUMED = [FROZEN, "", f"{LORA} 32", DORA, "--freeze_word_embeddings", "--pals"]
 RESUMED += [f"{PAL} --gradient_surgery --unsupervised_simcse", ALONE, f"{LORA} 4 --mlm sst para"]
 
 
