@@ -175,10 +175,9 @@ def set_learning_rate(optimizer, step, plan):
 
 def make_batches(data, plan):
     """The `MultitaskBatches` of a run: this process's share of each batch."""
-    shares = [{n: distributed.share(k, n) for n, k in sizes.items()} for sizes in plan.epoch_sizes]
-    length = plan.steps_per_epoch * plan.flags.accumulate
-    data = of_split(data, "train")
-    return MultitaskBatches(data, plan.epoch_sizes, plan.flags.seed, shares, length)
+    sizes, length = plan.epoch_sizes, plan.steps_per_epoch * plan.flags.accumulate
+    shares = [{n: distributed.share(k, n) for n, k in of_epoch.items()} for of_epoch in sizes]
+    return MultitaskBatches(of_split(data, "train"), sizes, plan.flags.seed, shares, length)
 
 
 def train(run, model, optimizer, data, plan, compute):

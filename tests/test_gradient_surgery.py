@@ -135,18 +135,18 @@ def test_a_cosine_below_its_target_is_raised_to_it(targets, combined, updated):
 
 
 @pytest.mark.parametrize(
-    ("first", "turned"), [([1, 2], [1.0, 0.75, 0.9375]), ([2, 1], [1.0, 0.9375, 0.75])]
+    ("first", "turned"), [([1, 2], [1.0, 0.48, 0.36]), ([2, 1], [1.0, 0.75, 0.0])]
 )
 def test_a_turned_gradient_meets_the_others_in_the_generators_order(first, turned):
-    """a = (1, 0, 0) alone has targets, 0.6; the others stay as they are.
+    """a = (1, 0, 0) has the target 0.6 toward b = (0, 1, 0), and 0 toward c = (0, -0.6, 0.8).
 
-    Toward b it is (1, 0.75, 0), of norm 1.25; toward c 1.25 · 0.75 = 0.9375 times c is added.
+    Toward b it becomes (1, 0.75, 0), whose product with c is -0.45: 0.45 times c is added. Before
+    that, its product with c is 0. b and c stay as they are.
     """
-    values = gradients([1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0])
-    targets = torch.tensor([[0.0, 0.6, 0.6], [0.0] * 3, [0.0] * 3])
+    values = gradients([1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.0, -0.6, 0.8])
+    targets = torch.tensor([[0.0, 0.6, 0.0], [-1.0] * 3, [-1.0] * 3])
     found = gradvac(values, in_order(first, [0, 2], [0, 1]), targets)
-    others = torch.tensor([0.0, 1.0, 1.0])
-    torch.testing.assert_close(found.gradient - others, torch.tensor(turned))
+    torch.testing.assert_close(found.gradient - values["b"] - values["c"], torch.tensor(turned))
 
 
 def test_the_first_step_is_that_of_pcgrad():

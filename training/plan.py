@@ -188,11 +188,8 @@ def loss_weights(flags, simcse_tasks):
     losses += [f"mlm_{name}" for name in flags.mlm]
     expected = "LOSS=WEIGHT with LOSS of this run's losses"
     given = keyed_values(flags, "loss_weights", losses, number(float, 0), expected)
-    weights = dict.fromkeys(losses, 1.0)
-    if flags.gradient_surgery == "main":
-        main = flags.main_tasks or flags.tasks
-        weights |= {name: AUXILIARY_WEIGHT for name in losses if name not in main}
-    return weights | given
+    main = (flags.main_tasks or flags.tasks) if flags.gradient_surgery == "main" else losses
+    return {name: 1.0 if name in main else AUXILIARY_WEIGHT for name in losses} | given
 
 
 # ---------------------------------------------------------------------------------- contradictions
