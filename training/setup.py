@@ -160,10 +160,7 @@ def check_fit(plan, encoder, tokenizer):
 
 
 def build_model(plan, encoder, tokenizer):
-    """Encoder with its pretrained weights, LoRA layers in mode LoRA, and fresh task heads.
-
-    With `--start_from`, all that fits comes from that run.
-    """
+    """Encoder with its weights, LoRA layers in mode LoRA, heads; `--start_from` gives what fits."""
     flags = plan.flags
     bert = BertModel.from_pretrained(encoder)
     if flags.hidden_dropout_prob is not None:
