@@ -43,7 +43,7 @@ from runtime.device import Compute, memory_errors, select_device
 from runtime.files import file_sha256, open_whole, output_errors
 from training.data_files import MOVED, paths_of_run
 from training.run_folder import RunFolder, newest_run
-from training.saved_models import export_run, load_run, plan_with_tasks
+from training.saved_models import export_run, load_run, plan_of
 
 # ----------------------------------------------------------------------------------------- predict
 
@@ -71,10 +71,7 @@ def head_outputs(model, dataset, compute, rows=None):
 
 
 def shared_batches(dataset, batch_tokens, rows=None):
-    """Yield (number, rows, `TaskBatch`) of this process's share of `TaskDataset.batches_of`.
-
-    Raises `Stopped`, in all processes, if a signal comes.
-    """
+    """Yield (number, rows, `TaskBatch`): this process's part of `batches_of`. Raises `Stopped`."""
     for number, batch in enumerate(dataset.batches_of(batch_tokens, rows)):
         turn = number % distributed.world_size()
         if turn == 0:
@@ -128,8 +125,7 @@ def evaluate(model, datasets, compute):
 def masked_losses(model, datasets, compute):
     """Mean loss of masked language modelling on datasets (task -> `TaskDataset`).
 
-    The same tokens are hidden every time. Returns `{mlm_<task>: {"loss": …}}`; raises as
-    `head_outputs`.
+    The same tokens are hidden every time. Returns `{mlm_<task>: {"loss": …}}`; raises `NotFinite`.
     """
     model.eval()
     losses = {}
@@ -141,9 +137,9 @@ def masked_losses(model, datasets, compute):
                 states = model.token_states(prepared.sequences[1])
                 total += torch.stack(model.masked_loss(states, *prepared.hidden[name]))
         loss, count = distributed.sum_over_processes(total).tolist()
-        losses[f"mlm_{name}"] = {"loss": loss / max(1, count)}
         if not math.isfinite(loss):
             raise NotFinite(f"mlm_{name}: the model's loss on dev is not finite")
+        losses[f"mlm_{name}"] = {"loss": loss / max(1, count)}
     return losses
 
 
@@ -195,7 +191,7 @@ def evaluate_run(run, compute, data_dir=None):
     Uses the run's own data files, in `data_dir` if that is given. Raises `UserError` if one has
     changed.
     """
-    plan_with_tasks(run)
+    plan_of(run, predicts=True)
     model, description = load_run(run, compute.device)
     found, paths = {"dev": {}, "test": {}}, paths_of_run(description)
     for split, of_split in found.items():
@@ -220,7 +216,7 @@ def evaluate_run(run, compute, data_dir=None):
 
 def fitting_tasks(run, sentences):
     """The run's tasks, rows of `TASKS`, that take so many sentences. Raises `UserError` if none."""
-    names = plan_with_tasks(run).tasks
+    names = plan_of(run, predicts=True).tasks
     fitting = [TASKS[name] for name in names if len(TASKS[name].sentences) == sentences]
     if not fitting:
         kind, hint = ("pair", "add a second sentence (--sentence2, or a second column)")

@@ -54,9 +54,8 @@ class BertTokenizer:
             raise UserError(f"vocabulary: no {' '.join(missing)} among {len(ids)} word pieces")
         # Of a piece that a vocabulary lists twice only the last id counts; the other has no piece.
         self.vocab = [pipeline.id_to_token(i) or "" for i in range(max(ids.values()) + 1)]
-        self.pad_id, self.unk_id, self.cls_id, self.sep_id, self.mask_id = (
-            ids[token] for token in SPECIAL_TOKENS
-        )
+        special = (ids[token] for token in SPECIAL_TOKENS)
+        self.pad_id, self.unk_id, self.cls_id, self.sep_id, self.mask_id = special
 
     @classmethod
     def from_pretrained(cls, folder):

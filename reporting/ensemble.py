@@ -14,7 +14,7 @@ from runtime.files import file_sha256
 from runtime.hub import STOOD_IN
 from training.data_files import uses_sample
 from training.run_folder import RunFolder
-from training.saved_models import plan_with_tasks
+from training.saved_models import plan_of
 
 
 @dataclass
@@ -50,7 +50,9 @@ def finished_run(run):
     evaluated = [set(line.get("dev", ())) for line in lines if line.get("kind") == "eval"]
     if not any(set(dev) <= tasks for tasks in evaluated):
         raise UserError(f"{run.metrics_file}: no evaluation of all tasks; the run is unfinished")
-    return Run(str(run.path), run.description(), lines, dev, results.overall_score(dev))
+    description = run.description()
+    description["args"] = default_flags() | description["args"]  # of an older version, fewer
+    return Run(str(run.path), description, lines, dev, results.overall_score(dev))
 
 
 def read_run_scores(run, split):
@@ -60,7 +62,7 @@ def read_run_scores(run, split):
     """
     description, folder = run.description(), run.path / "predictions"
     found = {}
-    for name in plan_with_tasks(run).tasks:
+    for name in plan_of(run, predicts=True).tasks:
         path = folder / f"{name}-{split}-scores.tsv"
         if path.exists():
             found[name] = results.read_scores(folder, name, split)

@@ -28,7 +28,7 @@ from tokenizer import BertTokenizer
 def test_a_folder_is_described_by_its_path_and_hash(tiny_folder):
     digest = sha256((tiny_folder / "model.safetensors").read_bytes()).hexdigest()
     expected = {"name": str(tiny_folder), "revision": None, "sha256": digest}
-    expected |= {"substituted": False, "settings_sha256": None}
+    expected |= {"substituted": False, "settings_sha256": None, "best": None}
     assert resolve_encoder(str(tiny_folder)).describe() == expected
 
 

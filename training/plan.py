@@ -249,8 +249,7 @@ def check_tasks_without_head(plan):
     """Raise `UserError` where a task without a head has no loss, or one that needs the head."""
     for name in (name for name in plan.flags.tasks if name not in plan.tasks):
         losses = (f"mlm_{name}", f"simcse_{name}", f"simcse_{name}_supervised")
-        has_loss = any(plan.loss_weights.get(loss) for loss in losses)
-        if name in plan.flags.r_drop or not has_loss:
+        if name in plan.flags.r_drop or not any(map(plan.loss_weights.get, losses)):
             expected = "with --mlm, expected another loss of its sentences, and no R-Drop"
             raise UserError(f"--loss_weights {name}=0: {expected}; or omit {name} in --tasks")
 

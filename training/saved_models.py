@@ -128,15 +128,13 @@ def export_run(run, folder):
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def plan_of(run):
-    """The `Plan` of a `RunFolder`; flags that an older version did not have are the defaults."""
-    return make_plan(argparse.Namespace(**default_flags() | run.description()["args"]), {})
+def plan_of(run, predicts=False):
+    """The `Plan` of a `RunFolder`; flags that an older version did not have are the defaults.
 
-
-def plan_with_tasks(run):
-    """As `plan_of`. Raises `UserError` for a run without a task to predict."""
-    plan = plan_of(run)
-    if not plan.tasks:
+    Raises `UserError` if it `predicts` and has no task to predict.
+    """
+    plan = make_plan(argparse.Namespace(**default_flags() | run.description()["args"]), {})
+    if predicts and not plan.tasks:
         reason = "masked language modelling alone, no task to predict"
         raise UserError(f"{run.path}: {reason}; train tasks with --start_from {run.path}")
     return plan
@@ -197,8 +195,8 @@ def start_from(model, lora, run):
     elif plan_of(run).lora:
         load_adapter(model.bert, run.best, lora)
     theirs, taken = _parts(source), []
-    for name, part in _parts(model).items():
-        ours, found = part.state_dict(), theirs[name].state_dict() if name in theirs else {}
+    for name, ours in _parts(model).items():
+        found = theirs.get(name, {})
         if ours and {n: t.shape for n, t in ours.items()} == {n: t.shape for n, t in found.items()}:
             load_strictly(ours, found, run.path)
             taken.append(name)
@@ -207,9 +205,9 @@ def start_from(model, lora, run):
 
 
 def _parts(model):
-    """The modules outside the encoder by name: heads by task, projections."""
-    more = {n: part for n, part in model.named_children() if n not in ("bert", "heads")}
-    return dict(model.heads.items()) | more
+    """The tensors of each module outside the encoder by name: heads by task, projections."""
+    modules = {**dict(model.named_children()), **model.heads}
+    return {n: part.state_dict() for n, part in modules.items() if n not in ("bert", "heads")}
 
 
 def check_encoder_of_run(path, encoder, recorded):
