@@ -13,6 +13,7 @@ from reporting import results
 from runtime.files import file_sha256
 from runtime.hub import STOOD_IN
 from training.data_files import uses_sample
+from training.flags import default_flags
 from training.run_folder import RunFolder
 from training.saved_models import plan_of
 

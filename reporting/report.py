@@ -61,8 +61,7 @@ def recipe_of(run):
         return None
     recipe, expected = RECIPES[name].flags, default_flags() | RECIPES[name].flags
     compared = recipe.keys() | (expected.keys() - MAY_DIFFER - BUDGET)
-    found = default_flags() | run.args  # earlier runs lack later flags
-    return name if all(found[flag] == expected[flag] for flag in compared) else None
+    return name if all(run.args[flag] == expected[flag] for flag in compared) else None
 
 
 def group_runs(runs):
@@ -213,7 +212,7 @@ COSTS = {
 def batch_of(run):
     """Examples of each task in an optimiser step; if that changes, of the first and last epoch."""
     examples = {name: f["train"]["examples"] for name, f in run.description["data"].items()}
-    flags = argparse.Namespace(**default_flags() | run.args)  # earlier runs lack later flags
+    flags = argparse.Namespace(**run.args)
     plan, texts = make_plan(flags, examples, run.description.get("processes", 1)), {}
     for sizes in (plan.epoch_sizes[0], plan.epoch_sizes[-1]):
         sizes = {name: size * flags.accumulate for name, size in sizes.items()}

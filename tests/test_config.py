@@ -79,7 +79,7 @@ def test_lora_scaling_is_alpha_over_r():
 
 
 def test_every_mode_has_learning_rates():
-    assert set(LEARNING_RATES) == set(MODES) == {"last-linear-layer", "full-model", "LoRA"}
+    assert set(LEARNING_RATES) == set(MODES) == {"last-linear-layer", "full-model", "LoRA", "PAL"}
     assert LEARNING_RATES["last-linear-layer"][0] == 0.0  # its encoder is frozen
 
 

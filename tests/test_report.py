@@ -221,13 +221,6 @@ def test_the_batch_of_a_sampled_run_is_that_of_its_first_and_last_epoch(recipe_r
     assert report.batch_of(recipe_run) == "8 sst, 12 para, 4 sts"
 
 
-def test_a_run_of_before_a_flag_is_reported_with_its_default(recipe_run):
-    for flag in ("sampling", "main_tasks"):
-        del recipe_run.args[flag]
-    assert report.batch_of(recipe_run) == "4"
-    assert report.recipe_of(recipe_run) == "simcse-lora"
-
-
 @pytest.mark.filterwarnings("error")
 def test_the_bootstrap_interval_is_repeatable(recipe_run):
     low, high = report.bootstrap_interval(recipe_run.dev)
