@@ -509,7 +509,7 @@ def test_faulty_tokenizer_does_not_equal_transformers(published, tokenizer):
 LORA = {
     "all": LoRAConfig(r=4, alpha=6.0),
     "some": LoRAConfig(r=5, alpha=16.0, targets=("query", "value")),
-    "rslora": LoRAConfig(r=5, alpha=6.0, variant="rslora", layers=(1, 2, 3, 4, 5)),
+    "rslora": LoRAConfig(r=5, alpha=2.0, variant="rslora", layers=(1, 2, 3, 4, 5)),
     "dora": LoRAConfig(r=4, alpha=6.0, variant="dora"),
     "some dora": LoRAConfig(3, 8.0, 0.0, ("query", "intermediate"), "dora", layers=(0, 4)),
 }
@@ -650,7 +650,7 @@ def keep_norms_of_the_start(model):
 
 def as_plain_lora(model):
     for layer in adapter_layers(model).values():
-        layer.scaling = 6 / layer.r
+        layer.scaling = 2 / layer.r
 
 
 FAULTS = {
