@@ -138,14 +138,19 @@ def _decode(path):
     return text.replace("\0", ""), [f"{path}: {nuls} NUL characters removed"] if nuls else []
 
 
+def csv_reader(lines, delimiter, strict=False):
+    """As `csv.reader`, for fields of any length: its own limit is a sentence of 128 KiB."""
+    csv.field_size_limit(2**31 - 1)
+    return csv.reader(lines, delimiter=delimiter, strict=strict)
+
+
 def _records(path, text):
     """Yield (line, fields) for each record, the header first; blank lines are skipped.
 
     Raises `UserError` at a quote that is never closed: it would swallow the rows after it.
     """
-    csv.field_size_limit(2**31 - 1)  # the default would refuse a sentence of 128 KiB
     lines = io.StringIO(text, newline=None).readlines()  # every line now ends in "\n"
-    reader, start, width = csv.reader(lines, delimiter="\t"), 0, 0
+    reader, start, width = csv_reader(lines, "\t"), 0, 0
     for record in reader:
         if record:
             width = width or len(record)
@@ -167,7 +172,7 @@ def _quote_left_open(raw, record, width):
     if not fields and raw.endswith("\n"):
         return False
     try:
-        next(csv.reader([raw], delimiter="\t", strict=True))
+        next(csv_reader([raw], "\t", strict=True))
     except csv.Error:
         return True
     for before, lines in fields:

@@ -7,7 +7,7 @@ import itertools
 import sys
 
 from config import PAIR, SENTENCE, UserError
-from datasets import foreign_kind
+from datasets import csv_reader, foreign_kind
 
 CHUNK_ROWS = 4096  # rows that are in memory at a time
 
@@ -48,9 +48,7 @@ def _read_texts(name, lines):
     if first is None:
         raise UserError(f"{name}: an empty file; expected a sentence on each line")
     for delimiter in "\t,":
-        header = [
-            field.strip().lower() for field in next(csv.reader([first], delimiter=delimiter), [])
-        ]
+        header = [field.strip().lower() for field in next(csv_reader([first], delimiter), [])]
         for columns in (PAIR, SENTENCE):
             if set(columns) <= set(header):
                 yield from _columns(name, lines, delimiter, [header.index(c) for c in columns])
@@ -66,8 +64,7 @@ def _read_texts(name, lines):
 
 def _columns(name, lines, delimiter, places):
     """Yield the fields at `places` of each record below the header."""
-    reader = csv.reader(lines, delimiter=delimiter, strict=True)
-    csv.field_size_limit(2**31 - 1)
+    reader = csv_reader(lines, delimiter, strict=True)
     try:
         for record in filter(None, reader):
             if len(record) <= max(places):

@@ -61,13 +61,18 @@ def remove(places):
         shutil.rmtree(place, ignore_errors=True)
 
 
+def temporary_path(target):
+    """Where the file or folder `target` is written before it gets its name."""
+    return target.with_name(f"{TEMPORARY}{os.getpid()}-{target.name}")
+
+
 def _remove_leftovers(folder):
-    """Remove the unfinished files of processes that no longer run."""
+    """Remove what processes that no longer run left unfinished."""
     for path in folder.glob(f"{TEMPORARY}[0-9]*-*"):
         try:
             os.kill(int(path.name.split("-")[1]), 0)  # signal 0 only asks whether it runs
         except ProcessLookupError:
-            path.unlink(missing_ok=True)
+            remove([path])
         except (ValueError, OSError):  # not a name of ours, or another user's process
             continue
 
@@ -76,10 +81,11 @@ def _remove_leftovers(folder):
 def open_whole(path):
     """A text file to write to, which appears at `path` once it is complete."""
     target = Path(path).resolve()
-    temporary = target.with_name(f"{TEMPORARY}{os.getpid()}-{target.name}")
+    temporary = temporary_path(target)
     try:
         with output_errors(path):
             target.parent.mkdir(parents=True, exist_ok=True)
+            _remove_leftovers(target.parent)
             file = open(temporary, "w", encoding="utf-8", newline="")  # noqa: SIM115
         with file:
             yield file
@@ -109,7 +115,7 @@ def write_files(texts):
             with output_errors(path):
                 target.parent.mkdir(parents=True, exist_ok=True)
                 _remove_leftovers(target.parent)
-                temporary = target.with_name(f"{TEMPORARY}{os.getpid()}-{target.name}")
+                temporary = temporary_path(target)
                 ready.append((temporary, target, path))
                 temporary.write_text(text, encoding="utf-8", newline="")
                 flush_to_disk(temporary)

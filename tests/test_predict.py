@@ -20,7 +20,7 @@ from evaluation import parse_flags, predict_sentences
 from reporting import texts
 from reporting.texts import read_chunks
 from runtime.device import Compute
-from runtime.files import OutputError
+from runtime.files import OutputError, write_file
 from training.run_folder import RunFolder
 from training.saved_models import load_run
 
@@ -66,6 +66,7 @@ def rows_of(path):
         ("sentence\na\n", [("a",)]),
         ("sentence\tsentence1\tsentence2\nx\ta\tb\n", [("a", "b")]),
         ("a sentence\nb\n", [("a sentence",), ("b",)]),
+        (200_000 * "a" + "\nb\n", [(200_000 * "a",), ("b",)]),  # more than csv's own limit
     ],
 )
 def test_a_header_names_the_columns_and_other_lines_are_texts(tmp_path, content, expected):
@@ -216,6 +217,15 @@ def test_an_export_is_an_encoder_with_lora_merged_that_a_new_run_starts_from(
     flags = SMALL.replace("--pretrained encoder", "--pretrained out/merged")
     multitask_classifier.main([*flags.split(), "--model_file_suffix", "next"])
     assert RunFolder("runs/LoRA-next").description()["encoder"]["name"].endswith("out/merged")
+
+
+def test_what_a_killed_export_left_is_removed_by_the_next_file_beside_it(tmp_path):
+    """A process of that number does not run: it would be above the largest that Linux gives."""
+    left = tmp_path / ".tmp-4194305-merged"
+    left.mkdir()
+    (left / "config.json").touch()
+    write_file(tmp_path / "x", "text")
+    assert [path.name for path in tmp_path.iterdir()] == ["x"]
 
 
 def test_an_export_replaces_nothing_and_leaves_no_part(run, tmp_path, monkeypatch):

@@ -6,7 +6,6 @@ The heads lie beside it, and with them the PALs, without which the encoder is no
 
 import argparse
 import json
-import os
 import shutil
 from dataclasses import asdict
 from pathlib import Path
@@ -17,7 +16,7 @@ from config import MultitaskConfig, UserError
 from lora import apply_lora, load_adapter, merge_lora, save_adapter
 from multitask_bert import MultitaskBERT
 from pals import apply_pals
-from runtime.files import TEMPORARY, output_errors
+from runtime.files import output_errors, temporary_path
 from runtime.script import say
 from training.flags import default_flags
 from training.model_card import model_card
@@ -119,7 +118,7 @@ def export_run(run, folder):
     lines = [line for line in run.metrics() if line["kind"] == "eval"]
     dev = max(lines, key=lambda line: line["overall"])["dev"] if lines else {}
     card = model_card(description, dev, model.config.max_length, is_adapter=False)
-    temporary = folder.with_name(f"{TEMPORARY}{os.getpid()}-{folder.name}")
+    temporary = temporary_path(folder)
     try:
         with output_errors(folder):
             save_model(model, None, temporary, card)
