@@ -8,7 +8,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_multitask_bert import ALL_SIMCSE, NAMES, make_batch
+from test_multitask_bert import (
+    ALL_SIMCSE,
+    NAMES,
+    assert_same_task_by_task,
+    gradients_of,
+    make_batch,
+)
 
 from bert import BertModel, Rows, join, pack
 from config import BertConfig, MultitaskConfig, PALConfig
@@ -43,11 +49,6 @@ def with_pals(plain, are_trained=True, **settings):
 def batches(tiny_config):
     """A batch of each of the three tasks."""
     return {name: make_batch(name, tiny_config.vocab_size) for name in NAMES[:3]}
-
-
-def gradients_of(model):
-    """Gradients by name, where there is one."""
-    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
 # ------------------------------------------------------------------------------------- the numbers
@@ -144,17 +145,7 @@ def np_ids(number, length):
 @pytest.mark.parametrize("settings", [{}, ALL_SIMCSE, R_DROP])
 def test_one_forward_equals_task_by_task(plain, batches, settings):
     """All tasks' sentences go through the shared layers together: nothing may change by it."""
-    model, found = with_pals(plain, **settings).train(), []
-    for parts in ([batches], [{name: batch} for name, batch in batches.items()]):
-        model.zero_grad()
-        losses = {}
-        for part in parts:
-            of_part = model(part)
-            sum(of_part.values()).backward()
-            losses |= of_part
-        found.append((losses, gradients_of(model)))
-    torch.testing.assert_close(found[1][0], found[0][0], rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(found[1][1], found[0][1], rtol=1e-3, atol=1e-4)
+    assert_same_task_by_task(with_pals(plain, **settings).train(), batches)
 
 
 @pytest.mark.parametrize("name", NAMES[:3])

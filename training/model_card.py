@@ -1,11 +1,13 @@
 """The model card: `README.md` of a best model's folder, in the format of the Hugging Face hub."""
 
+import argparse
 import shlex
 from pathlib import Path
 
 from config import TASKS
 from training.data_files import uses_sample
 from training.flags import FREE_WHEN_RESUMING, OF_ONE_COMMAND, default_flags, flag_words
+from training.run_folder import run_name
 
 # Where the hub has the data of a task: its name there, and what it is.
 DATASETS = {
@@ -79,14 +81,13 @@ def model_card(description, dev, max_length, is_adapter, has_pals=False):
     on_hub = not Path(base).is_absolute()  # a local folder's name is its whole path
     base = base if on_hub else "ENCODER"
     scores = [
-        f"| {TASKS[name].title} (`{name}`) | {metric} | {metrics[metric]:.3f} |"
-        for name, metrics in dev.items()
-        for metric in METRICS
-        if metric in metrics
+        f"| {TASKS[name].title} (`{name}`) | {metric} | {value:.3f} |"
+        for name, metric, value in measured(dev)
     ]
+    name = run_name(argparse.Namespace(**description["args"]))
     sample = " The data was the project's small generated sample: a try, not a result."
     text = TEXT.format(
-        name=run_name(description),
+        name=name,
         what="A LoRA adapter of a BERT encoder" if is_adapter else "A BERT encoder",
         heads="heads and these layers are" if has_pals else "heads are",
         titles=", ".join(TASKS[name].title if name in TASKS else name for name in dev),
@@ -101,39 +102,35 @@ def model_card(description, dev, max_length, is_adapter, has_pals=False):
     settings |= {"library_name": "peft" if is_adapter else "sentence-transformers"}
     if has_pals:
         settings |= {"library_name": None, "pipeline_tag": None}
-    return f"---\n{metadata(description, {} if on_sample else dev, settings)}\n---\n{text}"
+    return f"---\n{metadata(name, {} if on_sample else dev, settings)}\n---\n{text}"
 
 
-def run_name(description):
-    """The mode of a run with the suffix of its name."""
-    flags = description["args"]
-    suffix = flags["model_file_suffix"] or flags["recipe"]
-    return "-".join(filter(None, [flags["fine_tune_mode"], suffix]))
+def measured(dev):
+    """The metrics that a card shows: (task, metric, value) of each."""
+    return [(name, m, found[m]) for name, found in dev.items() for m in METRICS if m in found]
 
 
-def metadata(description, dev, settings):
-    """The card's YAML: the hub's fields of `settings`, language, data and dev scores."""
+def metadata(name, dev, settings):
+    """The card's YAML: the hub's fields of `settings`, the run's `name`, data and dev scores."""
     from huggingface_hub import EvalResult, ModelCardData
 
-    named = {name: metrics for name, metrics in dev.items() if name in DATASETS}
+    named = {task: found for task, found in dev.items() if task in DATASETS}
     results = [
         EvalResult(
-            task_type="sentence-similarity" if TASKS[name].is_pair else "text-classification",
-            dataset_type=DATASETS[name][0],
-            dataset_name=DATASETS[name][1],
+            task_type="sentence-similarity" if TASKS[task].is_pair else "text-classification",
+            dataset_type=DATASETS[task][0],
+            dataset_name=DATASETS[task][1],
             dataset_split="dev",
             metric_type=METRICS[metric],
-            metric_value=round(metrics[metric], 4),
+            metric_value=round(value, 4),
         )
-        for name, metrics in named.items()
-        for metric in METRICS
-        if metric in metrics
+        for task, metric, value in measured(named)
     ]
     values = {"language": "en", "pipeline_tag": "sentence-similarity", "tags": ["bert"], **settings}
     if results:
-        values |= {"datasets": [DATASETS[name][0] for name in named], "eval_results": results}
+        values |= {"datasets": [DATASETS[task][0] for task in named], "eval_results": results}
         values |= {"metrics": sorted({result.metric_type for result in results})}
-        values |= {"model_name": run_name(description)}
+        values |= {"model_name": name}
     return ModelCardData(**values).to_yaml()
 
 

@@ -68,6 +68,11 @@ class Progress:
         return is_at_end or 0 < plan.flags.patience <= self.misses
 
 
+def run_name(flags):
+    """The name of a run: its mode and its suffix, or its recipe's name."""
+    return "-".join(filter(None, [flags.fine_tune_mode, flags.model_file_suffix or flags.recipe]))
+
+
 def run_path(flags):
     """The folder of a run. Raises `UserError` if the suffix is not fit for a folder's name."""
     suffix = flags.model_file_suffix or flags.recipe
@@ -76,7 +81,7 @@ def run_path(flags):
             f"--model_file_suffix {suffix[:40]!r}; expected 1 to 100 letters, digits, "
             f"'.', '_' and '-', beginning with a letter or digit"
         )
-    return Path(flags.runs_dir) / "-".join(filter(None, [flags.fine_tune_mode, suffix]))
+    return Path(flags.runs_dir) / run_name(flags)
 
 
 def newest_run(runs="runs"):
