@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 from bert import to_device
 from datasets import Example, TaskDataset, TaskFile, read_task_file
-from multitask_bert import task_loss
+from heads import task_loss
 from reporting import results
 from reporting.ensemble import evaluate_ensemble, finished_run, print_caveats
 from reporting.report import write_report
@@ -134,7 +134,7 @@ def masked_losses(model, datasets, compute):
         with compute.autocast():
             for number, _, batch in shared_batches(datasets[name], compute.batch_tokens):
                 prepared = model.prepare({name: batch}, seed=(0, number))
-                states = model.token_states(prepared.sequences[1])
+                states = model.token_states(prepared.sequences)
                 total += torch.stack(model.masked_loss(states, *prepared.hidden[name]))
         loss, count = distributed.sum_over_processes(total).tolist()
         if not math.isfinite(loss):

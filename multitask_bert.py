@@ -14,154 +14,17 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from bert import FastDropout, join, pack, to_device
+from bert import join, pack, to_device
 from config import TASKS
 from datasets import TaskBatch
+from heads import consistency_loss, make_head, task_loss
 from mlm import MaskedLMHead, hide_tokens
 from runtime.distributed import gather_rows, mean_over_processes, rank
-from simcse import (
-    copies_of,
-    sentence_keys,
-    supervised_simcse_loss,
-    unsupervised_simcse_loss,
-)
+from simcse import copies_of, sentence_keys, supervised_simcse_loss, unsupervised_simcse_loss
 from tokenizer import join_pair
 
 VECTOR_CACHE_MIB = 1024  # sentence vectors of a frozen encoder that are kept, at most
 HIDDEN = 2  # the pass of sentences with hidden tokens; 0 and 1 are those of the other losses
-
-# ------------------------------------------------------------------------------------------ heads
-
-
-class SentenceHead(nn.Module):
-    """Logits of one vector: a linear layer, after a feed-forward layer if `feed_forward`."""
-
-    def __init__(self, hidden, outputs, dropout, feed_forward=False):
-        super().__init__()
-        self.dense = nn.Linear(hidden, hidden) if feed_forward else None
-        self.dropout = FastDropout(dropout)
-        self.projection = nn.Linear(hidden, outputs)
-
-    def forward(self, u):
-        """(batch, hidden) -> (batch, outputs)."""
-        if self.dense is not None:
-            u = F.gelu(self.dense(self.dropout(u)))
-        return self.projection(self.dropout(u))
-
-
-class FeaturesHead(nn.Module):
-    """A linear layer on u, v, |u - v| and u · v, elementwise (Conneau et al. 2017, §3.1).
-
-    Reimers & Gurevych 2019 leave u · v out.
-    """
-
-    def __init__(self, hidden, outputs, dropout):
-        super().__init__()
-        self.dropout = FastDropout(dropout)
-        self.projection = nn.Linear(4 * hidden, outputs)
-
-    def forward(self, u, v):
-        """(batch, hidden) twice -> (batch, outputs)."""
-        features = torch.cat([u, v, (u - v).abs(), u * v], dim=-1)
-        return self.projection(self.dropout(features))
-
-
-class DotHead(nn.Module):
-    """The product of the two vectors, each through one shared linear layer (the paper's baseline).
-
-    Divided by the square root of the hidden size, so that its size does not depend on the encoder.
-    """
-
-    def __init__(self, hidden, dropout):
-        super().__init__()
-        self.dropout = FastDropout(dropout)
-        self.projection = nn.Linear(hidden, hidden)
-        self.bias = nn.Parameter(torch.zeros(1))
-
-    def forward(self, u, v):
-        """(batch, hidden) twice -> (batch, 1)."""
-        u, v = (self.projection(self.dropout(x)) for x in (u, v))
-        return (u * v).sum(-1, keepdim=True) / u.size(-1) ** 0.5 + self.bias
-
-
-class CosineHead(nn.Module):
-    """scale · cos(u, v) + bias: fixed for a score task, learned for a binary task."""
-
-    def __init__(self, task):
-        super().__init__()
-        learned = task.kind == "binary"
-        # Probability ½ at cosine 0.7 at first: a pretrained encoder's vectors have high cosines.
-        scale, bias = (10.0, -7.0) if learned else (task.high, 0.0)
-        self.scale = nn.Parameter(torch.tensor([scale])) if learned else scale
-        self.bias = nn.Parameter(torch.tensor([bias])) if learned else bias
-
-    def forward(self, u, v):
-        """(batch, hidden) twice -> (batch, 1)."""
-        return self.scale * F.cosine_similarity(u, v, dim=-1)[:, None] + self.bias
-
-
-class SumHead(nn.Module):
-    """The sum of several heads' outputs; `places[i]` are the indices of the i-th head's vectors."""
-
-    def __init__(self, heads, places):
-        super().__init__()
-        self.heads, self.places = nn.ModuleList(heads), places
-
-    def forward(self, *vectors):
-        """(batch, hidden) each -> (batch, num_classes)."""
-        parts = zip(self.heads, self.places, strict=True)
-        return sum(head(*(vectors[place] for place in places)) for head, places in parts)
-
-
-def make_head(task, kind, roles, hidden, dropout):
-    """The head module of `task` (a row of `TASKS`), of the kind that `--<task>_head` names.
-
-    `roles` name the sequences whose vectors it takes: "first", "second", or "pair" for both as one.
-    """
-    if kind not in (*task.heads, "linear"):
-        raise ValueError(f"{task.name} has no head {kind!r}; expected one of {task.heads}")
-    if len(roles) == 1:
-        return SentenceHead(hidden, task.num_classes, dropout, feed_forward=kind == "ffn")
-    if len(roles) == 3:
-        together = SentenceHead(hidden, task.num_classes, dropout)
-        apart = make_head(task, kind, roles[1:], hidden, dropout)
-        return SumHead([together, apart], [(0,), (1, 2)])
-    if kind == "dot":
-        return DotHead(hidden, dropout)
-    if kind == "cosine":
-        return CosineHead(task)
-    features = FeaturesHead(hidden, task.num_classes, dropout)
-    if kind == "features+cosine":
-        return SumHead([features, CosineHead(task)], [(0, 1)] * 2)
-    return features
-
-
-def task_loss(task, outputs, labels):
-    """Mean loss of a batch: cross entropy, logistic loss or squared error by the task's kind.
-
-    `outputs` (batch, num_classes), `labels` (batch,) fp32. Returns a scalar.
-    """
-    if task.kind == "classes":
-        return F.cross_entropy(outputs, labels.long())
-    if task.kind == "binary":
-        return F.binary_cross_entropy_with_logits(outputs.squeeze(-1), labels)
-    return F.mse_loss(outputs.squeeze(-1), labels)
-
-
-def consistency_loss(task, first, second):
-    """Symmetric KL divergence between the predictions of two dropout passes (R-Drop).
-
-    Mean of both Kullback-Leibler divergences (Liang et al. 2021, eq. 2). `first` and `second` are
-    outputs (batch, num_classes) of a head. Returns a scalar. The paper adds up the task losses of
-    the two passes, which are averaged here: our weight is its α / 2.
-    """
-    if task.kind == "binary":  # as logits of the two answers
-        first, second = (torch.cat([torch.zeros_like(x), x], dim=-1) for x in (first, second))
-    p, q = (F.log_softmax(x.float(), dim=-1) for x in (first, second))
-    return ((p.exp() - q.exp()) * (p - q)).sum(-1).mean() / 2
-
-
-# ------------------------------------------------------------------------------------------ model
 
 
 class Prepared(NamedTuple):
@@ -170,7 +33,8 @@ class Prepared(NamedTuple):
     batches: dict  # task -> `TaskBatch`
     labels: dict  # task -> (batch,) fp32
     keys: dict  # of tasks with a SimCSE loss: task -> role -> (batch,) int64, equal for copies
-    sequences: tuple  # of all groups, as `MultitaskBERT.arrange` returns them
+    parts: list  # of the sequences: (task and pass, role, number of sequences)
+    sequences: object  # all of them, as `MultitaskBERT.arrange` lays them out
     hidden: dict  # task -> places and ids of the hidden tokens, both (hidden tokens,) int64
 
 
@@ -241,8 +105,9 @@ class MultitaskBERT(nn.Module):
             if name in self.config.mlm:
                 sentences, *hidden[name] = self.hide(name, batch, seed)
                 groups[name, HIDDEN] = {"first": [(ids, len(ids)) for ids in sentences]}
-        sequences = self.arrange(groups)
-        return Prepared(batches, labels, keys, sequences, self.locate(hidden, *sequences))
+        parts, sequences = self.arrange(groups)
+        found = self.locate(hidden, parts, sequences)
+        return Prepared(batches, labels, keys, parts, sequences, found)
 
     def forward(self, batches):
         """Losses of one training step.
@@ -253,8 +118,8 @@ class MultitaskBERT(nn.Module):
         """
         prepared = batches if isinstance(batches, Prepared) else self.prepare(batches)
         labels, keys, losses = prepared.labels, prepared.keys, {}
-        states = self.token_states(prepared.sequences[1]) if prepared.hidden else None
-        vectors = self.vectors_by_role(*prepared.sequences, states)
+        states = self.token_states(prepared.sequences) if prepared.hidden else None
+        vectors = self.vectors_by_role(prepared.parts, prepared.sequences, states)
         for name in labels:
             if name in self.heads:
                 losses |= self.task_losses(name, labels[name], vectors[name, 0], vectors[name, 1])
@@ -311,8 +176,8 @@ class MultitaskBERT(nn.Module):
 
     def predict(self, name, batch):
         """Calibrated outputs of a task's head, (batch, num_classes) fp32: logits or scores."""
-        vectors = self.encode_groups({name: self.task_inputs(name, batch)})[name]
-        return self.outputs(name, vectors).float() + self.get_buffer(f"offset_{name}")
+        outputs = self.outputs(name, self.head_vectors(name, batch))
+        return outputs.float() + self.get_buffer(f"offset_{name}")
 
     def outputs(self, name, vectors, is_swapped=False):
         """The task's head on its vectors by role; `is_swapped`: the two sentences are swapped."""
@@ -345,39 +210,40 @@ class MultitaskBERT(nn.Module):
         is_supervised = name == "para" and self.config.supervised_simcse
         return is_supervised or name in self.config.simcse_tasks
 
-    def encode_groups(self, groups):
-        """Encode all sequences in one pass: `{key: {role: sequences}}` -> `{key: {role: vectors}}`.
-
-        Vectors are (sequences, hidden) fp32.
-        """
-        return self.vectors_by_role(*self.arrange(groups))
+    def head_vectors(self, name, batch):
+        """The vectors that a task's head takes, by role: (batch, hidden) fp32 each."""
+        groups = {(name, 0): self.task_inputs(name, batch)}
+        return self.vectors_by_role(*self.arrange(groups))[name, 0]
 
     def arrange(self, groups):
-        """The sequences of `{key: {role: sequences}}` in one list, packed unless frozen.
+        """Lay out `{(task, pass): {role: sequences}}` for the encoder.
 
-        Returns the list's parts in order, each (key, role, number of sequences), and the list. A
-        key is a task or begins with one; with PALs, no row has sequences of two tasks.
+        Returns the parts in order, each (task and pass, role, number of sequences), and their
+        sequences: a `bert.Packed`, of a frozen encoder a list. With PALs, no row of it has
+        sequences of two tasks.
         """
         parts, sequences = [], defaultdict(list)
-        for key, roles in groups.items():
-            task = key if isinstance(key, str) else key[0]
+        for group, roles in groups.items():
             for role, part in roles.items():
-                parts.append((key, role, len(part)))
-                sequences[task if self.pals else None] += part
+                parts.append((group, role, len(part)))
+                sequences[group[0] if self.pals else None] += part
         if self.frozen:
             return parts, sequences[None]
-        packed = {group: self.pack(of_group) for group, of_group in sequences.items()}
+        packed = {task: self.pack(of_task) for task, of_task in sequences.items()}
         return parts, join(packed) if self.pals else packed[None]
 
     def vectors_by_role(self, parts, sequences, states=None):
-        """Encode what `arrange` returned: `{key: {role: vectors}}`; `states`: of all its tokens."""
+        """Vectors of what `arrange` returned: `{(task, pass): {role: vectors}}`.
+
+        `states` are the last hidden states of all tokens, where they are known already.
+        """
         if states is not None:
             encoded = self.pool(states, sequences)
         else:
             encoded = self.encode_once(sequences) if self.frozen else self.encode(sequences)
         vectors, of_parts = defaultdict(dict), encoded.split([count for *_, count in parts])
-        for (key, role, _), part in zip(parts, of_parts, strict=True):
-            vectors[key][role] = part
+        for (group, role, _), part in zip(parts, of_parts, strict=True):
+            vectors[group][role] = part
         return vectors
 
     def pack(self, sequences):

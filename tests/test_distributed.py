@@ -488,13 +488,13 @@ def test_a_process_with_fewer_batches_to_encode_checks_for_signals_as_often(monk
     checks, encoded = [], []
     dataset = SimpleNamespace(batches_of=lambda tokens, rows: ((rows, row) for row in rows))
     batches = SimpleNamespace(datasets={"sst": dataset}, rows_until=lambda name, steps: [5, 6])
-    model = SimpleNamespace(vectors_to_keep=lambda: 1, encode_groups=encoded.append)
-    model.task_inputs = lambda name, row: row
+    model = SimpleNamespace(vectors_to_keep=lambda: 1)
+    model.head_vectors = lambda name, row: encoded.append((name, row))
     monkeypatch.setattr(distributed, "largest", lambda number: number + 3)
     monkeypatch.setattr(distributed, "check_stop", lambda: checks.append(1))
     plan = SimpleNamespace(total_steps=1, flags=SimpleNamespace(accumulate=1))
     encode_in_advance(model, batches, plan, Compute("cpu", "fp32"))
-    assert (len(checks), encoded) == (5, [{"sst": 5}, {"sst": 6}])
+    assert (len(checks), encoded) == (5, [("sst", 5), ("sst", 6)])
 
 
 @pytest.mark.parametrize(("count", "printed"), [(1, "exit shutdown "), (2, "exit ")])

@@ -14,8 +14,9 @@ from bert import BertModel
 from config import TASKS, LoRAConfig, MultitaskConfig, UserError
 from datasets import Example, TaskDataset, TaskFile
 from evaluation import best_offset, calibrate, predict_dataset, predict_sentences
+from heads import task_loss
 from lora import adapter_tensors, apply_lora
-from multitask_bert import MultitaskBERT, task_loss
+from multitask_bert import MultitaskBERT
 from runtime.device import BATCH_TOKENS, Compute, OutOfMemory
 from tokenizer import BertTokenizer
 from training.run_folder import RunFolder

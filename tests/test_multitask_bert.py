@@ -9,9 +9,10 @@ import torch.nn.functional as F
 
 import multitask_bert
 from bert import BertModel, FastDropout
-from config import PAIR, TASKS, MultitaskConfig, Task
+from config import TASKS, MultitaskConfig
 from datasets import TaskBatch
-from multitask_bert import MultitaskBERT, consistency_loss, make_head, task_loss
+from heads import consistency_loss, task_loss
+from multitask_bert import MultitaskBERT
 from tokenizer import join_pair
 
 NAMES = ("sst", "para", "sts", "cfimdb")
@@ -120,15 +121,6 @@ def test_losses_are_those_of_the_predictions(build, batches):
     torch.testing.assert_close(losses, expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_the_loss_is_the_mean_over_the_actual_batch(name):
-    """The starter divides by --batch_size, which is wrong for a smaller last batch."""
-    task = TASKS[name]
-    outputs, labels = torch.randn(4, task.num_classes), torch.tensor(LABELS[name]).float()
-    each = [task_loss(task, outputs[i : i + 1], labels[i : i + 1]) for i in range(4)]
-    torch.testing.assert_close(task_loss(task, outputs, labels), torch.stack(each).mean())
-
-
 @pytest.mark.parametrize(
     "settings", [{}, ALL_SIMCSE, {"joint": ("para", "sts")}, {"pooling": "cls", **ALL_SIMCSE}]
 )
@@ -222,22 +214,6 @@ def test_supervised_simcse_of_a_batch_without_duplicates_is_exactly_zero(build, 
 # ------------------------------------------------------------------------------------------- R-Drop
 
 
-def divergence(p, q):
-    """Half of KL(p, q) + KL(q, p), mean over the rows (batch, classes)."""
-    return sum((a * (a / b).log()).sum(-1).mean() for a, b in ((p, q), (q, p))) / 2
-
-
-def test_consistency_loss_by_hand():
-    """A shift of all logits changes nothing; a binary logit stands for two answers."""
-    p, q = torch.tensor([[0.5, 0.3, 0.2], [0.1, 0.1, 0.8]]), torch.tensor([[0.2, 0.2, 0.6]] * 2)
-    found = consistency_loss(TASKS["sst"], p.log(), q.log() + 3)
-    torch.testing.assert_close(found, divergence(p, q))
-    logits = torch.tensor([[2.0], [-1.0]])
-    sure = torch.cat([1 - logits.sigmoid(), logits.sigmoid()], dim=-1)
-    found = consistency_loss(TASKS["para"], logits, torch.zeros(2, 1))
-    torch.testing.assert_close(found, divergence(sure, torch.full((2, 2), 0.5)))
-
-
 def test_r_drop_is_zero_without_dropout_and_leaves_the_task_losses(build, batches):
     losses, plain = (build(**settings).train()(batches) for settings in (R_DROP, {}))
     for name in R_DROP["r_drop"]:
@@ -274,71 +250,6 @@ def test_the_second_pass_may_swap_the_sentences_of_pairs(build, batches, way):
     plain = build(**settings).train()(batches)
     for name in ("sst", "r_drop_sst", "sts", "simcse_para"):  # still each sentence with itself
         torch.testing.assert_close(losses[name], plain[name])
-
-
-# -------------------------------------------------------------------------------------------- heads
-
-PAIR_ROLES = ("first", "second")
-
-
-@pytest.mark.parametrize(
-    ("name", "kind", "roles", "expected"),
-    [
-        ("sst", "ffn", ("first",), "SentenceHead"),
-        ("sst", "linear", ("first",), "SentenceHead"),
-        ("para", "features", PAIR_ROLES, "FeaturesHead"),
-        ("para", "dot", PAIR_ROLES, "DotHead"),
-        ("para", "cosine", PAIR_ROLES, "CosineHead"),
-        ("para", "linear", ("pair",), "SentenceHead"),
-        ("sts", "cosine", PAIR_ROLES, "CosineHead"),
-        ("sts", "linear", PAIR_ROLES, "FeaturesHead"),
-        ("sts", "linear", ("pair",), "SentenceHead"),
-    ],
-)
-def test_head_kinds(name, kind, roles, expected):
-    head = make_head(TASKS[name], kind, roles, 16, 0.0)
-    assert type(head).__name__ == expected
-    assert (getattr(head, "dense", None) is not None) == (kind == "ffn")
-    assert head(*torch.randn(len(roles), 3, 16)).shape == (3, TASKS[name].num_classes)
-
-
-@pytest.mark.parametrize("roles", [("pair",), PAIR_ROLES, ("pair", *PAIR_ROLES)])
-def test_a_pair_task_of_three_classes_is_a_row(roles):
-    """Such as entailment: the pair heads have as many outputs as the task has classes."""
-    files = ("nli", "entailment", "nli-{split}.csv", PAIR, "label")
-    task = Task(*files, "classes", 3, "Predicted", ("features",), high=2)
-    head = make_head(task, "features", roles, 8, 0.0)
-    assert head(*torch.randn(len(roles), 4, 8)).shape == (4, 3)
-
-
-def test_the_cosine_head_is_fixed_for_similarity_and_learned_for_paraphrase():
-    similarity, paraphrase = (
-        make_head(TASKS[name], "cosine", PAIR_ROLES, 2, 0.0) for name in ("sts", "para")
-    )
-    u, v = torch.tensor([[1.0, 0.0], [1.0, 0.0]]), torch.tensor([[3.0, 4.0], [-2.0, 0.0]])
-    assert similarity(u, v).flatten().tolist() == pytest.approx([3.0, -5.0])
-    assert not list(similarity.parameters())
-    assert len(list(paraphrase.parameters())) == 2
-    same, other = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0]])
-    assert paraphrase(same, same) > 0 > paraphrase(same, other)
-
-
-def test_features_by_hand():
-    """u, v, |u - v| and the elementwise product, in this order."""
-    head = make_head(TASKS["para"], "features", PAIR_ROLES, 2, 0.0)
-    with torch.no_grad():
-        head.projection.weight.copy_(torch.tensor([[1.0, 10, 2, 20, 3, 30, 4, 40]]))
-        head.projection.bias.zero_()
-        found = head(torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0, 5.0]])).item()
-    assert found == 1 + 20 + 6 + 100 + 6 + 90 + 12 + 400
-
-
-def test_the_dot_head_is_symmetric():
-    head = make_head(TASKS["para"], "dot", PAIR_ROLES, 8, 0.0)
-    u, v = torch.randn(2, 3, 8)
-    torch.testing.assert_close(head(u, v), head(v, u))
-    p, q = head.projection(u), head.projection(v)
-    torch.testing.assert_close(head(u, v)[:, 0], (p * q).sum(-1) / 8**0.5 + head.bias)
 
 
 def test_both_encodings_are_the_sum_of_two_heads(build, batches):

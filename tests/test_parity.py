@@ -342,7 +342,7 @@ def loss_and_gradients(model, batches):
     """The mean over the hidden tokens of all tasks, and its gradient for each parameter."""
     model.zero_grad()
     prepared = model.prepare(batches)
-    states = model.token_states(prepared.sequences[1])
+    states = model.token_states(prepared.sequences)
     losses, counts = zip(
         *(model.masked_loss(states, *f) for f in prepared.hidden.values()), strict=True
     )

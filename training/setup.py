@@ -287,7 +287,7 @@ def encode_in_advance(model, batches, plan, compute):
             distributed.check_stop()
             if number < len(parts) and model.vectors_to_keep():
                 with compute.autocast(), torch.no_grad():
-                    model.encode_groups({name: model.task_inputs(name, parts[number])})
+                    model.head_vectors(name, parts[number])
     if not model.vectors_to_keep():
         say(
             f"warning: {VECTOR_CACHE_MIB:,} MiB of sentence vectors are kept; the other sentences "

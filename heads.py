@@ -1,0 +1,139 @@
+"""The task heads and their losses: from sentence vectors to predictions, and to scalars.
+
+`make_head` builds the head that `--<task>_head` names. `task_loss` is a task's loss,
+`consistency_loss` is R-Drop's.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from bert import FastDropout
+
+
+class SentenceHead(nn.Module):
+    """Logits of one vector: a linear layer, after a feed-forward layer if `feed_forward`."""
+
+    def __init__(self, hidden, outputs, dropout, feed_forward=False):
+        super().__init__()
+        self.dense = nn.Linear(hidden, hidden) if feed_forward else None
+        self.dropout = FastDropout(dropout)
+        self.projection = nn.Linear(hidden, outputs)
+
+    def forward(self, u):
+        """(batch, hidden) -> (batch, outputs)."""
+        if self.dense is not None:
+            u = F.gelu(self.dense(self.dropout(u)))
+        return self.projection(self.dropout(u))
+
+
+class FeaturesHead(nn.Module):
+    """A linear layer on u, v, |u - v| and u · v, elementwise (Conneau et al. 2017, §3.1).
+
+    Reimers & Gurevych 2019 leave u · v out.
+    """
+
+    def __init__(self, hidden, outputs, dropout):
+        super().__init__()
+        self.dropout = FastDropout(dropout)
+        self.projection = nn.Linear(4 * hidden, outputs)
+
+    def forward(self, u, v):
+        """(batch, hidden) twice -> (batch, outputs)."""
+        features = torch.cat([u, v, (u - v).abs(), u * v], dim=-1)
+        return self.projection(self.dropout(features))
+
+
+class DotHead(nn.Module):
+    """The product of the two vectors, each through one shared linear layer (the paper's baseline).
+
+    Divided by the square root of the hidden size, so that its size does not depend on the encoder.
+    """
+
+    def __init__(self, hidden, dropout):
+        super().__init__()
+        self.dropout = FastDropout(dropout)
+        self.projection = nn.Linear(hidden, hidden)
+        self.bias = nn.Parameter(torch.zeros(1))
+
+    def forward(self, u, v):
+        """(batch, hidden) twice -> (batch, 1)."""
+        u, v = (self.projection(self.dropout(x)) for x in (u, v))
+        return (u * v).sum(-1, keepdim=True) / u.size(-1) ** 0.5 + self.bias
+
+
+class CosineHead(nn.Module):
+    """scale · cos(u, v) + bias: fixed for a score task, learned for a binary task."""
+
+    def __init__(self, task):
+        super().__init__()
+        learned = task.kind == "binary"
+        # Probability ½ at cosine 0.7 at first: a pretrained encoder's vectors have high cosines.
+        scale, bias = (10.0, -7.0) if learned else (task.high, 0.0)
+        self.scale = nn.Parameter(torch.tensor([scale])) if learned else scale
+        self.bias = nn.Parameter(torch.tensor([bias])) if learned else bias
+
+    def forward(self, u, v):
+        """(batch, hidden) twice -> (batch, 1)."""
+        return self.scale * F.cosine_similarity(u, v, dim=-1)[:, None] + self.bias
+
+
+class SumHead(nn.Module):
+    """The sum of several heads' outputs; `places[i]` are the indices of the i-th head's vectors."""
+
+    def __init__(self, heads, places):
+        super().__init__()
+        self.heads, self.places = nn.ModuleList(heads), places
+
+    def forward(self, *vectors):
+        """(batch, hidden) each -> (batch, num_classes)."""
+        parts = zip(self.heads, self.places, strict=True)
+        return sum(head(*(vectors[place] for place in places)) for head, places in parts)
+
+
+def make_head(task, kind, roles, hidden, dropout):
+    """The head module of `task` (a row of `TASKS`), of the kind that `--<task>_head` names.
+
+    `roles` name the sequences whose vectors it takes: "first", "second", or "pair" for both as one.
+    """
+    if kind not in (*task.heads, "linear"):
+        raise ValueError(f"{task.name} has no head {kind!r}; expected one of {task.heads}")
+    if len(roles) == 1:
+        return SentenceHead(hidden, task.num_classes, dropout, feed_forward=kind == "ffn")
+    if len(roles) == 3:
+        together = SentenceHead(hidden, task.num_classes, dropout)
+        apart = make_head(task, kind, roles[1:], hidden, dropout)
+        return SumHead([together, apart], [(0,), (1, 2)])
+    if kind == "dot":
+        return DotHead(hidden, dropout)
+    if kind == "cosine":
+        return CosineHead(task)
+    features = FeaturesHead(hidden, task.num_classes, dropout)
+    if kind == "features+cosine":
+        return SumHead([features, CosineHead(task)], [(0, 1)] * 2)
+    return features
+
+
+def task_loss(task, outputs, labels):
+    """Mean loss of a batch: cross entropy, logistic loss or squared error by the task's kind.
+
+    `outputs` (batch, num_classes), `labels` (batch,) fp32. Returns a scalar.
+    """
+    if task.kind == "classes":
+        return F.cross_entropy(outputs, labels.long())
+    if task.kind == "binary":
+        return F.binary_cross_entropy_with_logits(outputs.squeeze(-1), labels)
+    return F.mse_loss(outputs.squeeze(-1), labels)
+
+
+def consistency_loss(task, first, second):
+    """Symmetric KL divergence between the predictions of two dropout passes (R-Drop).
+
+    Mean of both Kullback-Leibler divergences (Liang et al. 2021, eq. 2). `first` and `second` are
+    outputs (batch, num_classes) of a head. Returns a scalar. The paper adds up the task losses of
+    the two passes, which are averaged here: our weight is its α / 2.
+    """
+    if task.kind == "binary":  # as logits of the two answers
+        first, second = (torch.cat([torch.zeros_like(x), x], dim=-1) for x in (first, second))
+    p, q = (F.log_softmax(x.float(), dim=-1) for x in (first, second))
+    return ((p.exp() - q.exp()) * (p - q)).sum(-1).mean() / 2
