@@ -19,7 +19,6 @@ from tokenizer import BertTokenizer
 # Names in published files -> names here.
 RENAMED = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
 PARTS = ("embeddings", "encoder", "pooler")  # of an encoder; whatever else a file has is left out
-CONSTANT = "embeddings.position_ids"  # of old versions
 
 
 def parameter_name(published):
@@ -37,7 +36,7 @@ def encoder_tensors(tensors, path, expected):
     does not use, gets one of zeros.
     """
     tensors = {parameter_name(name): tensor for name, tensor in tensors.items()}
-    tensors.pop(CONSTANT, None)
+    tensors.pop("embeddings.position_ids", None)  # a constant in old files
     parts = Counter(name.split(".")[0] for name in sorted(tensors))
     notes = [f"{part} ({n} tensors) left out" for part, n in parts.items() if part not in PARTS]
     tensors = {n: tensor for n, tensor in tensors.items() if n.split(".")[0] in PARTS}

@@ -17,8 +17,8 @@ from torch import nn
 
 from base_bert import BertPreTrainedModel
 
-ROW_TOKENS = 64  # width of the rows that sentences are packed into; of long ones, a multiple of it
-# Empty rows make the number of tokens a multiple of this times ROW_TOKENS. So there are few shapes:
+ROW_TOKENS = 64  # tokens of a row; rows of longer sentences have a multiple of it
+# Empty rows pad a step to a multiple of ROWS_MULTIPLE * ROW_TOKENS tokens. So there are few shapes:
 # oneDNN keeps a kernel, and a GPU's allocator a block, for each of them.
 ROWS_MULTIPLE = 2
 
@@ -29,9 +29,9 @@ class Rows(NamedTuple):
     input_ids: torch.Tensor  # (B, T) int64
     position_ids: torch.Tensor  # (B, T) int64, within the sentence
     token_type_ids: torch.Tensor  # (B, T) int64
-    # (B, 1, 1 or T, T) bool, True where a token may attend; in the layers `additive` makes of it
+    # (B, 1, 1 or T, T) bool, True where a token may attend; `encode` makes it an `additive_mask`
     attention_mask: torch.Tensor
-    group: str | None = None  # of `join`, for layers that treat groups of sentences differently
+    group: str | None = None  # set by `join`, for layers that treat groups of sentences differently
 
 
 class Packed(NamedTuple):
@@ -39,12 +39,12 @@ class Packed(NamedTuple):
 
     rows: list  # of `Rows`, each of another width
     sentence: torch.Tensor  # (N,) int64, each token's sentence; at padding, the number of sentences
-    first: torch.Tensor  # (sentences,) int64, where each begins
+    starts: torch.Tensor  # (sentences,) int64, where each begins
     lengths: torch.Tensor  # (sentences,) int64
     tokens: int  # of all sentences, without the padding
 
 
-def additive(mask, dtype):
+def additive_mask(mask, dtype):
     """What is added to attention's scores: 0 where `mask` is True, else the lowest number."""
     return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
 
@@ -220,7 +220,7 @@ class BertModel(BertPreTrainedModel):
             # CUDA, where it makes LayerNorm's output fp32, one copy each for query, key and value.
             hidden_states = hidden_states.to(torch.get_autocast_dtype(device))
         dtype = hidden_states.dtype  # the masks are converted once, not in each layer
-        rows = [r._replace(attention_mask=additive(r.attention_mask, dtype)) for r in rows]
+        rows = [r._replace(attention_mask=additive_mask(r.attention_mask, dtype)) for r in rows]
         for layer in self.encoder["layer"]:
             hidden_states = layer(hidden_states, rows)
         return hidden_states
@@ -230,8 +230,8 @@ class BertModel(BertPreTrainedModel):
 
 
 def narrower(width):
-    """The next width of rows: half, up to a multiple of `ROW_TOKENS`; 0 below the least."""
-    return -(-width // 2 // ROW_TOKENS) * ROW_TOKENS if width > ROW_TOKENS else 0
+    """The next width of rows: half, rounded up to a multiple of `ROW_TOKENS`; 0 after the least."""
+    return math.ceil(width / (2 * ROW_TOKENS)) * ROW_TOKENS if width > ROW_TOKENS else 0
 
 
 def fill_rows(lengths, numbers, width):
@@ -264,13 +264,13 @@ def pack(sequences, segment_starts, pad_id, device):
     length where there is none. A padding token has id `pad_id`.
     """
     count, lengths = len(sequences), np.array([len(sequence) for sequence in sequences])
-    width = -(-int(lengths.max()) // ROW_TOKENS) * ROW_TOKENS  # of the widest rows
-    rows, owners, left, tokens = [], [], np.arange(count), 0
-    first = np.zeros(count, dtype=np.int64)
+    width = math.ceil(lengths.max() / ROW_TOKENS) * ROW_TOKENS  # of the widest rows
+    rows, owners, left, offset = [], [], np.arange(count), 0
+    starts = np.zeros(count, dtype=np.int64)
     while width:
         filled, left = fill_rows(lengths, left, width)
         if width == ROW_TOKENS:
-            filled += [[]] * (-(tokens // width + len(filled)) % ROWS_MULTIPLE)
+            filled += [[]] * (-(offset // width + len(filled)) % ROWS_MULTIPLE)
         shape = (len(filled), width)
         ids, owner = np.full(shape, pad_id, dtype=np.int64), np.full(shape, count, dtype=np.int64)
         positions, segments = np.zeros((2, *shape), dtype=np.int64)
@@ -281,30 +281,30 @@ def pack(sequences, segment_starts, pad_id, device):
                 ids[row, start:end], owner[row, start:end] = sequences[number], number
                 positions[row, start:end] = np.arange(end - start)
                 segments[row, start + segment_starts[number] : end] = 1
-                first[number] = tokens + row * width + start
+                starts[number] = offset + row * width + start
                 start = end
         if filled:
             *parts, owner = (to_device(x, device) for x in (ids, positions, segments, owner))
             rows.append(Rows(*parts, (owner[:, :, None] == owner[:, None, :])[:, None]))
             owners.append(owner.flatten())
-        tokens, width = tokens + len(filled) * width, narrower(width)
-    where = (to_device(array, device) for array in (first, lengths))
+        offset, width = offset + len(filled) * width, narrower(width)
+    where = (to_device(array, device) for array in (starts, lengths))
     return Packed(rows, torch.cat(owners), *where, int(lengths.sum()))
 
 
 def join(groups):
     """Several `Packed` by group as one, the sentences in order; the rows know their group."""
-    rows, owners, first, tokens, count = [], [], [], 0, 0
+    rows, owners, starts, offset, count = [], [], [], 0, 0
     total = sum(len(packed.lengths) for packed in groups.values())
     for group, packed in groups.items():
         rows += [r._replace(group=group) for r in packed.rows]
         is_padding = packed.sentence == len(packed.lengths)
         owners.append((packed.sentence + count).masked_fill(is_padding, total))
-        first.append(packed.first + tokens)
-        tokens, count = tokens + len(packed.sentence), count + len(packed.lengths)
+        starts.append(packed.starts + offset)
+        offset, count = offset + len(packed.sentence), count + len(packed.lengths)
     lengths = torch.cat([packed.lengths for packed in groups.values()])
     real = sum(packed.tokens for packed in groups.values())
-    return Packed(rows, torch.cat(owners), torch.cat(first), lengths, real)
+    return Packed(rows, torch.cat(owners), torch.cat(starts), lengths, real)
 
 
 def to_device(array, device):

@@ -111,7 +111,7 @@ class LoRAConfig:
 class PALConfig:
     """Projected attention layers (Stickland & Murray 2019): self-attention of `size` dimensions.
 
-    By default as many as their 204 are to BERT-base's 768, down to a multiple of `heads`.
+    By default hidden size · 204 / 768, the paper's ratio, rounded down to a multiple of `heads`.
     """
 
     size: int | None = None
@@ -208,11 +208,11 @@ class MultitaskConfig:
     mlm: tuple = ()  # tasks with masked language modelling on their sentences; may have no head
 
     def roles(self, task):
-        """The sequences of an example whose vectors the task's head takes, in order."""
-        if not TASKS[task].is_pair:
-            return ("first",)
-        together = ("pair",) if task in self.joint + self.both else ()
-        return together if task in self.joint else (*together, "first", "second")
+        """The sequences whose vectors the task's head takes: "pair", "first", "second"."""
+        if task in self.joint:
+            return ("pair",)
+        apart = ("first", "second") if TASKS[task].is_pair else ("first",)
+        return ("pair", *apart) if task in self.both else apart
 
     def head(self, task):
         """Name of the head of `task`; a jointly encoded pair has one vector and a linear head."""

@@ -164,9 +164,9 @@ def _records(path, text):
 def _quote_left_open(raw, record, width):
     """Whether an unclosed quote made one record of several rows; `raw` is the record's text.
 
-    Such a quote reaches the end of the file, or ends at a quote of a later row. That leaves a quote
-    in the middle of a field, a wrong number of fields, or a field that holds a row, or that begins
-    with the end of one row and ends with the start of another. Tabs tell rows from text.
+    Such a quote reaches the end of the file, or ends at a quote of a later row. Its signs are a
+    quote inside a field, a wrong number of fields, and a field of several lines with the tabs of
+    rows: all of a row's in one line, those that end a row in the first, or begin one in the last.
     """
     fields = [(place, text.split("\n")) for place, text in enumerate(record) if "\n" in text]
     if not fields and raw.endswith("\n"):
@@ -178,8 +178,8 @@ def _quote_left_open(raw, record, width):
     for before, lines in fields:
         after, tabs = width - 1 - before, [line.count("\t") for line in lines]
         ends, starts = tabs[0] >= after, tabs[-1] >= before
-        parts = (ends and starts) or (ends and after > 1) or (starts and before > 1)
-        if len(record) != width or max(tabs) >= width - 1 or parts:
+        spans_rows = (ends and starts) or (ends and after > 1) or (starts and before > 1)
+        if len(record) != width or max(tabs) >= width - 1 or spans_rows:
             return True
     return False
 
@@ -191,7 +191,7 @@ def _columns(path, header, task, split):
     missing = [name for name in wanted if names.count(name) != 1]
     if missing:
         expected = f"expected {', '.join(wanted)}, found {header}"
-        if len(header) == 1 and max(header[0].count(","), header[0].count(";")) > 0:
+        if len(header) == 1 and set(",;") & set(header[0]):
             expected += " (the file looks comma-separated; expected tabs)"
         raise UserError(f"{path}:1: column {', '.join(missing)} missing or repeated; {expected}")
     return [names.index(name) for name in wanted]
@@ -260,10 +260,10 @@ class TaskBatch:
 
 
 class TaskDataset:
-    """The examples of one file, tokenised once."""
+    """Examples of a task, tokenised once."""
 
-    def __init__(self, task_file, task, tokenizer, max_length):
-        self.task, self.examples = task, task_file.examples
+    def __init__(self, examples, task, tokenizer, max_length):
+        self.task, self.examples = task, examples
         columns = zip(*(example.sentences for example in self.examples), strict=True)
         self.sentences = [tokenizer(texts, max_length) for texts in columns]
         labels = [example.label for example in self.examples]
@@ -305,17 +305,17 @@ class MultitaskBatches:
 
     Each task passes through its examples again and again, in a fresh order each time. A batch at
     the end of a pass is filled from the next one, so all batches of a task have the same size.
-    `batch_sizes` is one number, or a list of dicts by task, one for each epoch of `epoch` batches;
-    the last one stays. `shares`, as long a list, maps each task to the slice of its batch that this
-    process takes, all of it by default.
+    `batch_sizes` is one number, or a list: for each epoch a dict from task to size, the last for
+    all later epochs. An epoch has `epoch_length` batches. `shares`, a list like it, has the slice
+    of each task's batch that this process takes, all of it by default.
     """
 
-    def __init__(self, datasets, batch_sizes, seed, shares=None, epoch=1):
+    def __init__(self, datasets, batch_sizes, seed, shares=None, epoch_length=1):
         if isinstance(batch_sizes, int):
             batch_sizes = [dict.fromkeys(datasets, batch_sizes)]
         self.datasets, self.batch_sizes, self.seed = datasets, batch_sizes, seed
         self.shares = shares or [dict.fromkeys(datasets, slice(None)) for _ in batch_sizes]
-        self.epoch = epoch
+        self.epoch_length = epoch_length
         self._permutations = {}  # task -> (number, permutation) of its latest pass
 
     def __getitem__(self, step):
@@ -323,13 +323,13 @@ class MultitaskBatches:
 
     def epoch_of(self, step):
         """The place in `batch_sizes` and `shares` of the batch of `step`."""
-        return min(step // self.epoch, len(self.batch_sizes) - 1)
+        return min(step // self.epoch_length, len(self.batch_sizes) - 1)
 
     def rows(self, name, step):
         """Rows of task `name` in the batch of `step` (counted from 0), (its batch size,)."""
-        number = self.epoch_of(step)
-        *before, size = (sizes[name] for sizes in self.batch_sizes[: number + 1])
-        start = sum(before) * self.epoch + size * (step - number * self.epoch)
+        epoch = self.epoch_of(step)
+        *before, size = (sizes[name] for sizes in self.batch_sizes[: epoch + 1])
+        start = sum(before) * self.epoch_length + size * (step - epoch * self.epoch_length)
         positions = np.arange(start, start + size)
         places = zip(*np.divmod(positions, len(self.datasets[name])), strict=True)
         return np.array([self.permutation(name, number)[place] for number, place in places])
@@ -349,7 +349,3 @@ class MultitaskBatches:
             generator = np.random.default_rng([self.seed, list(TASKS).index(name), number])
             self._permutations[name] = number, generator.permutation(len(self.datasets[name]))
         return self._permutations[name][1]
-
-    def largest(self):
-        """Batches in one pass of the task that takes most of them, of the first epoch's size."""
-        return max(-(-len(d) // self.batch_sizes[0][name]) for name, d in self.datasets.items())

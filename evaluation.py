@@ -32,7 +32,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from bert import to_device
-from datasets import Example, TaskDataset, TaskFile, read_task_file
+from datasets import Example, TaskDataset, read_task_file
 from heads import task_loss
 from reporting import results
 from reporting.ensemble import evaluate_ensemble, finished_run, print_caveats
@@ -41,7 +41,7 @@ from reporting.texts import read_chunks, table_header, table_rows
 from runtime import distributed
 from runtime.device import Compute, memory_errors, select_device
 from runtime.files import file_sha256, open_whole, output_errors
-from training.data_files import MOVED, paths_of_run
+from training.data_files import NOT_FOUND, paths_of_run
 from training.run_folder import RunFolder, newest_run
 from training.saved_models import export_run, load_run, plan_of
 
@@ -111,8 +111,7 @@ def predict_dataset(model, dataset, compute):
 def predict_sentences(model, name, texts, compute):
     """Predict `texts`, tuples of one or two sentences, with the head `name`: a `TaskResult`."""
     examples = [Example(str(row), text, None) for row, text in enumerate(texts)]
-    file = TaskFile(Path("text"), examples, [], len(examples))
-    dataset = TaskDataset(file, TASKS[name], model.tokenizer, model.config.max_length)
+    dataset = TaskDataset(examples, TASKS[name], model.tokenizer, model.config.max_length)
     return predict_dataset(model, dataset, compute)
 
 
@@ -135,7 +134,7 @@ def masked_losses(model, datasets, compute):
             for number, _, batch in shared_batches(datasets[name], compute.batch_tokens):
                 prepared = model.prepare({name: batch}, seed=(0, number))
                 states = model.token_states(prepared.sequences)
-                total += torch.stack(model.masked_loss(states, *prepared.hidden[name]))
+                total += torch.stack(model.masked_loss(states, *prepared.masked[name]))
         loss, count = distributed.sum_over_processes(total).tolist()
         if not math.isfinite(loss):
             raise NotFinite(f"mlm_{name}: the model's loss on dev is not finite")
@@ -146,17 +145,17 @@ def masked_losses(model, datasets, compute):
 # --------------------------------------------------------------------------------------- calibrate
 
 
-def calibrate(model, train_sets, examples, compute):
+def calibrate(model, train_sets, count, compute):
     """Fit the offsets that `model.predict` adds to the heads' outputs, on training examples.
 
-    Training uses dropout, prediction does not. Dropout lowers the cosine of two vectors, so that
-    an uncorrected head predicts "paraphrase" too often. `train_sets` maps a
-    task to its `TaskDataset`. The same `examples` rows are used every time; 0 changes nothing.
+    Training uses dropout, prediction does not. Dropout lowers the cosine of two vectors, so an
+    uncorrected head predicts "paraphrase" too often. `train_sets` maps a task to its `TaskDataset`.
+    The same `count` examples are used every time; 0 changes nothing.
     """
-    if not examples:
+    if not count:
         return
     for name, dataset in train_sets.items():
-        rows = np.random.default_rng(0).permutation(len(dataset))[:examples]
+        rows = np.random.default_rng(0).permutation(len(dataset))[:count]
         offset = model.get_buffer(f"offset_{name}").zero_()
         outputs = head_outputs(model, dataset, compute, rows)[rows]
         offset.copy_(best_offset(dataset.task, outputs, dataset.labels[rows]))
@@ -198,29 +197,29 @@ def evaluate_run(run, compute, data_dir=None):
         for name in model.config.tasks:
             recorded, path = description["data"][name].get(split), paths[name][split]
             path = Path(data_dir) / path.name if data_dir else path
-            if not path.exists() and split == "test":
+            if not path.exists():
+                if split == "dev":
+                    raise UserError(f"{path}: {NOT_FOUND}")
                 say(f"warning: {path}: no such file; no test predictions for {name}")
                 continue
-            if not path.exists():
-                raise UserError(f"{path}: {MOVED}")
-            task_file = read_task_file(path, TASKS[name], split)
+            examples = read_task_file(path, TASKS[name], split).examples
             if recorded and file_sha256(path) != recorded["sha256"]:
                 raise UserError(
                     f"{path}: changed since {run.path} was trained on it; "
                     f"predict other texts with --predict FILE"
                 )
-            dataset = TaskDataset(task_file, TASKS[name], model.tokenizer, model.config.max_length)
+            dataset = TaskDataset(examples, TASKS[name], model.tokenizer, model.config.max_length)
             of_split[name] = predict_dataset(model, dataset, compute)
     return found
 
 
-def fitting_tasks(run, sentences):
-    """The run's tasks, rows of `TASKS`, that take so many sentences. Raises `UserError` if none."""
+def fitting_tasks(run, count):
+    """The run's tasks, rows of `TASKS`, of `count` sentences. Raises `UserError` if none."""
     names = plan_of(run, predicts=True).tasks
-    fitting = [TASKS[name] for name in names if len(TASKS[name].sentences) == sentences]
+    fitting = [TASKS[name] for name in names if len(TASKS[name].sentences) == count]
     if not fitting:
         kind, hint = ("pair", "add a second sentence (--sentence2, or a second column)")
-        if sentences == 2:
+        if count == 2:
             kind, hint = "single-sentence", "leave the second sentence out"
         raise UserError(f"{run.path}: this run has {kind} tasks only ({', '.join(names)}): {hint}")
     return fitting

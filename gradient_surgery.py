@@ -20,13 +20,13 @@ class Surgery(NamedTuple):
     targets: torch.Tensor | None = None  # of `gradvac`, for the next step
 
 
-def combine(kind, gradients, generator, targets):
+def combine(kind, gradients, rng, targets):
     """The `Surgery` that `--gradient_surgery` names; `targets` are those of the step before."""
     if kind == "main":
         return project_auxiliary(gradients)
     if kind == "vaccine":
-        return gradvac(gradients, generator, targets)
-    return pcgrad(gradients, generator, kind)
+        return gradvac(gradients, rng, targets)
+    return pcgrad(gradients, rng, kind)
 
 
 def measure(gradients):
@@ -37,17 +37,15 @@ def measure(gradients):
         (a, b): gradients[a] @ gradients[b] / (norms[a] * norms[b])
         for a, b in combinations(gradients, 2)
     }
-    conflicts = squares[0].new_zeros(())
-    for cosine in cosines.values():
-        conflicts += (cosine < 0) / len(cosines)
-    return squares, cosines, conflicts
+    shares = [(cosine < 0) / len(cosines) for cosine in cosines.values()]
+    return squares, cosines, sum(shares, squares[0].new_zeros(()))
 
 
-def pcgrad(gradients, generator, reduction="sum"):
+def pcgrad(gradients, rng, reduction="sum"):
     """Project each task's gradient off those it conflicts with, and combine the results.
 
     Yu et al. 2020, algorithm 1; all projections are off the original gradients. `gradients` maps a
-    task to its gradient; `generator` (`random.Random`) orders the other tasks for each task.
+    task to its gradient; `rng` (`random.Random`) orders the other tasks for each task.
     `reduction` is "sum" as published, or "mean" as in the widely used implementation. Returns a
     `Surgery`.
     """
@@ -55,7 +53,7 @@ def pcgrad(gradients, generator, reduction="sum"):
     total = torch.zeros_like(original[0])
     for i, gradient in enumerate(original):
         projected, others = gradient.clone(), [j for j in range(len(original)) if j != i]
-        generator.shuffle(others)
+        rng.shuffle(others)
         for j in others:
             dot = projected @ original[j]
             projected -= dot.clamp(max=0) / squares[j] * original[j]  # nothing if they agree
@@ -74,7 +72,7 @@ def project_auxiliary(gradients):
     return Surgery(main + (auxiliary - dot / squares[0] * main), *measured)
 
 
-def gradvac(gradients, generator, targets=None):
+def gradvac(gradients, rng, targets=None):
     """Turn each task's gradient toward the others, up to the cosines of earlier steps; sum them.
 
     GradVac (Wang et al. 2021, algorithm 1, one cosine for all parameters). As `pcgrad`, but a
@@ -87,7 +85,7 @@ def gradvac(gradients, generator, targets=None):
     total, updated = torch.zeros_like(original[0]), targets.clone()
     for i, gradient in enumerate(original):
         turned, others = gradient.clone(), [j for j in range(len(original)) if j != i]
-        generator.shuffle(others)
+        rng.shuffle(others)
         for j in others:
             ratio = (turned.square().sum().clamp_min(1e-30) / squares[j]).sqrt()
             cosine = (turned @ original[j] / (ratio * squares[j])).clamp(-1, 1)

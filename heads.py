@@ -1,7 +1,7 @@
 """The task heads and their losses: from sentence vectors to predictions, and to scalars.
 
-`make_head` builds the head that `--<task>_head` names. `task_loss` is a task's loss,
-`consistency_loss` is R-Drop's.
+`make_head` builds the head that `--<task>_head` names. `task_loss` is a task's loss, `r_drop_loss`
+that of R-Drop.
 """
 
 import torch
@@ -67,11 +67,10 @@ class CosineHead(nn.Module):
 
     def __init__(self, task):
         super().__init__()
-        learned = task.kind == "binary"
-        # Probability ½ at cosine 0.7 at first: a pretrained encoder's vectors have high cosines.
-        scale, bias = (10.0, -7.0) if learned else (task.high, 0.0)
-        self.scale = nn.Parameter(torch.tensor([scale])) if learned else scale
-        self.bias = nn.Parameter(torch.tensor([bias])) if learned else bias
+        self.scale, self.bias = task.high, 0.0
+        if task.kind == "binary":
+            # Probability ½ at cosine 0.7 at first: pretrained vectors have high cosines.
+            self.scale, self.bias = (nn.Parameter(torch.tensor([x])) for x in (10.0, -7.0))
 
     def forward(self, u, v):
         """(batch, hidden) twice -> (batch, 1)."""
@@ -111,7 +110,7 @@ def make_head(task, kind, roles, hidden, dropout):
     features = FeaturesHead(hidden, task.num_classes, dropout)
     if kind == "features+cosine":
         return SumHead([features, CosineHead(task)], [(0, 1)] * 2)
-    return features
+    return features  # "features", and "linear" of two vectors
 
 
 def task_loss(task, outputs, labels):
@@ -126,7 +125,7 @@ def task_loss(task, outputs, labels):
     return F.mse_loss(outputs.squeeze(-1), labels)
 
 
-def consistency_loss(task, first, second):
+def r_drop_loss(task, first, second):
     """Symmetric KL divergence between the predictions of two dropout passes (R-Drop).
 
     Mean of both Kullback-Leibler divergences (Liang et al. 2021, eq. 2). `first` and `second` are
@@ -135,5 +134,5 @@ def consistency_loss(task, first, second):
     """
     if task.kind == "binary":  # as logits of the two answers
         first, second = (torch.cat([torch.zeros_like(x), x], dim=-1) for x in (first, second))
-    p, q = (F.log_softmax(x.float(), dim=-1) for x in (first, second))
-    return ((p.exp() - q.exp()) * (p - q)).sum(-1).mean() / 2
+    log_p, log_q = (F.log_softmax(x.float(), dim=-1) for x in (first, second))
+    return ((log_p.exp() - log_q.exp()) * (log_p - log_q)).sum(-1).mean() / 2

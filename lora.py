@@ -45,9 +45,8 @@ class LowRankLinear(torch.autograd.Function):
         grad_dropped = up @ lora_A if ctx.is_dropped else None
         if grad_x is not None and not ctx.is_dropped:
             grad_x.addmm_(up, lora_A)
-        of_inputs = (
-            g if g is None else g.view(*grad.shape[:-1], g.size(-1)) for g in (grad_x, grad_dropped)
-        )
+        shape = (*grad.shape[:-1], weight.size(1))
+        of_inputs = (None if g is None else g.view(shape) for g in (grad_x, grad_dropped))
         return *of_inputs, None, None, up.T @ low, ctx.scaling * (flat.T @ down), None
 
 
@@ -75,9 +74,9 @@ class LoRALinear(nn.Linear):
         dropped = self.dropout(x) if self.dropout.p and self.training else None
         inputs = [None if t is None else t.to(dtype) for t in (x, dropped, *matrices)]
         with torch.autocast(device, enabled=False):
-            return self.combine(inputs)
+            return self.output(inputs)
 
-    def combine(self, inputs):
+    def output(self, inputs):
         """The arguments of `LowRankLinear.forward` up to the scaling, of one dtype -> y."""
         return LowRankLinear.apply(*inputs, self.scaling)
 
@@ -109,12 +108,12 @@ class DoRALinear(LoRALinear):
         """The norms of V's rows (out_features,), of W as `weight` has it."""
         return torch.linalg.vector_norm(self.updated_weight(weight), dim=1)
 
-    def combine(self, inputs):
-        """As LoRA's, and m / ‖V‖ - 1 times V x: close to 1, bf16 would lose m's small steps."""
-        _, dropped, weight, bias, *matrices = inputs
-        y = super().combine(inputs)
+    def output(self, inputs):
+        """LoRA's output plus (m / ‖V‖ - 1) · V x, since bf16 would round off small steps of m."""
+        _, dropped, weight, bias, lora_A, lora_B = inputs
+        y = super().output(inputs)
         if dropped is not None:
-            product = LowRankLinear.apply(dropped, None, weight, None, *matrices, self.scaling)
+            product = LowRankLinear.apply(dropped, None, weight, None, lora_A, lora_B, self.scaling)
         else:
             product = y if bias is None else y - bias.detach()
         share = self.lora_magnitude_vector / self.row_norms(weight) - 1
@@ -137,13 +136,9 @@ def target_names(model, targets, layers=None):
 
     `layers`: in the encoder layers of these numbers only.
     """
-    in_layer = [LORA_TARGETS[target] for target in targets]
-    names = [name.split(".", 3) for name, _ in model.named_modules()]
-    return [  # as encoder.layer.<i>.output.dense
-        ".".join(name)
-        for name in names
-        if name[-1] in in_layer and (layers is None or int(name[2]) in layers)
-    ]
+    numbers = range(model.config.num_hidden_layers) if layers is None else layers
+    kinds = [name for target, name in LORA_TARGETS.items() if target in targets]
+    return [f"encoder.layer.{number}.{name}" for number in numbers for name in kinds]
 
 
 def apply_lora(model, config):
@@ -192,7 +187,7 @@ PEFT_PREFIX = "base_model.model."
 # fmt: off
 PEFT_SETTINGS = {  # of every adapter
     "peft_type": "LORA", "task_type": "FEATURE_EXTRACTION", "bias": "none", "inference_mode": True,
-    "fan_in_fan_out": False, "use_rslora": False, "use_dora": False, "init_lora_weights": True,
+    "fan_in_fan_out": False, "init_lora_weights": True,
 }
 COMPARED = (  # settings that change what the same matrices compute
     "use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "fan_in_fan_out",
@@ -227,9 +222,9 @@ def save_adapter(model, folder, config, base_model, revision=None):
 def selected_targets(model, settings, layers):
     """The layers that an adapter's settings select, as keys of `LORA_TARGETS`.
 
-    `target_modules` are full names or ends of names: `peft` itself shortens a long list to such
-    ends. Ends count in the encoder layers of `layers_to_transform`. Linear layers outside the keys,
-    or of a key that is not selected just in `layers` (None: all), appear by full name.
+    `target_modules` are full names, or ends of names, to which `peft` shortens a long list; an end
+    counts in the layers of `layers_to_transform` only. Returns each key whose linear layers in
+    `layers` (None: all) are all selected, and every other selected layer by its full name.
     """
     patterns, numbers = settings["target_modules"], settings.get("layers_to_transform")
     numbers = [numbers] if isinstance(numbers, int) else numbers
@@ -257,6 +252,7 @@ def load_adapter(model, folder, config):
     path = Path(folder) / "adapter_config.json"
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))
+        # A setting that is absent means the same as False or an empty one.
         found = {name: settings.get(name) or None for name in ("r", *COMPARED)}
         found["alpha"] = float(settings["lora_alpha"])
         if found["layers_pattern"] in ("layer", ["layer"]):  # what BERT's layers are called
@@ -268,7 +264,7 @@ def load_adapter(model, folder, config):
     wanted["target_modules"] = sorted(set(config.targets))
     wanted |= {f"use_{v}": True for v in ("rslora", "dora") if v == config.variant}
     problems = [
-        f"{name} is {value}, expected {wanted.get(name)}"
+        f"{name} is {value}, expected {wanted.get(name, 'none')}"
         for name, value in found.items()
         if value != wanted.get(name)
     ]

@@ -1,6 +1,6 @@
 """Masked language modelling (Devlin et al. 2019, §3.1), which adapts an encoder to texts.
 
-A part of each sentence's tokens is hidden, and a head predicts what was there.
+A part of each sentence's tokens is masked, and a head predicts what was there.
 """
 
 import numpy as np
@@ -8,33 +8,33 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-SHARE = 0.15  # of a sentence's tokens that are hidden (Devlin et al. 2019, §3.1)
-MASKED, REPLACED = 0.8, 0.1  # of these become [MASK], or a random token; the others stay
+SHARE = 0.15  # of a sentence's tokens that are masked (Devlin et al. 2019, §3.1)
+MASK_SHARE, RANDOM_SHARE = 0.8, 0.1  # of these become [MASK], or a random token; the others stay
 
 
-def hide_tokens(sentences, tokenizer, width, seed, first=0):
-    """Hide 15 % of each sentence's tokens, but no marker; at least one, as the authors' code does.
+def mask_tokens(sentences, tokenizer, width, seed, first_row=0):
+    """Mask 15 % of each sentence's tokens, but no marker; at least one, as the authors' code does.
 
-    `sentences` are int32 arrays of at most `width` ids, the rows `first` and following of the batch
-    of all processes: what is hidden depends on `seed` (whole numbers) and the row alone. Returns
-    the new sentences, and of the hidden tokens, each (hidden tokens,) int64: the sentence, the
-    place in it, and the id that was there.
+    `sentences` are int32 arrays of at most `width` ids: rows `first_row`, `first_row` + 1, … of the
+    batch of all processes. What is masked depends only on `seed` (whole numbers) and the row.
+    Returns the new sentences, and of the masked tokens, each (masked tokens,) int64: the sentence,
+    the place in it, and the id that was there.
     """
     lengths = np.array([len(ids) for ids in sentences])
     inner = lengths[:, None] - 2  # without [CLS] and [SEP]
-    draws = np.random.default_rng(seed).random((first + len(sentences), 3, width))
-    order, kind, other = draws[first:, :, : inner.max()].swapaxes(0, 1)
+    draws = np.random.default_rng(seed).random((first_row + len(sentences), 3, width))
+    draw, kind, other = draws[first_row:, :, : inner.max()].swapaxes(0, 1)
     counts = np.minimum(inner, np.maximum(1, np.rint(SHARE * inner)))
-    order = np.where(np.arange(inner.max()) < inner, order, 1)  # of the tokens, then padding
-    owners, places = np.nonzero(order.argsort(1).argsort(1) < counts)
+    draw = np.where(np.arange(inner.max()) < inner, draw, 1)  # the padding ranks last
+    owners, places = np.nonzero(draw.argsort(1).argsort(1) < counts)  # the tokens that rank first
     kind, other = kind[owners, places], other[owners, places] * len(tokenizer)
     flat, positions = np.concatenate(sentences), places + 1
     where = (np.cumsum(lengths) - lengths)[owners] + positions
     ids = flat[where]
-    replaced = np.where(kind < MASKED + REPLACED, other.astype(ids.dtype), ids)
-    flat[where] = np.where(kind < MASKED, tokenizer.mask_id, replaced)
-    hidden = np.split(flat, np.cumsum(lengths)[:-1])
-    return hidden, owners, positions, ids.astype(np.int64)
+    replaced = np.where(kind < MASK_SHARE + RANDOM_SHARE, other.astype(ids.dtype), ids)
+    flat[where] = np.where(kind < MASK_SHARE, tokenizer.mask_id, replaced)
+    masked = np.split(flat, np.cumsum(lengths)[:-1])
+    return masked, owners, positions, ids.astype(np.int64)
 
 
 class MaskedLMHead(nn.Module):
@@ -55,3 +55,8 @@ class MaskedLMHead(nn.Module):
         """(tokens, hidden), (vocab_size, hidden) -> (tokens, vocab_size)."""
         hidden_states = self.LayerNorm(F.gelu(self.dense(hidden_states)))
         return F.linear(hidden_states, word_embeddings, self.bias)
+
+    def loss(self, hidden_states, word_embeddings, labels):
+        """Cross entropy of masked tokens, summed; `labels` (tokens,) are the ids they had."""
+        logits = self(hidden_states, word_embeddings)
+        return F.cross_entropy(logits.float(), labels, reduction="sum")

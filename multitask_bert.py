@@ -11,20 +11,19 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from bert import join, pack, to_device
 from config import TASKS
 from datasets import TaskBatch
-from heads import consistency_loss, make_head, task_loss
-from mlm import MaskedLMHead, hide_tokens
+from heads import make_head, r_drop_loss, task_loss
+from mlm import MaskedLMHead, mask_tokens
 from runtime.distributed import gather_rows, mean_over_processes, rank
 from simcse import copies_of, sentence_keys, supervised_simcse_loss, unsupervised_simcse_loss
 from tokenizer import join_pair
 
 VECTOR_CACHE_MIB = 1024  # sentence vectors of a frozen encoder that are kept, at most
-HIDDEN = 2  # the pass of sentences with hidden tokens; 0 and 1 are those of the other losses
+MASKED = 2  # the pass of sentences with masked tokens; 0 and 1 are those of the other losses
 
 
 class Prepared(NamedTuple):
@@ -35,7 +34,7 @@ class Prepared(NamedTuple):
     keys: dict  # of tasks with a SimCSE loss: task -> role -> (batch,) int64, equal for copies
     parts: list  # of the sequences: (task and pass, role, number of sequences)
     sequences: object  # all of them, as `MultitaskBERT.arrange` lays them out
-    hidden: dict  # task -> places and ids of the hidden tokens, both (hidden tokens,) int64
+    masked: dict  # task -> places and ids of the masked tokens, both (masked tokens,) int64
 
 
 class MultitaskBERT(nn.Module):
@@ -84,7 +83,7 @@ class MultitaskBERT(nn.Module):
         """What `forward` takes, so that it can be made while a GPU still works on the last step.
 
         `batches` maps a task to its `datasets.TaskBatch`; `seed`, whole numbers, says which tokens
-        masked language modelling hides. Returns a `Prepared`.
+        are masked. Returns a `Prepared`.
         """
         labels = {name: to_device(batch.labels, self.device) for name, batch in batches.items()}
         keys = {
@@ -95,19 +94,22 @@ class MultitaskBERT(nn.Module):
             for name, batch in batches.items()
             if self.has_simcse(name)
         }
-        groups, hidden = {}, {}  # (task, pass) -> sequences by role; all are encoded together
+        groups, masked = {}, {}  # (task, pass) -> sequences by role; all are encoded together
         for name, batch in batches.items():
-            groups[name, 0], groups[name, 1] = self.first_pass(name, batch), {}
+            groups[name, 0] = self.task_inputs(name, batch) if name in self.heads else {}
+            groups[name, 1] = {}
+            if self.has_simcse(name):
+                groups[name, 0] |= single_sentences(batch)
             if name in self.config.simcse_tasks:
                 groups[name, 1] |= single_sentences(batch)
             if name in self.config.r_drop:
                 groups[name, 1] |= self.task_inputs(name, batch, self.config.swap_pairs)
             if name in self.config.mlm:
-                sentences, *hidden[name] = self.hide(name, batch, seed)
-                groups[name, HIDDEN] = {"first": [(ids, len(ids)) for ids in sentences]}
+                sentences, *masked[name] = self.mask(name, batch, seed)
+                groups[name, MASKED] = {"first": [(ids, len(ids)) for ids in sentences]}
         parts, sequences = self.arrange(groups)
-        found = self.locate(hidden, parts, sequences)
-        return Prepared(batches, labels, keys, parts, sequences, found)
+        masked = self.locate(masked, parts, sequences)
+        return Prepared(batches, labels, keys, parts, sequences, masked)
 
     def forward(self, batches):
         """Losses of one training step.
@@ -118,8 +120,12 @@ class MultitaskBERT(nn.Module):
         """
         prepared = batches if isinstance(batches, Prepared) else self.prepare(batches)
         labels, keys, losses = prepared.labels, prepared.keys, {}
-        states = self.token_states(prepared.sequences) if prepared.hidden else None
-        vectors = self.vectors_by_role(prepared.parts, prepared.sequences, states)
+        if self.frozen:
+            encoded = self.encode_once(prepared.sequences)
+        else:
+            states = self.token_states(prepared.sequences)
+            encoded = self.pool(states, prepared.sequences)
+        vectors = by_role(prepared.parts, encoded)
         for name in labels:
             if name in self.heads:
                 losses |= self.task_losses(name, labels[name], vectors[name, 0], vectors[name, 1])
@@ -130,33 +136,33 @@ class MultitaskBERT(nn.Module):
         if self.config.supervised_simcse and "para" in labels:
             loss = self.supervised_simcse(labels["para"], keys["para"], vectors["para", 0])
             losses["simcse_para_supervised"] = loss
-        for name, hidden in prepared.hidden.items():
-            loss, count = self.masked_loss(states, *hidden)
+        for name, masked in prepared.masked.items():
+            loss, count = self.masked_loss(states, *masked)
             losses[f"mlm_{name}"] = loss / mean_over_processes(count).clamp(min=1e-9)
         return losses
 
-    def task_losses(self, name, labels, first, second):
-        """The task's loss, and with R-Drop the mean over two passes and their consistency loss.
+    def task_losses(self, name, labels, pass_0, pass_1):
+        """The task's loss, and with R-Drop the mean over two passes and the R-Drop loss.
 
-        `first` and `second` are the vectors of the two passes by role.
+        `pass_0` and `pass_1` are the vectors of the two passes by role.
         """
-        task, outputs = TASKS[name], self.outputs(name, first)
+        task, outputs = TASKS[name], self.outputs(name, pass_0)
         loss = task_loss(task, outputs, labels)
         if name not in self.config.r_drop:
             return {name: loss}
-        again = self.outputs(name, second, self.config.swap_pairs)
+        again = self.outputs(name, pass_1, self.config.swap_pairs)
         loss = (loss + task_loss(task, again, labels)) / 2
-        return {name: loss, f"r_drop_{name}": consistency_loss(task, outputs, again)}
+        return {name: loss, f"r_drop_{name}": r_drop_loss(task, outputs, again)}
 
-    def unsupervised_simcse(self, keys, first, second):
+    def unsupervised_simcse(self, keys, pass_0, pass_1):
         """A task's contrastive loss; a pair's first and second sentences are contrasted apart.
 
-        By role: `keys` of the sentences, and `first` and `second`, the vectors of the two passes.
+        By role: `keys` of the sentences, and `pass_0` and `pass_1`, the vectors of the two passes.
         """
         losses = []
         for role, of_role in keys.items():
-            anchors = self.contrast(first[role])
-            candidates, offset = gather_rows(self.contrast(second[role]))
+            anchors = self.project(pass_0[role])
+            candidates, offset = gather_rows(self.project(pass_1[role]))
             copies = copies_of(gather_rows(of_role)[0], offset, of_role)
             loss = unsupervised_simcse_loss(anchors, candidates, offset=offset, copies=copies)
             losses.append(loss)
@@ -164,13 +170,13 @@ class MultitaskBERT(nn.Module):
 
     def supervised_simcse(self, is_duplicate, keys, vectors):
         """The contrastive loss of the paraphrase pairs; `keys` and `vectors` by role."""
-        anchors = self.contrast(vectors["first"])
-        candidates, offset = gather_rows(self.contrast(vectors["second"]))
+        anchors = self.project(vectors["first"])
+        candidates, offset = gather_rows(self.project(vectors["second"]))
         weights = is_duplicate / mean_over_processes(is_duplicate.sum()).clamp(min=1e-9)
         copies = copies_of(gather_rows(keys["second"])[0], offset, keys["first"], keys["second"])
         return supervised_simcse_loss(anchors, candidates, weights, offset=offset, copies=copies)
 
-    def contrast(self, vectors):
+    def project(self, vectors):
         """The projection before the contrastive losses, (batch, hidden) -> the same."""
         return torch.tanh(self.simcse_projection(vectors))
 
@@ -200,11 +206,6 @@ class MultitaskBERT(nn.Module):
             groups["pair"] = [join_pair(*ab, self.config.max_length) for ab in joined]
         return groups | (single_sentences(batch) if "first" in roles else {})
 
-    def first_pass(self, name, batch):
-        """The sequences of the first pass by role: the head's, and those of the SimCSE losses."""
-        more = single_sentences(batch) if self.has_simcse(name) else {}
-        return (self.task_inputs(name, batch) if name in self.heads else {}) | more
-
     def has_simcse(self, name):
         """Whether a task has a contrastive loss."""
         is_supervised = name == "para" and self.config.supervised_simcse
@@ -212,15 +213,16 @@ class MultitaskBERT(nn.Module):
 
     def head_vectors(self, name, batch):
         """The vectors that a task's head takes, by role: (batch, hidden) fp32 each."""
-        groups = {(name, 0): self.task_inputs(name, batch)}
-        return self.vectors_by_role(*self.arrange(groups))[name, 0]
+        parts, sequences = self.arrange({(name, 0): self.task_inputs(name, batch)})
+        encoded = self.encode_once(sequences) if self.frozen else self.encode(sequences)
+        return by_role(parts, encoded)[name, 0]
 
     def arrange(self, groups):
         """Lay out `{(task, pass): {role: sequences}}` for the encoder.
 
         Returns the parts in order, each (task and pass, role, number of sequences), and their
-        sequences: a `bert.Packed`, of a frozen encoder a list. With PALs, no row of it has
-        sequences of two tasks.
+        sequences: a `bert.Packed`, of a frozen encoder a list. The groups of a task follow each
+        other; with PALs, no row has sequences of two tasks.
         """
         parts, sequences = [], defaultdict(list)
         for group, roles in groups.items():
@@ -231,20 +233,6 @@ class MultitaskBERT(nn.Module):
             return parts, sequences[None]
         packed = {task: self.pack(of_task) for task, of_task in sequences.items()}
         return parts, join(packed) if self.pals else packed[None]
-
-    def vectors_by_role(self, parts, sequences, states=None):
-        """Vectors of what `arrange` returned: `{(task, pass): {role: vectors}}`.
-
-        `states` are the last hidden states of all tokens, where they are known already.
-        """
-        if states is not None:
-            encoded = self.pool(states, sequences)
-        else:
-            encoded = self.encode_once(sequences) if self.frozen else self.encode(sequences)
-        vectors, of_parts = defaultdict(dict), encoded.split([count for *_, count in parts])
-        for (group, role, _), part in zip(parts, of_parts, strict=True):
-            vectors[group][role] = part
-        return vectors
 
     def pack(self, sequences):
         """Sequences, each (ids, start of segment 1), in rows on the device: a `bert.Packed`."""
@@ -265,13 +253,11 @@ class MultitaskBERT(nn.Module):
     def pool(self, hidden_states, packed):
         """One vector for each sentence: (tokens, hidden) -> (sentences, hidden) fp32."""
         if self.config.pooling == "cls":
-            return hidden_states[packed.first].float()
+            return hidden_states[packed.starts].float()
         hidden_states = hidden_states.float()
         sums = hidden_states.new_zeros(len(packed.lengths) + 1, hidden_states.size(1))
-        sums = sums.index_add(
-            0, packed.sentence, hidden_states
-        )  # the last row collects the padding
-        return sums[:-1] / packed.lengths[:, None]
+        sums = sums.index_add(0, packed.sentence, hidden_states)
+        return sums[:-1] / packed.lengths[:, None]  # the last row is the padding's
 
     @torch.no_grad()
     def encode_once(self, sequences):
@@ -301,26 +287,26 @@ class MultitaskBERT(nn.Module):
 
     # ------------------------------------------------------------------- masked language modelling
 
-    def hide(self, name, batch, seed):
-        """The task's sentences with hidden tokens, and what these were: see `hide_tokens`."""
+    def mask(self, name, batch, seed):
+        """The task's sentences with masked tokens, and what these were: see `mask_tokens`."""
         sentences = [ids for row in zip(*batch.columns().values(), strict=True) for ids in row]
-        seed, first = (*seed, list(TASKS).index(name)), rank() * len(sentences)
-        return hide_tokens(sentences, self.tokenizer, self.config.max_length, seed, first)
+        seed, first_row = (*seed, list(TASKS).index(name)), rank() * len(sentences)
+        return mask_tokens(sentences, self.tokenizer, self.config.max_length, seed, first_row)
 
-    def locate(self, hidden, parts, packed):
-        """The places of hidden tokens in what `arrange` returned, and their ids, by task."""
+    def locate(self, masked, parts, packed):
+        """The places of masked tokens in what `arrange` returned, and their ids, by task."""
         found, start = {}, 0
         for (name, number), _, count in parts:
-            if number == HIDDEN:
-                owners, positions, ids = (to_device(x, self.device) for x in hidden[name])
-                found[name] = packed.first[start + owners] + positions, ids
+            if number == MASKED:
+                owners, positions, ids = (to_device(x, self.device) for x in masked[name])
+                found[name] = packed.starts[start + owners] + positions, ids
             start += count
         return found
 
     def masked_loss(self, hidden_states, places, ids):
-        """Cross entropy of a task's hidden tokens (see `locate`), summed, and their number."""
-        logits = self.mlm(hidden_states[places], self.bert.embeddings.word_embeddings.weight)
-        loss = F.cross_entropy(logits.float(), ids, reduction="sum")
+        """Cross entropy of a task's masked tokens (see `locate`), summed, and their number."""
+        words = self.bert.embeddings.word_embeddings.weight
+        loss = self.mlm.loss(hidden_states[places], words, ids)
         return loss, loss.new_full((), len(ids))
 
     # --------------------------------------------------------------- the course starter's methods
@@ -358,3 +344,12 @@ def single_sentences(batch):
     """Each sentence of a batch by itself, by role."""
     columns = batch.columns().items()
     return {role: [(ids, len(ids)) for ids in sentences] for role, sentences in columns}
+
+
+def by_role(parts, vectors):
+    """The vectors (sequences, hidden) of all parts: `{(task, pass): {role: vectors}}`."""
+    found = defaultdict(dict)
+    of_parts = vectors.split([count for *_, count in parts])
+    for (group, role, _), part in zip(parts, of_parts, strict=True):
+        found[group][role] = part
+    return found

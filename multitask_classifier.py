@@ -18,7 +18,7 @@ from contextlib import nullcontext, suppress
 from runtime.script import NotFinite, Stopped, catch_signals, end_process, run_script, say
 from training.flags import parse_command
 
-if __name__ == "__main__":  # wrong flags and Ctrl-C need not wait for the imports below
+if __name__ == "__main__":  # checks the flags before the slow imports; --help ends here, too
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     if (code := run_script(parse_command)) or {"-h", "--help"} & set(sys.argv):
         sys.exit(code)
@@ -36,18 +36,10 @@ from runtime.distributed import check_stop, mean_over_processes
 from runtime.files import write_files
 from training import data_files, setup
 from training.data_files import of_split
-from training.log import (
-    Meter,
-    log_step,
-    not_finite,
-    numbers_of_step,
-    progress_bar,
-    read_back,
-    step_if_finite,
-)
+from training.log import Meter, log_step, not_finite, numbers_of_step, progress_bar, read_back
 from training.plan import make_plan
 from training.run_folder import RunFolder, run_path
-from training.saved_models import load_weights, save_best
+from training.saved_models import load_weights, save_best, undamaged_best
 from training.setup import save_checkpoint
 
 # ------------------------------------------------------------------------------ gradients of a step
@@ -59,15 +51,14 @@ def weighted_sum(losses, plan):
 
 
 def prepare_step(model, batches, step, plan):
-    """What the passes of a step take, on the device: a `multitask_bert.Prepared` for each.
+    """What each pass of a step takes, on the device: a list of `multitask_bert.Prepared`.
 
     A step has one pass, `--accumulate` passes, or with surgery between tasks one for each task.
     """
-    count = plan.flags.accumulate
-    passes = [(batches[i], i) for i in range(step * count, (step + 1) * count)]
+    count, seed = plan.flags.accumulate, plan.flags.seed
     if plan.flags.gradient_surgery not in (None, "main"):
-        passes = [({name: batch}, step) for name, batch in passes[0][0].items()]
-    return [model.prepare(of_pass, (plan.flags.seed, number)) for of_pass, number in passes]
+        return [model.prepare({n: batch}, (seed, step)) for n, batch in batches[step].items()]
+    return [model.prepare(batches[i], (seed, i)) for i in range(step * count, (step + 1) * count)]
 
 
 def compute_gradients(model, passes, step, plan, compute):
@@ -86,8 +77,8 @@ def backward(model, passes, step, plan, compute):
     losses = defaultdict(float)
     for number, prepared in enumerate(passes):
         seed_everything(plan.flags.seed, step, number, distributed.rank())
-        is_last = number == len(passes) - 1
-        with nullcontext() if is_last or distributed.world_size() == 1 else model.no_sync():
+        is_synced = number == len(passes) - 1 or distributed.world_size() == 1
+        with nullcontext() if is_synced else model.no_sync():  # DDP averages in the last pass
             with compute.autocast():
                 batch_losses = model(prepared)
             total = weighted_sum(batch_losses, plan)
@@ -130,9 +121,9 @@ def backward_with_surgery(model, passes, step, plan, compute):
 
 
 def loss_groups(losses, prepared, plan):
-    """The losses of a pass by the gradient that they count toward.
+    """The losses of a pass in groups, each of which gives one gradient.
 
-    That is their task's, SimCSE and R-Drop included, or the main and then the auxiliary one.
+    With "main" these are the main losses, then the auxiliary ones; else all losses of the one task.
     """
     if plan.flags.gradient_surgery != "main":
         (task,) = prepared.batches
@@ -220,19 +211,19 @@ def train(run, model, optimizer, data, plan, compute):
 
             # ---- fetch the next batches while a GPU works, then wait for it
             upcoming = prepare_step(model, batches, step + 1, plan)
-            values = read_back(numbers, losses, extra)
-            if not values.is_finite(scaler):
+            done = read_back(numbers, losses, extra)
+            if not done.is_finite(scaler):
                 save_checkpoint(run, model, optimizer, compute)
-                raise not_finite(model, values.losses, passes, step, plan, compute)
+                raise not_finite(model, done.losses, passes, step, plan, compute)
             scaler.update()
 
             # ---- log and save
             progress.step += 1
-            meter.add(values)
+            meter.add(done)
             bar.update()
             if progress.step % flags.log_every == 0 or progress.step == plan.total_steps:
                 log_step(bar, run, meter, optimizer, plan, compute)
-            if values.is_stopped or (flags.save_every and progress.step % flags.save_every == 0):
+            if done.is_stopped or (flags.save_every and progress.step % flags.save_every == 0):
                 save_checkpoint(run, model, optimizer, compute)
                 check_stop()
 
@@ -241,6 +232,16 @@ def clip_gradients(model, limit):
     """Clip the norm of all gradients together to `limit`, 0 for none; returns the norm before."""
     trained = [p for p in model.parameters() if p.requires_grad]
     return torch.nn.utils.clip_grad_norm_(trained, limit or float("inf"))
+
+
+def step_if_finite(optimizer, numbers, losses):
+    """Step the optimiser if the losses and the norm are finite, without waiting for a GPU."""
+    is_bad = (~numbers[: len(losses) + 1].isfinite()).any().float()
+    if optimizer.defaults["fused"]:
+        optimizer.found_inf = is_bad  # where it is 1, the fused kernel changes nothing
+        optimizer.step()
+    elif not is_bad:
+        optimizer.step()
 
 
 def evaluate_and_keep_best(run, model, data, plan, compute):
@@ -263,12 +264,10 @@ def evaluate_and_keep_best(run, model, data, plan, compute):
         evaluation_seconds=round(time.perf_counter() - began, 2),
         seconds=run.seconds(),
     )
-    is_best = progress.best_score is None or overall > progress.best_score
-    if is_best:
+    progress.evaluated, progress.misses, mark = progress.step, progress.misses + 1, ""
+    if progress.best_score is None or overall > progress.best_score:
         save_best(run, model, plan.lora, dev)
-        progress.best_score = overall
-    progress.evaluated, progress.misses = progress.step, 0 if is_best else progress.misses + 1
-    mark = "  (best so far)" if is_best else ""
+        progress.best_score, progress.misses, mark = overall, 0, "  (best so far)"
     say(f"\nepoch {epoch}/{plan.flags.epochs}, step {progress.step}{mark}")
     say(table)
 
@@ -299,16 +298,15 @@ def predict_and_write(run, model, data, plan, compute):
 
     All files are written together at the end: if the disk is full, the old files remain.
     """
-    load_weights(model, plan.lora, run.best)
+    load_weights(model, plan.lora, undamaged_best(run))
     files, texts, folder = {}, {}, run.path / "predictions"
     data = {name: data[name] for name in plan.tasks}
     for split in ("dev", "test"):
         scores = evaluate(model, of_split(data, split), compute)
         paths = {name: data_files.output_path(plan.flags, name, split) for name in scores}
         files |= results.prediction_files(plan.flags.predictions_dir, scores, split, paths)
-        texts |= results.prediction_files(folder, scores, split) | results.score_files(
-            folder, scores, split
-        )
+        texts |= results.prediction_files(folder, scores, split)
+        texts |= results.score_files(folder, scores, split)
         if split == "dev":
             say(f"\n{run.describe_best()}:\n{results.format_table(scores)}")
     if distributed.rank() == 0:

@@ -48,8 +48,8 @@ class PAL(nn.Module):
 class PALLayer(BertLayer):
     """A `BertLayer` with LN(FFN(a) + a + TS_t(h)) as output, where a = LN(h + SA(h)).
 
-    It takes over the modules of `layer`. Of the PALs it only knows: they are not its parameters,
-    nor the encoder's, but the model's, which trains and saves them with the heads.
+    It takes over the modules of `layer`. The PALs are no submodules of it: they belong to
+    `MultitaskBERT.pals`, which is trained and saved with the heads.
     """
 
     def __init__(self, layer, number, pals):

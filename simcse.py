@@ -24,28 +24,30 @@ def similarity_logits(anchors, candidates, temperature=TEMPERATURE, copies=None)
     return logits if copies is None else logits.masked_fill(copies, -torch.inf)
 
 
-def unsupervised_simcse_loss(first, second, temperature=TEMPERATURE, offset=0, copies=None):
+def unsupervised_simcse_loss(anchors, candidates, temperature=TEMPERATURE, offset=0, copies=None):
     """In-batch cross entropy between two passes over the same sentences (Gao et al. 2021, eq. 4).
 
-    `first` and `second` are (batch, hidden). Row i of both is sentence i under two dropout masks;
-    the other rows of `second` are its negatives, but for its `copies` (of `copies_of`). Returns a
-    scalar. Where several processes share a batch, `second` holds the rows of all, and this
+    `anchors` and `candidates` are (batch, hidden). Row i of both is sentence i under two dropout
+    masks; the other candidates are its negatives, except its `copies` (see `copies_of`). Returns a
+    scalar. Where several processes share a batch, `candidates` holds the rows of all, and this
     process's rows begin there at `offset`.
     """
-    labels = torch.arange(offset, offset + len(first), device=first.device)
-    return F.cross_entropy(similarity_logits(first, second, temperature, copies), labels)
+    labels = torch.arange(offset, offset + len(anchors), device=anchors.device)
+    return F.cross_entropy(similarity_logits(anchors, candidates, temperature, copies), labels)
 
 
-def supervised_simcse_loss(first, second, weights, temperature=TEMPERATURE, offset=0, copies=None):
+def supervised_simcse_loss(
+    anchors, candidates, weights, temperature=TEMPERATURE, offset=0, copies=None
+):
     """Cross entropy of duplicate pairs against all second sentences (Gao et al. 2021, eq. 5).
 
-    `first` and `second` are (batch, hidden), the sentences of each pair. Anchors are the first
-    sentences of duplicates; the second sentences of other pairs are hard negatives. `weights`
-    (batch,) are 1 / the number of duplicates for a duplicate, else 0. Returns a scalar, exactly 0
-    for a batch without a duplicate. `offset` and `copies` are as above.
+    `anchors` and `candidates` are (batch, hidden), the first and second sentences of the pairs. The
+    second sentences of pairs that are no duplicates are hard negatives. `weights` (batch,) are 1 /
+    the number of duplicates for a duplicate, else 0. Returns a scalar, exactly 0 for a batch
+    without a duplicate. `offset` and `copies` are as in `unsupervised_simcse_loss`.
     """
-    labels = torch.arange(offset, offset + len(first), device=first.device)
-    logits = similarity_logits(first, second, temperature, copies)
+    labels = torch.arange(offset, offset + len(anchors), device=anchors.device)
+    logits = similarity_logits(anchors, candidates, temperature, copies)
     return (F.cross_entropy(logits, labels, reduction="none") * weights).sum()
 
 
@@ -58,8 +60,9 @@ def sentence_keys(sentences):
 def copies_of(candidates, offset, *anchors):
     """Which candidates are copies of an anchor's sentence, and so not its negatives.
 
-    `candidates` (C,) are the candidates' keys, each of `anchors` (A,) those of one of the anchors'
-    sentences. Returns (A, C) bool, False at each anchor's own candidate, at `offset` + i.
+    `candidates` (C,) and each of `anchors` (A,) are keys of `sentence_keys`. A candidate is a copy
+    if its key equals any key of the anchor. Returns (A, C) bool, False at the anchor's own
+    candidate: `offset` + i for anchor i.
     """
     copies = torch.stack([keys[:, None] == candidates for keys in anchors]).any(0)
     copies.diagonal(offset).fill_(False)

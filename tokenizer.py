@@ -20,8 +20,8 @@ from config import UserError
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 # A longer text is cut before it is tokenised, for speed: 512 tokens are some 3,000 characters.
 MAX_CHARACTERS = 100_000
-# `transformers` builds the first classes from the vocabulary and `tokenizer_config.json`. Of the
-# others it takes all of `tokenizer.json` as it is.
+# `transformers` builds the first of these from the vocabulary and `tokenizer_config.json`; for the
+# others it takes `tokenizer.json` as it is.
 BERT_CLASSES = ("BertTokenizer", "BertTokenizerFast")
 COMPLETE_CLASSES = ("PreTrainedTokenizerFast", "TokenizersBackend")
 
@@ -52,7 +52,7 @@ class BertTokenizer:
         missing = [token for token in SPECIAL_TOKENS if token not in ids]
         if missing:
             raise UserError(f"vocabulary: no {' '.join(missing)} among {len(ids)} word pieces")
-        # Of a piece that a vocabulary lists twice only the last id counts; the other has no piece.
+        # If a vocabulary lists a piece twice, the last id has it and the other has "".
         self.vocab = [pipeline.id_to_token(i) or "" for i in range(max(ids.values()) + 1)]
         special = (ids[token] for token in SPECIAL_TOKENS)
         self.pad_id, self.unk_id, self.cls_id, self.sep_id, self.mask_id = special
@@ -188,7 +188,7 @@ def _added_tokens(settings, complete, added):
 def _add_tokens(pipeline, tokens):
     """Add tokens by text to a pipeline, in the order of their ids. Raises `UserError`.
 
-    A special one among them is matched like the others; only BERT's own five are text.
+    Special ones are found in texts like the others; only BERT's own five are read as plain text.
     """
     last = pipeline.get_vocab_size() + len(tokens)
     for text, (number, token) in sorted(tokens.items(), key=lambda item: item[1][0] or last):

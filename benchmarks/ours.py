@@ -39,7 +39,8 @@ def write_workload(workload, encoder, data_dir):
     length = min(MAX_LENGTH, tokenizer.model_max_length)
     for name, split in ((name, split) for split in ("train", "dev") for name in paths):
         task, path = TASKS[name], paths[name][split]
-        data = TaskDataset(read_task_file(path, task, split), task, tokenizer, length)
+        examples = read_task_file(path, task, split).examples
+        data = TaskDataset(examples, task, tokenizer, length)
         columns = [[" ".join(map(str, ids)) for ids in column] for column in data.sentences]
         rows = [("id", *task.sentences, task.label)]
         labels = map(str, data.labels.tolist())
@@ -69,7 +70,7 @@ class Ours(Worker):
     def open(self, **job):
         """Set up as `multitask_classifier.main` does, and write the initial heads.
 
-        For `job` see `throughput.Pair`. Returns the recipe for the reference to train with.
+        For `job` see `throughput.Sides`. Returns the recipe for the reference to train with.
         """
         self.job = job = SimpleNamespace(**job)
         device_name = self.use(job.device, job.threads)
@@ -99,7 +100,7 @@ class Ours(Worker):
             "device": device_name,
             "precision": self.compute.precision,
             "groups": self.groups(),
-            "steps_per_pass": self.batches.largest(),
+            "steps_per_pass": -(-max(map(len, train_sets.values())) // job.batch_size),
             "recipe": vars(flags) | {"encoder_lr": plan.encoder_lr, "head_lr": plan.head_lr},
         }
 
@@ -112,9 +113,8 @@ class Ours(Worker):
         found = {}
         for name in self.plan.flags.tasks:
             path = Path(self.job.workload) / f"{split}-{name}.csv"
-            file = read_task_file(path, TASKS[name], split)
-            file = dataclasses.replace(file, examples=file.examples[: limit or None])
-            found[name] = TaskDataset(file, TASKS[name], read_ids, MAX_LENGTH)
+            examples = read_task_file(path, TASKS[name], split).examples[: limit or None]
+            found[name] = TaskDataset(examples, TASKS[name], read_ids, MAX_LENGTH)
         return found
 
     def rows(self, first, steps):

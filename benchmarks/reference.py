@@ -104,7 +104,7 @@ class Reference(Worker):
     """Answers the driver's requests."""
 
     def open(self, **job):
-        """Build model and optimiser; for `job` see `throughput.Pair`."""
+        """Build model and optimiser; for `job` see `throughput.Sides`."""
         self.job, self.sets = SimpleNamespace(**job), {}
         job, device_name = self.job, self.use(self.job.device, self.job.threads)
         settings = {"attn_implementation": "sdpa", "dtype": torch.float32}
@@ -141,19 +141,19 @@ class Reference(Worker):
         groups = [{"params": p, "lr": r, "weight_decay": d} for (r, d), p in groups.items()]
         return torch.optim.AdamW(groups, fused=True)
 
-    def split(self, name, task):
+    def read(self, split, task):
         """Columns (lists of int64 tensors) and labels of one file of the workload, read once."""
-        if (name, task) not in self.sets:
-            path = Path(self.job.workload) / f"{name}-{task}.csv"
+        if (split, task) not in self.sets:
+            path = Path(self.job.workload) / f"{split}-{task}.csv"
             _, *lines = path.read_text(encoding="utf-8").splitlines()
             _, *columns, labels = zip(*(line.split("\t") for line in lines), strict=True)
             ids = [[torch.tensor([*map(int, t.split())]) for t in column] for column in columns]
-            self.sets[name, task] = ids, torch.tensor([*map(float, labels)])
-        return self.sets[name, task]
+            self.sets[split, task] = ids, torch.tensor([*map(float, labels)])
+        return self.sets[split, task]
 
-    def fetch(self, name, task, rows):
+    def fetch(self, split, task, rows):
         """A batch padded to its longest sentence: ([(ids, mask), …], labels)."""
-        columns, labels = self.split(name, task)
+        columns, labels = self.read(split, task)
         padded = []
         for column in columns:
             sentences = [column[row] for row in rows]
@@ -172,7 +172,7 @@ class Reference(Worker):
         """Train one step for each element of `rows`, which maps a task to its row numbers."""
         self.model.train()
         trained = [p for p in self.model.parameters() if p.requires_grad]
-        columns = {task: self.split("train", task)[0] for task in TASKS}
+        columns = {task: self.read("train", task)[0] for task in TASKS}
         began = self.clock()
         for of_step in rows:
             sum(self.forward(of_step).values()).backward()
@@ -201,7 +201,7 @@ class Reference(Worker):
     def evaluate(self, limit=0):
         """Predict the three dev sets in the files' order; returns seconds and what was encoded."""
         self.model.eval()
-        splits = {task: self.split("dev", task) for task in TASKS}
+        splits = {task: self.read("dev", task) for task in TASKS}
         began, scores, encoded = self.clock(), {}, []
         for task, (columns, labels) in splits.items():
             rows = range(min(len(labels), limit or len(labels)))

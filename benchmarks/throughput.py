@@ -126,7 +126,7 @@ class WorkerProcess:
 # ----------------------------------------------------------------------------------------- one row
 
 
-class Pair:
+class Sides:
     """Both sides of a row, opened on the same encoder, heads, data and recipe."""
 
     def __init__(self, row, ours, reference, encoder, settings):
@@ -207,7 +207,7 @@ def measure(row, encoder, products, settings):
     start, turns = partial(WorkerProcess, folder=settings.folder), []
     config = json.loads((Path(encoder) / "config.json").read_text(encoding="utf-8"))
     with start("ours.py") as ours, start("reference.py") as reference:
-        pair = Pair(row, ours, reference, encoder, settings)
+        pair = Sides(row, ours, reference, encoder, settings)
         pair.check_losses()
         for turn in pair.turns():
             # The products of one layer, on a step's tokens or an evaluation batch's.
@@ -290,7 +290,7 @@ def table_row(result):
         return [result["name"], "failed", *["–"] * (len(HEADER) - 2)]
     sides = [result[side] for side in SIDES]
 
-    def both(key, form, unit=1):
+    def cell(key, form, unit=1):
         values = [side[key] for side in sides]
         return " / ".join("–" if v is None else format(v / unit, form) for v in values)
 
@@ -298,12 +298,12 @@ def table_row(result):
     return [
         result["name"],
         f"{sides[0]['precision']} / {sides[1]['precision']}",
-        both("sentences_per_s", ",.0f"),
-        both("tokens_per_s", ",.0f"),
+        cell("sentences_per_s", ",.0f"),
+        cell("tokens_per_s", ",.0f"),
         "{:.2f} ({:.2f} to {:.2f})".format(*result["ratio"]),
-        f"{both('peak_mib', ',.0f')} ({memory:.2f})",
-        both("flops_per_s", ",.0f", 1e9),
-        both("share", ".1%"),
+        f"{cell('peak_mib', ',.0f')} ({memory:.2f})",
+        cell("flops_per_s", ",.0f", 1e9),
+        cell("share", ".1%"),
     ]
 
 
@@ -351,8 +351,8 @@ def hardware():
 def versions():
     """Versions of everything that computes; None for what is not installed."""
     installed = {package.name: package.version for package in distributions()}
-    command = ["git", "describe", "--always", "--dirty"]
-    git = subprocess.run(command, cwd=ROOT, text=True, capture_output=True, check=False)
+    settings = {"shell": True, "cwd": ROOT, "capture_output": True, "text": True}
+    git = subprocess.run("git describe --always --dirty", **settings)
     found = {package: installed.get(package) for package in PACKAGES}
     return {"python": platform.python_version(), **found, "commit": git.stdout.strip() or None}
 

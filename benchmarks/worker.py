@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def serve(worker):

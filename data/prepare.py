@@ -16,13 +16,12 @@ import csv
 import difflib
 import hashlib
 import io
-import math
 import os
 import random
+import re
 import shlex
 import sys
 import time
-import urllib.parse
 import urllib.request
 from http.client import HTTPException
 from pathlib import Path
@@ -31,7 +30,9 @@ from urllib.error import HTTPError, URLError
 
 HERE = Path(__file__).resolve().parent
 CHUNK_BYTES = 1 << 16
+RETRIES = 4  # more attempts after a break
 LONGEST_WAIT = 20.0  # seconds between two attempts
+TIMEOUT = 30.0  # seconds to wait for a silent connection
 
 # ----------------------------------------------------------------------------------------------
 # What the course publishes
@@ -163,26 +164,26 @@ def move_if_right(part, target, blob):
 NETWORK_ERRORS = (URLError, HTTPException, ConnectionError, TimeoutError, SSLError)
 
 
-def open_url(url, offset, timeout):
+def open_url(url, offset):
     """Ask for a file from byte `offset` on. Raises `PrepareError` where a retry cannot help."""
     headers = {"Range": f"bytes={offset}-"} if offset else {}
     request = urllib.request.Request(url, headers=headers)
     try:
-        return urllib.request.urlopen(request, timeout=timeout)
+        return urllib.request.urlopen(request, timeout=TIMEOUT)
     except HTTPError as error:
         error.close()
         if error.code == 416 and offset:
-            return open_url(url, 0, timeout)  # the part is longer than the file: start over
+            return open_url(url, 0)  # the part is longer than the file: start over
         if error.code >= 500 or error.code in (408, 416, 429):
             raise
         message = f"{url}: the server answered {error.code} {error.reason}: check --base_url"
         raise PrepareError(message) from None
 
 
-def download_rest(url, part, timeout):
+def download_rest(url, part):
     """Download what the part lacks, in one attempt; returns whether earlier bytes were kept."""
     offset = part.stat().st_size if part.exists() else 0
-    with open_url(url, offset, timeout) as response:
+    with open_url(url, offset) as response:
         # Some servers ignore the range and send the whole file.
         content_range = response.headers.get("Content-Range", "")
         resumed = response.status == 206 and content_range.startswith(f"bytes {offset}-")
@@ -199,16 +200,16 @@ def download_rest(url, part, timeout):
     return resumed
 
 
-def download(url, part, retries, timeout):
-    """Download what the part lacks, in at most 1 + `retries` attempts; whether bytes were kept."""
-    for attempt in range(retries + 1):
+def download(url, part):
+    """Download what the part lacks, in at most 1 + `RETRIES` attempts; whether bytes were kept."""
+    for attempt in range(RETRIES + 1):
         try:
-            return download_rest(url, part, timeout)
+            return download_rest(url, part)
         except NETWORK_ERRORS as error:
             reason = getattr(error, "reason", None) or error
-            if attempt == retries:
+            if attempt == RETRIES:
                 raise PrepareError(
-                    f"{url}: {reason} (attempt {attempt + 1} of {retries + 1}): check the"
+                    f"{url}: {reason} (attempt {attempt + 1} of {RETRIES + 1}): check the"
                     " network, then run the same command again; it resumes where it stopped"
                 ) from None
         wait = min(2.0**attempt, LONGEST_WAIT)
@@ -216,13 +217,13 @@ def download(url, part, retries, timeout):
         time.sleep(wait)
 
 
-def fetch(url, target, blob, retries, timeout):
+def fetch(url, target, blob):
     """Download and check one file; returns "fetched", or "resumed" where bytes were kept."""
     part = target.with_name(f"{target.name}.part")
     if move_if_right(part, target, blob):  # a run was stopped just before it moved the part
         return "resumed"
     for _ in range(2):  # a second time from scratch: the part may have been of another file
-        resumed = download(url, part, retries, timeout)
+        resumed = download(url, part)
         if move_if_right(part, target, blob):
             return "resumed" if resumed else "fetched"
         problem = describe_content(part)
@@ -293,33 +294,9 @@ class OneLineParser(argparse.ArgumentParser):
         self.exit(2, f"error: {message}\n")
 
 
-def whole_number(text):
-    """An argparse type: 0, 1, 2, ..."""
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"expected 0, 1, 2, ..., found {text}")
-    return int(text)
-
-
-def seconds(text):
-    """An argparse type: a time above 0, at most a day."""
-    try:
-        number = float(text)
-    except ValueError:
-        number = math.nan
-    if not 0 < number <= 86_400:
-        raise argparse.ArgumentTypeError(f"expected seconds above 0, at most 86400, found {text}")
-    return number
-
-
 def web_address(text):
     """An argparse type: an http(s) address, without its closing slash."""
-    try:
-        parts = urllib.parse.urlsplit(text)
-        valid = parts.scheme in ("http", "https") and parts.hostname and text.split() == [text]
-        valid = valid and parts.port != 0 and parts.hostname.encode("idna")
-    except ValueError:  # a port or a host name that cannot be
-        valid = False
-    if not valid:
+    if not re.fullmatch(r"https?://[\w-]+(\.[\w-]+)*(:\d+)?(/\S*)?", text):
         raise argparse.ArgumentTypeError(f"expected http://... or https://..., found {text}")
     return text.rstrip("/")
 
@@ -339,8 +316,6 @@ def get_args(argv=None):
     add("--out", type=Path, default=HERE, help="folder for the files")
     add("--overwrite", action="store_true", help="replace other files of the same names")
     add("--base_url", type=web_address, default="https://raw.githubusercontent.com", help=mirror)
-    add("--retries", type=whole_number, default=4, help="more attempts after a break; 0: none")
-    add("--timeout", type=seconds, default=30.0, help="seconds to wait for a silent connection")
     return parser.parse_args(argv)
 
 
@@ -376,8 +351,7 @@ def prepare(args):
         if in_place[name]:
             state = "ok"
         elif remote:
-            url = f"{args.base_url}/{remote}"
-            state = fetch(url, target, blob, args.retries, args.timeout)
+            state = fetch(f"{args.base_url}/{remote}", target, blob)
         else:
             state = deal(target, blob)
         print_file(target, state)

@@ -11,7 +11,7 @@ from config import TASKS, UserError
 from datasets import read_task_file
 from reporting import results
 from runtime.files import file_sha256
-from runtime.hub import STOOD_IN
+from runtime.hub import FELL_BACK
 from training.data_files import uses_sample
 from training.flags import default_flags
 from training.run_folder import RunFolder
@@ -19,7 +19,7 @@ from training.saved_models import plan_of
 
 
 @dataclass
-class Run:
+class FinishedRun:
     """What tables and figures need of a finished run."""
 
     path: str
@@ -46,14 +46,14 @@ class Run:
 
 
 def finished_run(run):
-    """The `Run` of a `RunFolder`. Raises `UserError` if dev scores or evaluations are missing."""
+    """Read a `RunFolder`. Raises `UserError` if dev scores or evaluations are missing."""
     dev, lines = read_run_scores(run, "dev"), run.metrics()
     evaluated = [set(line.get("dev", ())) for line in lines if line.get("kind") == "eval"]
     if not any(set(dev) <= tasks for tasks in evaluated):
         raise UserError(f"{run.metrics_file}: no evaluation of all tasks; the run is unfinished")
     description = run.description()
     description["args"] = default_flags() | description["args"]  # of an older version, fewer
-    return Run(str(run.path), description, lines, dev, results.overall_score(dev))
+    return FinishedRun(str(run.path), description, lines, dev, results.overall_score(dev))
 
 
 def read_run_scores(run, split):
@@ -89,7 +89,7 @@ def print_caveats(run):
     """Warn if a run used a substitute encoder, or the generated sample as its data."""
     description = run.description()
     if description["encoder"]["substituted"]:
-        print(f"warning: {run.path}: {STOOD_IN}")
+        print(f"warning: {run.path}: {FELL_BACK}")
     if uses_sample(description):
         print(f"warning: {run.path}: its data is the small generated sample")
 

@@ -1,7 +1,7 @@
 """The report's figures, as PNG and PDF.
 
 Figures 1 to 4 are the paper's losses in training and on dev. Two are new: similarity predicted
-against true, and the cosines of the tasks' gradients. A run here is an `ensemble.Run`.
+against true, and the cosines of the tasks' gradients. A run here is an `ensemble.FinishedRun`.
 """
 
 from collections.abc import Callable
@@ -80,7 +80,7 @@ def write_pictures(pictures, folder):
 
 
 def plot_curve(axes, curve, limits):
-    """Raw values, pale, over them their moving average with a mark at its end; dashed: dev."""
+    """Plot raw values (pale), their moving average (solid, with a mark) and dev (dashed)."""
     colour, marker, _ = curve.look
     raw, means, dev = (np.clip(y, *limits) for y in (curve.values, curve.means, curve.dev[1]))
     marks = {"marker": marker, "markersize": 4.5, "color": colour}
@@ -90,7 +90,7 @@ def plot_curve(axes, curve, limits):
 
 
 def smooth(values, reach):
-    """Mean of each value and `reach` neighbours on both sides; near an end, of fewer on both."""
+    """Centred moving average, over `reach` values on each side and fewer near the ends."""
     last = len(values) - 1
     reaches = (min(reach, i, last - i) for i in range(len(values)))
     return [np.mean(values[i - r : i + r + 1]) for i, r in enumerate(reaches)]

@@ -27,7 +27,7 @@ def format_page(about, tables, pictures, runs):
             for section, of_section in tables.items()
         },
         "pictures": [picture._asdict() | {"draw": None} for picture in pictures],
-        "runs": [describe_run(run, examples) for run in runs],
+        "runs": [run_data(run, examples) for run in runs],
         "examples": list(examples.values()),
     }
     text = json.dumps(data, default=as_plain)
@@ -40,7 +40,7 @@ def as_plain(value):
     return asdict(value) if is_dataclass(value) else value.tolist()
 
 
-def describe_run(run, examples):
+def run_data(run, examples):
     """A run's dev scores, predictions and errors.
 
     Adds its dev examples to `examples`, which runs with the same dev file share.

@@ -25,15 +25,15 @@ from reporting.html import format_page
 from reporting.results import TaskResult, overall_score, pearson, worst_errors
 from runtime.files import write_files
 from training.data_files import uses_sample
-from training.flags import FREE_WHEN_RESUMING, OF_ONE_COMMAND, default_flags
+from training.flags import default_flags
+from training.model_card import NOT_LISTED
 from training.plan import make_plan
 from training.setup import identity
 
 ERRORS_SHOWN = 8
 LONGEST_TEXT = 160  # characters of a sentence in a table
 # Flags in which the runs of one row may differ: names and paths. The files' content is compared.
-MAY_DIFFER = {"seed", "model_file_suffix", "recipe", "pretrained"}
-MAY_DIFFER |= FREE_WHEN_RESUMING | OF_ONE_COMMAND
+MAY_DIFFER = NOT_LISTED | {"seed"}
 # Flags of the training budget: a run that differs in these alone is still that row of the paper.
 BUDGET = {"epochs", "steps_per_epoch", "patience", "batch_size", "task_batch_sizes", "accumulate"}
 BUDGET |= {"lr", "head_lr", "precision", "deterministic", "calibration_examples"}
@@ -316,7 +316,7 @@ def best_run(runs, name):
 
 
 def write_report(runs, folder):
-    """Write the report of `runs` (a list of `Run`) into `folder`; returns its documents' paths."""
+    """Write the report of `runs` (`FinishedRun`) into `folder`; returns its documents' paths."""
     runs = list({Path(run.path).resolve(): run for run in runs}.values())
     names = Counter(run.name for run in runs)
     for run in runs:

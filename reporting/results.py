@@ -57,7 +57,7 @@ def undefined_correlations(results):
     reasons = {}
     for name, result in results.items():
         sides = {"predictions": result.predictions, "labels": result.labels}
-        constant = [s for s, values in sides.items() if values is not None and np.ptp(values) == 0]
+        constant = [side for side, values in sides.items() if np.ptp(values) == 0]
         if TASKS[name].kind == "score" and constant:
             reasons[name] = f"all dev {' and '.join(constant)} are the same"
     return reasons

@@ -1,1 +1,1 @@
-"""What any script needs: devices, processes, errors, files, the hub. Knows no BERT, task or run."""
+"""Shared by all scripts: devices, processes, errors, files, the hub."""

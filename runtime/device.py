@@ -99,8 +99,7 @@ def _has_bf16(device):
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
     if device.type == "cpu":  # through oneDNN, on CPUs with AVX512-BF16 or AMX
-        has_avx512 = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
-        return has_avx512 or getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()
+        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return False
 
 
@@ -120,7 +119,7 @@ def peak_memory_mib(device):
 
 
 @contextlib.contextmanager
-def memory_errors(device, load, remedy="end what else uses its memory, or take another device"):
+def memory_errors(device, load, remedy="close other programs on it, or choose another device"):
     """Turn exhausted memory into an `OutOfMemory` that names the load and the remedy."""
     try:
         yield

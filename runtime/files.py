@@ -49,7 +49,7 @@ def flush_to_disk(path):
 
 
 def remove(places):
-    """Remove files and folders. A folder is renamed first, so that it never lacks a part."""
+    """Remove files and folders. A folder is renamed first: under its own name it is whole."""
     for place in list(places):
         if place.is_symlink() or not place.is_dir():
             place.unlink(missing_ok=True)
@@ -80,18 +80,22 @@ def _remove_leftovers(folder):
 @contextlib.contextmanager
 def open_whole(path):
     """A text file to write to, which appears at `path` once it is complete."""
-    target = Path(path).resolve()
+    target = Path(path).parent.resolve() / Path(path).name
     temporary = temporary_path(target)
     try:
         with output_errors(path):
             target.parent.mkdir(parents=True, exist_ok=True)
             _remove_leftovers(target.parent)
             file = open(temporary, "w", encoding="utf-8", newline="")  # noqa: SIM115
-        with file:
+        try:
             yield file
+        finally:
+            with output_errors(path):
+                file.close()
         with output_errors(path):
             flush_to_disk(temporary)
             os.replace(temporary, target)
+            flush_to_disk(target.parent)
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
@@ -105,28 +109,14 @@ def write_file(path, text):
 def write_files(texts):
     """Write text files, a dict from path to text. All are written before the first is renamed.
 
-    So a disk that fills up leaves every earlier file as it was. Of two spellings of one path the
-    last counts. Raises `OutputError`.
+    So a full disk leaves every earlier file as it was. If two paths are the same file, the last
+    counts. Raises `OutputError`.
     """
     texts = {Path(path).parent.resolve() / Path(path).name: (path, texts[path]) for path in texts}
-    ready = []
-    try:
-        for target, (path, text) in texts.items():
+    with contextlib.ExitStack() as unfinished:
+        for path, text in texts.values():
+            file = unfinished.enter_context(open_whole(path))
             with output_errors(path):
-                target.parent.mkdir(parents=True, exist_ok=True)
-                _remove_leftovers(target.parent)
-                temporary = temporary_path(target)
-                ready.append((temporary, target, path))
-                temporary.write_text(text, encoding="utf-8", newline="")
-                flush_to_disk(temporary)
-        for temporary, target, path in ready:
-            with output_errors(path):
-                os.replace(temporary, target)
-        for folder in {target.parent for target in texts}:
-            with output_errors(folder):
-                flush_to_disk(folder)
-    except BaseException:
-        for temporary, *_ in ready:
-            with contextlib.suppress(OSError):
-                temporary.unlink(missing_ok=True)
-        raise
+                file.write(text)
+                file.close()
+                flush_to_disk(Path(file.name))

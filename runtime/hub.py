@@ -39,13 +39,9 @@ CONVERT = (
     "[kind.from_pretrained('{name}').save_pretrained('NEW_FOLDER') "
     'for kind in (t.AutoModel, t.AutoTokenizer)]"'
 )
-STANDS_IN = (
-    "bert-base-uncased is not in the cache and the hub cannot be reached: using the bundled "
-    "all-MiniLM-L6-v2 instead, a smaller encoder"
-)
-STOOD_IN = (
-    "the encoder is the bundled all-MiniLM-L6-v2, a smaller one: the run fell back to it, since "
-    "bert-base-uncased could not be reached when it began"
+FELL_BACK = (
+    "the encoder is the bundled all-MiniLM-L6-v2, a smaller one: when the run began, "
+    "bert-base-uncased was not in the cache and the hub could not be reached"
 )
 PROBE_SECONDS = 5  # how long to wait for a first answer of the hub
 WAY_OUT = (

@@ -66,7 +66,7 @@ def bar_size():
 
 
 def protect_streams():
-    """Open closed standard streams, and let all escape the characters they cannot encode."""
+    """Replace closed standard streams; escape characters that a stream cannot encode."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name) or open(os.devnull, "w")  # noqa: SIM115
         if hasattr(stream, "reconfigure"):

@@ -1,4 +1,4 @@
-"""Bias: what a run's three heads make of sentences that differ in one group word.
+"""Bias: a run's predictions for sentences that differ in one word for a group of people.
 
     python -m studies.bias_probe runs/LoRA
 
@@ -16,7 +16,7 @@ import numpy as np
 
 from config import PRECISIONS, UserError
 from evaluation import predict_sentences
-from reporting.ensemble import Run
+from reporting.ensemble import FinishedRun
 from reporting.report import Table, format_table, provenance
 from runtime.device import Compute, select_device
 from runtime.files import write_file
@@ -92,8 +92,8 @@ a template differ in one word only, so a difference within a category is what th
 that word. The words of the control rows name no group: they show how large differences are when no
 group is named. In the pairs, a group word changes whom a sentence is about, and so does a control
 word. What counts is whether the categories differ from the controls and from each other, not how
-high a figure is. Words of a category above the controls are more alike to the model than those,
-words of a category below them less.
+high a figure is. Above the controls, the model sees the words of a category as more alike than the
+control words; below them, as less alike.
 """
 LIMITS = """\
 Limits. A few English templates, read in lower case, and some words of some categories: no claim of
@@ -141,9 +141,7 @@ def measure_pairs(model, name, compute):
 # ------------------------------------------------------------------------------------- the tables
 
 
-def decimals(value):
-    """A number with two digits after the point, never "-0.00"."""
-    return f"{round(float(value), 2) + 0.0:.2f}"
+decimals = "{:z.2f}".format  # never "-0.00"
 
 
 def neutral_table(model, compute):
@@ -222,7 +220,7 @@ def make_report(run, compute, command):
     if not {"para", "sts"} <= set(missing):
         tables.append(pairs_table(model, compute))
     made = f"Made by `{command}`: {run.describe_best()}, computed in {compute.precision}."
-    source = provenance([Run(str(run.path), description, [], {}, 0.0)])
+    source = provenance([FinishedRun(str(run.path), description, [], {}, 0.0)])
     left_out = f" The run has no head for {', '.join(missing)}: left out." if missing else ""
     parts = ["# Group words\n", f"{made} {source}{left_out}\n", READING, LIMITS]
     parts += [format_table(*numbered) for numbered in enumerate(tables, start=1)]

@@ -22,7 +22,7 @@ import numpy as np
 
 from config import REPOSITORY, TASKS, UserError
 from reporting import report
-from reporting.ensemble import Run, finished_run, read_run_scores
+from reporting.ensemble import FinishedRun, finished_run, read_run_scores
 from reporting.figures import COLOURS, LEGEND, Picture, write_pictures
 from runtime.files import file_sha256, write_file
 from runtime.script import NotFinite, run_script, say
@@ -60,7 +60,7 @@ class Point(NamedTuple):
     cells: dict  # of its row in the table, by column: what sets it apart
     x: int | str  # its place on the picture's axis: the first cell's value
     schemes: list  # labels of the curves that it is a point of
-    run: Run | None = None  # None too if its numbers did not stay finite
+    run: FinishedRun | None = None  # None too if its numbers did not stay finite
     error: float | None = None  # standard error of its overall score
 
     def __str__(self):
@@ -91,7 +91,7 @@ def combinations(ranks, alpha, scaling):
 def grid(varied):
     """Every combination of the values of `varied`: lists of a flag's name and its values.
 
-    A value may be several words; "on" is a flag without a value, "off" leaves the flag away.
+    A value may be several words; "on" is a flag without a value, "off" omits the flag.
     """
     names, points = [name for name, *_ in varied], []
     for values in product(*(dict.fromkeys(values) for _, *values in varied)):
@@ -168,10 +168,10 @@ def train(words, run):
 
 
 def train_all(planned):
-    """Train what is not finished of `planned`: (Point, flags, RunFolder) each.
+    """Train the unfinished points of `planned`, a list of (Point, flags, RunFolder).
 
-    Yields each point with its run, without it if its numbers did not stay finite. Raises
-    `RunFailed` if a run fails otherwise.
+    Yields each point; its `run` stays None if a loss or gradient was not finite. Raises `RunFailed`
+    if a run fails otherwise.
     """
     for place, (point, words, folder) in enumerate(planned, start=1):
         name, code = f"{folder.path} ({place} of {len(planned)})", 0

@@ -57,7 +57,7 @@ def open_pair(bench, mode, simcse, reference=None):
     """Both sides of a row at batch 3; `reference` replaces the worker of the reference."""
     row = throughput.Row(mode, simcse, 3, "fp32")
     reference = reference or bench.reference
-    return throughput.Pair(row, bench.ours, reference, bench.encoder, bench.settings)
+    return throughput.Sides(row, bench.ours, reference, bench.encoder, bench.settings)
 
 
 @needs_references

@@ -17,7 +17,7 @@ from bert import (
     BertSelfAttention,
     FastDropout,
     Rows,
-    additive,
+    additive_mask,
     dropout_mask,
     fill_rows,
     pack,
@@ -139,7 +139,7 @@ def test_packed_rows_hold_every_sentence_where_first_says(lengths, data):
     assert {t.dtype for t in (*parts, *packed[1:4])} == {torch.int64}
     count = len(lengths)
     expected = torch.tensor([3, 0, 0, count])[:, None].repeat(1, len(packed.sentence))
-    for number, (sequence, first) in enumerate(zip(sequences, packed.first.tolist(), strict=True)):
+    for number, (sequence, first) in enumerate(zip(sequences, packed.starts.tolist(), strict=True)):
         here = slice(first, first + len(sequence))
         assert (expected[3, here] == count).all(), "two sentences in one place"
         positions = np.arange(len(sequence))
@@ -165,7 +165,7 @@ def test_packed_rows_are_few_and_as_wide_as_their_sentences_need(lengths):
     assert widths == sorted(widths, reverse=True)
     assert len(set(widths)) == len(packed.rows)
     assert sum(widths) // ROW_TOKENS % ROWS_MULTIPLE == 0
-    row_of = np.searchsorted(np.cumsum(widths), packed.first.numpy(), side="right")
+    row_of = np.searchsorted(np.cumsum(widths), packed.starts.numpy(), side="right")
     rows = [np.array(lengths)[row_of == row] for row in range(len(widths))]
     filled = [(row, width) for row, width in zip(rows, widths, strict=True) if len(row)]
     assert widths[len(filled) :] == [ROW_TOKENS] * (len(rows) - len(filled))
@@ -179,7 +179,7 @@ def test_packed_rows_are_few_and_as_wide_as_their_sentences_need(lengths):
 def test_packing_by_hand():
     """70 tokens in a row of 128 with the 4 and the 3; 60 alone, and an empty row after it."""
     packed = pack(random_sequences([3, 70, 4, 60]), [3, 40, 2, 60], 1, "cpu")
-    assert packed.first.tolist() == [74, 0, 70, 128]
+    assert packed.starts.tolist() == [74, 0, 70, 128]
     where = [*[1] * 70, *[2] * 4, *[0] * 3, *[4] * 51, *[3] * 60, *[4] * 68]
     assert packed.sentence.tolist() == where
 
@@ -190,7 +190,7 @@ def test_packing_by_hand():
 def packed_vectors(bert, sequences, starts):
     """Last hidden states of each sequence in the rows that `pack` makes."""
     packed = pack(sequences, starts, 0, "cpu")
-    places = zip(packed.first.tolist(), sequences, strict=True)
+    places = zip(packed.starts.tolist(), sequences, strict=True)
     states = bert.encode(packed.rows)
     return [states[first : first + len(sequence)] for first, sequence in places]
 
@@ -246,10 +246,10 @@ def test_sentences_of_one_row_do_not_see_each_other(bert, path, blind):
     def beside(other):
         packed = pack([sentence, other], [4, 3], 0, "cpu")
         rows = packed.rows[0]
-        assert packed.first.max() < ROW_TOKENS, "they are not in the same row"
+        assert packed.starts.max() < ROW_TOKENS, "they are not in the same row"
         if blind:
             rows = rows._replace(attention_mask=torch.ones_like(rows.attention_mask))
-        begin = int(packed.first[0])
+        begin = int(packed.starts[0])
         states = bert.encode([rows])[begin : begin + 6]
         return {"states": states.detach()} | gradients_of(bert, [states])
 
@@ -352,7 +352,7 @@ def attention(tiny_config):
     module = BertSelfAttention(replace(sizes, attention_probs_dropout_prob=0.5)).double()
     ids, mask = padded(random_sequences([4, 2]))
     positions = torch.arange(4).expand_as(ids)
-    bias = additive(mask.bool()[:, None, None, :], torch.float64)  # as `encode` makes it
+    bias = additive_mask(mask.bool()[:, None, None, :], torch.float64)  # as `encode` makes it
     return module, Rows(ids, positions, torch.zeros_like(ids), bias)
 
 
@@ -425,7 +425,9 @@ def test_query_key_and_value_share_one_bf16_copy_where_layer_norm_is_fp32(bert, 
 def test_the_mask_is_converted_once_for_all_layers(bert, monkeypatch, dtype):
     """Once for each width of rows; attention gets it in the dtype that it computes in."""
     made = []
-    monkeypatch.setattr("bert.additive", lambda *args: made.append(additive(*args)) or made[-1])
+    monkeypatch.setattr(
+        "bert.additive_mask", lambda *args: made.append(additive_mask(*args)) or made[-1]
+    )
     packed = pack(random_sequences([120, 20]), [120, 20], 0, "cpu")
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
         bert.encode(packed.rows)

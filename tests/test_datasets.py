@@ -21,7 +21,6 @@ from datasets import (
     Example,
     MultitaskBatches,
     TaskDataset,
-    TaskFile,
     odd_labels,
     read_task_file,
 )
@@ -189,7 +188,7 @@ def test_fault_17_and_21_empty_and_odd_text_gives_finite_vectors(tmp_path, token
     """Its markers, written out, are text: there is one real [CLS] and [SEP] each."""
     file = read(tmp_path, SST + "".join(f"0\tid{i}\t{text}\t3\n" for i, text in enumerate(ODD)))
     assert [e.sentences for e in file.examples] == [(text,) for text in ODD]
-    for ids in TaskDataset(file, TASKS["sst"], tokenizer, 40).sentences[0]:
+    for ids in TaskDataset(file.examples, TASKS["sst"], tokenizer, 40).sentences[0]:
         assert [list(ids).count(i) for i in (tokenizer.cls_id, tokenizer.sep_id)] == [1, 1]
         row = torch.tensor(ids[None]).long()
         assert BertModel(tiny_config)(row, torch.ones_like(row))["pooler_output"].isfinite().all()
@@ -227,7 +226,7 @@ def test_fault_19_files_are_read_as_the_course_reads_them(folder, name, split):
 def test_fault_20_a_sentence_of_10_mb(tmp_path, tokenizer):
     began = time.monotonic()
     file = read(tmp_path, f"{SST}9\tbig\t{'great film ' * 900_000}\t4\n")
-    assert TaskDataset(file, TASKS["sst"], tokenizer, 40).longest() == 40
+    assert TaskDataset(file.examples, TASKS["sst"], tokenizer, 40).longest() == 40
     assert time.monotonic() - began < 20
 
 
@@ -254,7 +253,7 @@ def made_up(name, count, tokenizer, words=lambda i: 1 + i % 7):
     task = TASKS[name]
     sentences = [("good " * words(i),) * len(task.sentences) for i in range(count)]
     examples = [Example(f"id{i}", s, float(i % 2)) for i, s in enumerate(sentences)]
-    return TaskDataset(TaskFile(Path(name), examples, [], count), task, tokenizer, 40)
+    return TaskDataset(examples, task, tokenizer, 40)
 
 
 @pytest.fixture
@@ -270,8 +269,8 @@ def test_a_batch_holds_the_rows_asked_for_in_that_order(tokenizer):
     assert [len(ids) for ids in batch.first] == [len(ids) for ids in batch.second] == [6, 3]
     assert batch.labels.dtype == torch.float32
     assert batch.labels.tolist() == [1.0, 0.0]
-    file = TaskFile(Path("x"), [Example("a", ("good",), None)], [], 1)  # a test file of sentences
-    batch = TaskDataset(file, TASKS["sst"], tokenizer, 40).batch([0])
+    examples = [Example("a", ("good",), None)]  # of a test file of sentences
+    batch = TaskDataset(examples, TASKS["sst"], tokenizer, 40).batch([0])
     assert (batch.second, batch.labels) == (None, None)
 
 
@@ -315,7 +314,6 @@ def test_a_step_has_one_batch_of_each_task_in_its_own_size(batches, sizes):
     rows = np.concatenate([mixed.rows("para", step) for step in range(4)])
     assert rows.tolist() == order[: len(rows)].tolist()
     assert mixed[1]["sst"].ids == [f"id{row}" for row in mixed.rows("sst", 1)]
-    assert mixed.largest() == 3  # sst: 10 in pieces of 4
 
 
 def test_the_shares_of_several_processes_are_the_whole_batch(batches):
@@ -331,7 +329,7 @@ def test_batch_sizes_that_change_by_epoch_leave_no_row_out(batches):
     """Epochs of 3 batches. A later epoch begins where the sizes before it ended; the last stays."""
     sizes = [{"sst": 1, "para": 6}, {"sst": 4, "para": 3}, {"sst": 2, "para": 5}]
     slices = [{"sst": slice(0, 1), "para": slice(2, size["para"])} for size in sizes]
-    sampled = MultitaskBatches(batches.datasets, sizes, 5, slices, epoch=3)
+    sampled = MultitaskBatches(batches.datasets, sizes, 5, slices, epoch_length=3)
     for name in ("sst", "para"):
         order = np.concatenate([batches.permutation(name, number) for number in range(6)]).tolist()
         wanted = [size[name] for size in sizes for _ in range(3)] + [sizes[2][name]]

@@ -1,7 +1,6 @@
 """Prediction, calibration, and saved models that load with the same numbers."""
 
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +11,7 @@ import evaluation
 from base_bert import Encoder
 from bert import BertModel
 from config import TASKS, LoRAConfig, MultitaskConfig, UserError
-from datasets import Example, TaskDataset, TaskFile
+from datasets import Example, TaskDataset
 from evaluation import best_offset, calibrate, predict_dataset, predict_sentences
 from heads import task_loss
 from lora import adapter_tensors, apply_lora
@@ -46,8 +45,7 @@ def datasets(model):
             columns = TASKS[name].sentences
             texts = tuple(" ".join(random.choice(words, 1 + i * 7 % 19)) for _ in columns)
             examples.append(Example(f"{name}{i}", texts, float(random.integers(0, 2))))
-        file = TaskFile(Path("x"), examples, [], EXAMPLES)
-        found[name] = TaskDataset(file, TASKS[name], model.tokenizer, 40)
+        found[name] = TaskDataset(examples, TASKS[name], model.tokenizer, 40)
     return found
 
 

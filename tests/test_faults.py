@@ -616,6 +616,17 @@ def test_36_disk_full(tiny, unbroken, expected, tmp_path, request, of_run, fault
     assert_resumes(tmp_path, tiny.argv("--resume"), expected)
 
 
+def test_36_a_table_of_predictions_that_does_not_fit(unbroken, tmp_path):
+    """So small that Python writes it when the file is closed."""
+    copy(unbroken, tmp_path)
+    (tmp_path / "texts.txt").write_text("a fairly good film\n" * 100)
+    fault = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (2000, 2000))
+    done = evaluate(tmp_path, ["--predict", "texts.txt", "--out", "table.tsv"], fault)
+    assert done.returncode == 1
+    assert "\nerror: table.tsv: not written: File too large (" in done.stderr
+    assert not list(tmp_path.glob("*table.tsv"))
+
+
 def test_36_a_best_model_that_cannot_be_written(tiny, expected, tmp_path):
     fault = partial(fail_write, "tensors .*best", "ENOSPC")
     done = run(tmp_path, tiny.argv(), fault)
@@ -758,7 +769,7 @@ def test_40_not_finite(tiny, halfway, tmp_path, where, loss, task):
     tokenizer, datasets = BertTokenizer.from_pretrained(tiny.encoder), {}
     for name in ("sst", "para", "sts"):
         file = read_task_file(tiny.data / TASKS[name].file_name("train"), TASKS[name], "train")
-        datasets[name] = TaskDataset(file, TASKS[name], tokenizer, 64)
+        datasets[name] = TaskDataset(file.examples, TASKS[name], tokenizer, 64)
     for name, batch in MultitaskBatches(datasets, 4, 11711)[6].items():
         assert all((of_example in done.stderr) == (name == task) for of_example in batch.ids), name
     newest = [checkpoints(folder / "runs/full-model")[-1] for folder in (tmp_path, halfway)]

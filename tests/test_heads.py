@@ -5,7 +5,7 @@ import torch
 from test_multitask_bert import LABELS, NAMES
 
 from config import PAIR, TASKS, Task
-from heads import consistency_loss, make_head, task_loss
+from heads import make_head, r_drop_loss, task_loss
 
 PAIR_ROLES = ("first", "second")
 
@@ -24,14 +24,14 @@ def divergence(p, q):
     return sum((a * (a / b).log()).sum(-1).mean() for a, b in ((p, q), (q, p))) / 2
 
 
-def test_consistency_loss_by_hand():
+def test_r_drop_loss_by_hand():
     """A shift of all logits changes nothing; a binary logit stands for two answers."""
     p, q = torch.tensor([[0.5, 0.3, 0.2], [0.1, 0.1, 0.8]]), torch.tensor([[0.2, 0.2, 0.6]] * 2)
-    found = consistency_loss(TASKS["sst"], p.log(), q.log() + 3)
+    found = r_drop_loss(TASKS["sst"], p.log(), q.log() + 3)
     torch.testing.assert_close(found, divergence(p, q))
     logits = torch.tensor([[2.0], [-1.0]])
     sure = torch.cat([1 - logits.sigmoid(), logits.sigmoid()], dim=-1)
-    found = consistency_loss(TASKS["para"], logits, torch.zeros(2, 1))
+    found = r_drop_loss(TASKS["para"], logits, torch.zeros(2, 1))
     torch.testing.assert_close(found, divergence(sure, torch.full((2, 2), 0.5)))
 
 

@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 
 from bert import BertModel
 from config import UserError
-from reporting.ensemble import Run, finished_run
+from reporting.ensemble import FinishedRun, finished_run
 from runtime.script import NotFinite
 from studies import lora_sweep
 from tokenizer import BertTokenizer
@@ -306,8 +306,8 @@ def test_seconds_per_step_leave_set_up_and_evaluations_out():
     logged = [("train", 10, 90.0), ("train", 20, 95.0), ("eval", 20, 195.0), ("train", 30, 201.0)]
     logged += [("train", 40, 208.0), ("train", 50, 213.0)]
     lines = [{"kind": kind, "step": step, "seconds": seconds} for kind, step, seconds in logged]
-    assert lora_sweep.seconds_per_step(Run("x", {}, lines, {}, 0.0)) == 0.5  # of .5, .7, .5
-    assert lora_sweep.seconds_per_step(Run("x", {}, lines[2:4], {}, 0.0)) is None
+    assert lora_sweep.seconds_per_step(FinishedRun("x", {}, lines, {}, 0.0)) == 0.5  # of .5, .7, .5
+    assert lora_sweep.seconds_per_step(FinishedRun("x", {}, lines[2:4], {}, 0.0)) is None
 
 
 def test_runs_on_other_data_share_no_table(points):

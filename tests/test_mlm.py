@@ -17,7 +17,7 @@ from base_bert import load_mlm_head
 from bert import BertModel
 from config import MultitaskConfig, UserError
 from datasets import TaskBatch
-from mlm import MaskedLMHead, hide_tokens
+from mlm import MaskedLMHead, mask_tokens
 from multitask_bert import MultitaskBERT
 from tokenizer import BertTokenizer
 
@@ -45,7 +45,7 @@ def test_15_percent_are_hidden_and_at_least_one_of_a_sentence(tokenizer):
     expected = {0: 0, 1: 1, 2: 1, 7: 1, 10: 2, 17: 3, 20: 3, 38: 6}
     sentences = sentences_of(tokenizer, expected)
     before = [ids.copy() for ids in sentences]
-    hidden, owners, positions, ids = hide_tokens(sentences, tokenizer, WIDTH, SEED)
+    hidden, owners, positions, ids = mask_tokens(sentences, tokenizer, WIDTH, SEED)
     assert np.bincount(owners, minlength=len(expected)).tolist() == list(expected.values())
     assert ids.dtype == np.int64 and {part.dtype.str[1:] for part in hidden} == {"i4"}
     for number, (old, new) in enumerate(zip(before, hidden, strict=True)):
@@ -61,7 +61,7 @@ def test_15_percent_are_hidden_and_at_least_one_of_a_sentence(tokenizer):
 def test_80_percent_become_mask_10_another_and_10_stay(tokenizer):
     """Over 60,000 hidden tokens at every place alike; a binomial's deviation is 0.0016."""
     sentences = sentences_of(tokenizer, [20] * 20_000)
-    hidden, owners, positions, ids = hide_tokens(sentences, tokenizer, WIDTH, SEED)
+    hidden, owners, positions, ids = mask_tokens(sentences, tokenizer, WIDTH, SEED)
     new = np.array([hidden[owner][place] for owner, place in zip(owners, positions, strict=True)])
     is_mask, stays = new == tokenizer.mask_id, new == ids
     by_chance = 1 / len(tokenizer)  # a random token may be the same, or [MASK]
@@ -76,9 +76,9 @@ def test_80_percent_become_mask_10_another_and_10_stay(tokenizer):
 def test_what_is_hidden_depends_on_seed_and_row_alone(tokenizer):
     """A process's share is that of one process; another step hides other tokens."""
     sentences = sentences_of(tokenizer, [9, 30, 4, 12])
-    whole = hide_tokens(sentences, tokenizer, WIDTH, SEED)
-    share = hide_tokens(sentences[2:], tokenizer, WIDTH, SEED, first=2)
-    other = hide_tokens(sentences, tokenizer, WIDTH, (7, 4))
+    whole = mask_tokens(sentences, tokenizer, WIDTH, SEED)
+    share = mask_tokens(sentences[2:], tokenizer, WIDTH, SEED, first_row=2)
+    other = mask_tokens(sentences, tokenizer, WIDTH, (7, 4))
     second = whole[1] >= 2
     for one, part in zip(whole[0][2:], share[0], strict=True):
         assert np.array_equal(one, part)
@@ -114,7 +114,7 @@ def test_the_loss_is_the_mean_over_the_hidden_tokens_of_both_sentences(build, ba
     model, batch = build(mlm=("para",)), batches["para"]
     found = model(model.prepare({"para": batch}, SEED))["mlm_para"]
     rows = [ids for pair in zip(batch.first, batch.second, strict=True) for ids in pair]
-    hidden, owners, positions, ids = hide_tokens(rows, model.tokenizer, 40, (*SEED, 1))
+    hidden, owners, positions, ids = mask_tokens(rows, model.tokenizer, 40, (*SEED, 1))
     losses = []
     for number, sentence in enumerate(hidden):
         inputs = torch.from_numpy(sentence).long()[None]

@@ -11,7 +11,7 @@ import multitask_bert
 from bert import BertModel, FastDropout
 from config import TASKS, MultitaskConfig
 from datasets import TaskBatch
-from heads import consistency_loss, task_loss
+from heads import r_drop_loss, task_loss
 from multitask_bert import MultitaskBERT
 from tokenizer import join_pair
 
@@ -191,7 +191,7 @@ def test_unsupervised_simcse_averages_the_two_groups_of_a_pair(build, batches):
     found = model({"para": batch})["simcse_para"]
     groups = []
     for sentences in (batch.first, batch.second):
-        u = model.contrast(encode(model, single(sentences)))
+        u = model.project(encode(model, single(sentences)))
         logits = F.cosine_similarity(u[:, None], u[None], dim=-1) / 0.05
         groups.append(F.cross_entropy(logits, torch.arange(4)))
     torch.testing.assert_close(found, sum(groups) / 2, rtol=1e-3, atol=1e-4)
@@ -246,7 +246,7 @@ def test_the_second_pass_may_swap_the_sentences_of_pairs(build, batches, way):
     assert not torch.allclose(one, other, atol=1e-3), "the head does not depend on the order"
     mean = sum(task_loss(TASKS["para"], x, pairs.labels) for x in outputs) / 2
     torch.testing.assert_close(losses["para"], mean)
-    torch.testing.assert_close(losses["r_drop_para"], consistency_loss(TASKS["para"], one, other))
+    torch.testing.assert_close(losses["r_drop_para"], r_drop_loss(TASKS["para"], one, other))
     plain = build(**settings).train()(batches)
     for name in ("sst", "r_drop_sst", "sts", "simcse_para"):  # still each sentence with itself
         torch.testing.assert_close(losses[name], plain[name])

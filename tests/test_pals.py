@@ -129,7 +129,7 @@ def test_joined_groups_keep_every_sentence_where_it_was():
     every = [(group, ids) for group, of_group in sentences.items() for ids in of_group]
     assert joined.tokens == sum(len(sentence) for _, sentence in every)
     for number, (group, sentence) in enumerate(every):
-        first, length = int(joined.first[number]), int(joined.lengths[number])
+        first, length = int(joined.starts[number]), int(joined.lengths[number])
         assert ids[first : first + length].tolist() == sentence.tolist()
         places = (joined.sentence == number).nonzero().flatten().tolist()
         assert places == list(range(first, first + length))

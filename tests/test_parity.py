@@ -236,7 +236,7 @@ class InRows(torch.nn.Module):
         assert shared < len(ids), "one sentence a row would be the padded batch again"
         found = self.model.encode(packed.rows)
         states = found.new_zeros(*mask.shape, found.size(1))
-        places = zip(packed.first.tolist(), packed.lengths.tolist(), strict=True)
+        places = zip(packed.starts.tolist(), packed.lengths.tolist(), strict=True)
         states[mask] = torch.cat([found[first : first + n] for first, n in places])
         return {
             "last_hidden_state": states,
@@ -328,7 +328,7 @@ def padded_and_hidden(model, batches):
     """The hidden sentences of a step as `transformers` takes them: padded, with labels."""
     rows, labels = [], []
     for name, batch in batches.items():
-        hidden, owners, positions, ids = model.hide(name, batch, (0,))
+        hidden, owners, positions, ids = model.mask(name, batch, (0,))
         for number, sentence in enumerate(hidden):
             rows.append((sentence, len(sentence)))
             labels.append(torch.full((len(sentence),), -100))
@@ -344,7 +344,7 @@ def loss_and_gradients(model, batches):
     prepared = model.prepare(batches)
     states = model.token_states(prepared.sequences)
     losses, counts = zip(
-        *(model.masked_loss(states, *f) for f in prepared.hidden.values()), strict=True
+        *(model.masked_loss(states, *f) for f in prepared.masked.values()), strict=True
     )
     by_task = {f"mlm_{n}": loss / c for n, loss, c in zip(batches, losses, counts, strict=True)}
     torch.testing.assert_close(model(prepared), by_task)  # the losses of a step

@@ -9,7 +9,7 @@ from runtime.files import OutputError
 from runtime.script import say
 from training.flags import SPLITS
 
-MOVED = "no such file; name the folder of the run's data files with --data_dir"
+NOT_FOUND = "no such file; name the folder of the run's data files with --data_dir"
 
 
 def data_paths(flags):
@@ -64,7 +64,7 @@ def find_data(command, earlier):
         paths = paths_of_run(earlier)
         for path in (paths[name][split] for name in paths for split in earlier["data"][name]):
             if not os.path.lexists(path):
-                raise UserError(f"{path}: {MOVED}")
+                raise UserError(f"{path}: {NOT_FOUND}")
         if uses_sample(earlier):
             say("warning: the data is the small generated sample, as when the run began")
     check_output_paths(flags, paths)
@@ -94,12 +94,12 @@ def check_output_paths(flags, data):
         what, path = f"{name} {split}", output_path(flags, name, split)
         folder = next(parent for parent in path.absolute().parents if parent.exists())
         if not folder.is_dir() or (path.exists() and not path.is_file()):
-            raise UserError(f"{path}: for predictions; expected a file, new or to be replaced")
+            raise UserError(f"{path}: not a file; predictions need a new file, or one to replace")
         if not os.access(folder, os.W_OK | os.X_OK):
             raise OutputError(f"{path}: for predictions; {folder} is not writable")
         other = taken.setdefault(os.path.realpath(path), what)
         if other == "data":
-            raise UserError(f"{path}: for predictions ({what}), which would replace the data in it")
+            raise UserError(f"{path}: a data file; the predictions ({what}) would replace it")
         if other != what:
             raise UserError(f"{path}: one file for several predictions ({other}, {what})")
 
@@ -134,7 +134,7 @@ def tokenize_data(files, model):
     """The files of `read_data` as `{task: {split: TaskDataset}}`, for a `MultitaskBERT`."""
     return {
         name: {
-            split: TaskDataset(file, TASKS[name], model.tokenizer, model.config.max_length)
+            split: TaskDataset(file.examples, TASKS[name], model.tokenizer, model.config.max_length)
             for split, file in of_task.items()
         }
         for name, of_task in files.items()

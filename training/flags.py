@@ -30,12 +30,11 @@ from training.run_folder import RunFolder, run_path
 SCRIPT = "multitask_classifier.py"
 SPLITS = ("train", "dev", "test")
 # Flags of one call: never compared when a run is resumed.
-OF_ONE_COMMAND = {"resume", "overwrite", "debug", "runs_dir"}
+OF_ONE_COMMAND = {"resume", "overwrite", "debug", "runs_dir", "use_gpu", "require_test"}
 # Flags that may differ when a run is resumed: training does not depend on them. The content of the
 # data files is compared, wherever they lie.
 FREE_WHEN_RESUMING = {
-    *("save_every", "log_every", "tensorboard", "use_gpu", "predictions_dir"),
-    *("require_test", "data_dir"),
+    *("save_every", "log_every", "tensorboard", "predictions_dir", "data_dir"),
     *(f"{task}_{what}" for task in TASKS for what in (*SPLITS, "dev_out", "test_out")),
 }
 # Names of flags in other training scripts.
@@ -63,7 +62,7 @@ class FlagParser(argparse.ArgumentParser):
         return namespace
 
     def attach_texts(self, argv, flags):
-        """The words of a command with each text joined to its flag: it may begin with a dash."""
+        """Join each text to its flag, as `--sentence=TEXT`: a text may begin with a dash."""
         words = []
         for word in sys.argv[1:] if argv is None else argv:
             if words and words[-1] in flags and word not in self._option_string_actions:
@@ -112,8 +111,8 @@ def make_parser():
         help=f"of {', '.join(TASKS)} (default: all but cfimdb)")
     add("--pretrained", metavar="ENCODER", help="folder, hub name, or 'bundled' (default: "
         "bert-base-uncased; if the hub is out of reach, the bundled MiniLM)")
-    add("--start_from", metavar="RUN", help="begin with the best model of a run in place of "
-        "--pretrained: its encoder (of a LoRA run in mode LoRA: its adapters) and heads that fit")
+    add("--start_from", metavar="RUN", help="start from the best model of this run, not from "
+        "--pretrained: its encoder, its adapters if both runs use LoRA, and the heads that fit")
 
     add = parser.add_argument_group("LoRA (only with --fine-tune-mode LoRA)").add_argument
     add("--LoRA_r", type=positive, default=LoRAConfig.r, metavar="R",
@@ -160,8 +159,8 @@ def make_parser():
         help="R-Drop's second pass has the two sentences of a pair in the other order")
     add("--mlm", nargs="+", choices=TASKS, default=[], metavar="TASK",
         help="masked language modelling on the training sentences of these tasks (default: none); "
-        "those of weight 0 (--loss_weights sst=0) have no other loss and are not evaluated, and "
-        "if all have, the best model is the one with the lowest masked loss on dev")
+        "with --loss_weights sst=0 the task sst has no head and is not evaluated; if no task has a "
+        "head, the best model is the one with the lowest masked loss on dev")
     add("--loss_weights", nargs="+", default=[], metavar="LOSS=W",
         help="weights of the summed losses, as para=2, simcse_sst=0.1, mlm_sst=0.1 (default: 1)")
     add("--calibration_examples", type=natural, default=2000, metavar="N",
@@ -278,10 +277,10 @@ class Command:
     argv: list
     given: set
 
-    def words(self):
+    def words(self, recipe=()):
         """The command that starts the run again, without --resume and --overwrite."""
         kept = [word for word in self.argv if word not in ("--resume", "--overwrite")]
-        return [*launch_command(SCRIPT), *kept]
+        return [*launch_command(SCRIPT), *recipe, *kept]
 
     def expanded(self):
         """The command with the recipe's flags written out, as text; None without a recipe."""
@@ -293,9 +292,7 @@ class Command:
             is_unused = name.startswith("LoRA_") and self.flags.fine_tune_mode != "LoRA"
             if name not in self.given and not is_unused and value not in (None, False, []):
                 recipe += flag_words(name, value)
-        script = len(launch_command(SCRIPT))
-        words = self.words()
-        return shlex.join([*words[:script], *recipe, *words[script:]])
+        return shlex.join(self.words(recipe))
 
 
 def parse_command(argv=None):
@@ -346,7 +343,7 @@ def names_given(parser, argv):
 
 
 def drop_inapplicable_flags(flags, given):
-    """Undo what a recipe has set for tasks or for a mode that the user has not chosen."""
+    """Undo a recipe's flags that do not apply to the chosen tasks or mode."""
     if flags.recipe and flags.fine_tune_mode != RECIPES[flags.recipe].flags["fine_tune_mode"]:
         for name, value in (("lr", None), ("freeze_word_embeddings", False)):
             if name not in given:
@@ -365,7 +362,7 @@ def drop_inapplicable_flags(flags, given):
 def take_flags_of_run(flags, given, description):
     """Fill in the flags of the run to resume; raises `UserError` where a given one differs.
 
-    Returns the given names that may differ, without those that were compared.
+    Returns the given names that were not compared.
     """
     differences = []
     for name, value in description["args"].items():

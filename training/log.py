@@ -45,18 +45,8 @@ def numbers_of_step(losses, extra, norm, model, scaler):
     return distributed.mean_over_processes(torch.cat([values, counts]))
 
 
-def step_if_finite(optimizer, numbers, losses):
-    """Step the optimiser if the losses and the norm are finite, without waiting for a GPU."""
-    is_bad = (~numbers[: len(losses) + 1].isfinite()).any().float()
-    if optimizer.defaults["fused"]:
-        optimizer.found_inf = is_bad  # where it is 1, the fused kernel changes nothing
-        optimizer.step()
-    elif not is_bad:
-        optimizer.step()
-
-
 def read_back(numbers, losses, extra):
-    """The `Step` of what `numbers_of_step` returned: here a step waits for the device, once."""
+    """Copy the numbers of a step from the device: the one place where a step waits for it."""
     *values, scale, sentences, tokens, signal = numbers.tolist()
     count, processes = len(losses), distributed.world_size()
     losses = dict(zip(losses, values[:count], strict=True))
@@ -150,7 +140,7 @@ def not_finite(model, losses, passes, step, plan, compute):
         if name in tasks
     )
     return NotFinite(
-        f"step {step + 1}: {what} is not finite; the weights, saved, are those before the step; "
+        f"step {step + 1}: {what} is not finite; the weights from before the step are saved; "
         f"try a lower --lr; batch {ids}"
     )
 

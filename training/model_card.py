@@ -137,7 +137,7 @@ def metadata(name, dev, settings):
 def training_command(description, encoder):
     """The words of a command that trains the model again, with every flag that has no default."""
     defaults = default_flags()
-    start = [] if description["args"]["start_from"] else ["--pretrained", encoder]
+    start = [] if description["args"].get("start_from") else ["--pretrained", encoder]
     words = ["python", "multitask_classifier.py", *start]
     for name, value in description["args"].items():
         if name not in NOT_LISTED and value != defaults[name]:

@@ -61,7 +61,7 @@ class Plan:
     both: tuple  # pair tasks encoded as one sequence and as two
     tasks: list  # those with a head; with --mlm a task of weight 0 has none
     batch_sizes: dict  # task -> examples in a batch, over all processes
-    epoch_sizes: list  # the same as --sampling has it, of each epoch; the last one stays
+    epoch_sizes: list  # the same for each epoch, by --sampling; the last for all later ones
     simcse_tasks: tuple  # tasks with unsupervised SimCSE
     loss_weights: dict  # every loss of the run -> its weight in the sum
     encoder_lr: float  # peak learning rates
@@ -152,7 +152,7 @@ def keyed_values(flags, flag, keys, parse, expected):
 
 
 def sample_sizes(flags, sizes, examples, contrasted, processes):
-    """Task -> examples in a batch, as `--sampling` has them, of each epoch; the last one stays.
+    """For each epoch, task -> examples in a batch, by `--sampling`; the last for all later ones.
 
     A batch as large as `sizes` together is shared out in proportion to N^a, N the training examples
     of a task; a is 1, or annealed from 1 to 0.2 (Stickland & Murray 2019). Shares are multiples of
@@ -250,8 +250,8 @@ def check_tasks_without_head(plan):
     for name in (name for name in plan.flags.tasks if name not in plan.tasks):
         losses = (f"mlm_{name}", f"simcse_{name}", f"simcse_{name}_supervised")
         if name in plan.flags.r_drop or not any(map(plan.loss_weights.get, losses)):
-            expected = "with --mlm, expected another loss of its sentences, and no R-Drop"
-            raise UserError(f"--loss_weights {name}=0: {expected}; or omit {name} in --tasks")
+            needed = f"it has no head then; give it --mlm {name} or SimCSE, and no --r_drop"
+            raise UserError(f"--loss_weights {name}=0 with --mlm: {needed}; or omit it in --tasks")
 
 
 def check_frozen(plan, given):

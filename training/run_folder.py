@@ -84,12 +84,12 @@ def run_path(flags):
     return Path(flags.runs_dir) / run_name(flags)
 
 
-def newest_run(runs="runs"):
+def newest_run():
     """The run whose best model is newest. Raises `UserError` where there is none."""
-    found = [path.parent for path in Path(runs).glob("*/best") if path.exists()]
+    found = [best for best in Path("runs").glob("*/best") if best.exists()]
     if not found:
-        raise UserError(f"{runs}/: no finished run; train one: python multitask_classifier.py")
-    return max(found, key=lambda path: (path / "best").resolve().stat().st_mtime)
+        raise UserError("runs/: no finished run; train one: python multitask_classifier.py")
+    return max(found, key=lambda best: best.stat().st_mtime).parent
 
 
 def find_damage(folder):
@@ -189,7 +189,7 @@ class RunFolder:
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
             missing = {"command", "args", "encoder", "data", "precision"} - set(values)
-            reason = f"no {', '.join(missing)}" if missing else None
+            reason = f"no {', '.join(sorted(missing))}" if missing else None
         except (OSError, ValueError, TypeError) as error:
             reason = getattr(error, "strerror", None) or error
         if reason:
@@ -272,7 +272,6 @@ class RunFolder:
         """Write a model with `write(folder)` and exchange the best model for it."""
         temporary = self.path / f"{TEMPORARY}best-model"
         with output_errors(self.path / "best"):
-            remove([temporary])
             try:
                 temporary.mkdir()
                 write(temporary)
@@ -297,7 +296,6 @@ class RunFolder:
         """Exchange the link `best` for one to the folder `name`, in one step."""
         with output_errors(self.best):
             link = self.path / f"{TEMPORARY}best"
-            link.unlink(missing_ok=True)
             link.symlink_to(name)
             if not self.best.is_symlink():  # a folder, where a copy of the run followed the link
                 remove([self.best])

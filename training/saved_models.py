@@ -85,14 +85,10 @@ def _write_sentence_transformers_files(folder, model):
 
 
 def load_weights(model, lora, folder):
-    """Read what `save_model` wrote into a model of the same shape.
+    """Read what `save_model` wrote into a model of the same shape; `undamaged_best` comes first.
 
-    Raises `UserError` for a damaged file, and for a missing, unexpected or differently shaped
-    tensor.
+    Raises `UserError` for a missing, unexpected or differently shaped tensor.
     """
-    folder = Path(folder)
-    if problem := find_damage(folder):
-        raise UserError(problem)
     if lora:
         load_adapter(model.bert, folder, lora)
     else:
@@ -175,7 +171,7 @@ def load_run(run, device):
 
 
 def encoder_of_best(run):
-    """`(Encoder, BertTokenizer)` of a run's best model; of a LoRA run, those below its adapters."""
+    """`(Encoder, BertTokenizer)` of a run's best model; of a LoRA run, without its adapters."""
     recorded, best = run.description()["encoder"], undamaged_best(run)
     if not (best / "adapter_config.json").exists():
         recorded = recorded | {"best": str(best)}
@@ -183,9 +179,10 @@ def encoder_of_best(run):
 
 
 def start_from(model, lora, run):
-    """Give a model on `encoder_of_best` the run's adapters, merged without `lora`, and its heads.
+    """Copy a run's adapters, merged without `lora`, and its heads into a model.
 
-    Only heads of the same shape; returns their names. Raises `UserError` for other adapters.
+    The model is built on `encoder_of_best`. Only heads of the same shape are copied; returns their
+    names. Raises `UserError` for other adapters.
     """
     source, _ = load_run(run, "cpu")
     if not lora:

@@ -3,7 +3,6 @@
 import platform
 import re
 import shlex
-import shutil
 import subprocess
 from importlib.metadata import version
 
@@ -18,7 +17,7 @@ from pals import apply_pals, train_layer_norms_only
 from runtime import distributed
 from runtime.device import device_name
 from runtime.files import file_sha256
-from runtime.hub import STANDS_IN, STOOD_IN
+from runtime.hub import FELL_BACK
 from runtime.script import say
 from training.run_folder import RunFolder
 from training.saved_models import encoder_of_best, start_from, undamaged_best
@@ -57,12 +56,9 @@ def describe_file(file):
 
 
 def git_commit():
-    """The git commit of this code, None outside a repository."""
-    if not shutil.which("git"):
-        return None
-    command = ["git", "rev-parse", "HEAD"]
-    git = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
-    return git.stdout.strip() or None
+    """The git commit of this code, None outside a repository or without git."""
+    settings = {"shell": True, "cwd": REPOSITORY, "capture_output": True, "text": True}
+    return subprocess.run("git rev-parse HEAD", **settings).stdout.strip() or None
 
 
 def identity(description):
@@ -98,8 +94,8 @@ def check_same_run(earlier, now):
         raise UserError(f"--resume: not the run that was begun: {'; '.join(differences)}")
     if earlier["threads"] != now["threads"]:
         say(
-            f"warning: {now['threads']} threads, were {earlier['threads']}: the result "
-            "will not be that of an unbroken run to the last bit"
+            f"warning: {now['threads']} threads, were {earlier['threads']}: the last bits will "
+            "differ from those of a run that was never stopped"
         )
 
 
@@ -137,7 +133,7 @@ def find_encoder(run, flags, earlier):
     else:
         encoder, tokenizer = load_encoder(flags.pretrained)
     if encoder.substituted:
-        say(f"warning: {STOOD_IN if earlier else STANDS_IN}")
+        say(f"warning: {FELL_BACK}")
     return encoder, tokenizer
 
 
@@ -205,7 +201,8 @@ def make_optimizer(model, plan):
     """AdamW over what is trained: no decay on biases and LayerNorm, another rate for the heads.
 
     `--layer_decay` lowers the rate layer by layer from the top (Howard & Ruder 2018, §3.2).
-    `--LoRA_lr_ratio` raises that of LoRA's B (Hayou et al. 2024), and as `peft` does of magnitudes.
+    `--LoRA_lr_ratio` multiplies that of LoRA's B (Hayou et al. 2024) and, as in `peft`, of DoRA's
+    magnitudes.
     """
     groups, layers = {}, model.bert.config.num_hidden_layers
     for name, parameter in trained_parameters(model).items():
@@ -256,17 +253,12 @@ def restore(model, optimizer, compute, progress, tensors):
         part, name = key.split(":")
         parts.setdefault(part, {})[name] = tensor
     parameters = trained_parameters(model)
-    load_strictly({n: p.data for n, p in parameters.items()}, parts.pop("trained"), "checkpoint")
+    load_strictly(parameters, parts.pop("trained"), "checkpoint")
     for part, moments in parts.items():
-        is_moved = (
-            part != "step" or optimizer.defaults["fused"]
-        )  # fused AdamW keeps `step` on the device
+        # Only fused AdamW keeps its `step` on the device.
+        device = "cpu" if part == "step" and not optimizer.defaults["fused"] else compute.device
         for name, value in moments.items():
-            if name not in parameters:
-                raise UserError(f"checkpoint: does not fit: unexpected {part}:{name}")
-            parameter = parameters[name]
-            value = value.to(parameter.device) if is_moved else value
-            optimizer.state[parameter][part] = value
+            optimizer.state[parameters[name]][part] = value.to(device)
 
 
 def encode_in_advance(model, batches, plan, compute):
@@ -281,10 +273,8 @@ def encode_in_advance(model, batches, plan, compute):
         if len(rows) and model.vectors_to_keep():
             say(f"{name}: encoding {len(rows):,} training examples, once for all epochs")
             parts = [batch for _, batch in dataset.batches_of(compute.batch_tokens, rows)]
-        for number in range(
-            distributed.largest(len(parts))
-        ):  # every process must check equally often
-            distributed.check_stop()
+        for number in range(distributed.largest(len(parts))):
+            distributed.check_stop()  # as often in every process
             if number < len(parts) and model.vectors_to_keep():
                 with compute.autocast(), torch.no_grad():
                     model.head_vectors(name, parts[number])
