@@ -20,6 +20,10 @@ from tqdm import tqdm
 # would leave gaps in a GPU's memory that are too small for the next ones.
 if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # the older name
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+# A thread that waits for the others would spin so long that two runs on the same cores take four
+# times as long, not twice.
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "5000")
 
 SIGNALS = [signal.SIGINT, signal.SIGTERM]
 if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # `nohup` ignores it

@@ -89,6 +89,19 @@ def test_a_gpus_memory_is_set_up_unless_the_user_did(monkeypatch, name, expected
 
 
 @pytest.mark.parametrize(
+    ("name", "expected"),
+    [(None, "5000"), ("GOMP_SPINCOUNT", "mine"), ("OMP_WAIT_POLICY", None)],
+)
+def test_threads_do_not_wait_long_by_spinning_unless_the_user_says_so(monkeypatch, name, expected):
+    for known in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
+        monkeypatch.setenv(known, "mine")
+        if known != name:
+            monkeypatch.delenv(known)
+    runpy.run_path(str(REPOSITORY / "runtime" / "script.py"))
+    assert os.environ.get("GOMP_SPINCOUNT") == expected
+
+
+@pytest.mark.parametrize(
     ("platform", "has_mallopt"),
     [("linux", True), ("linux", False), ("darwin", True), ("win32", True)],
 )
