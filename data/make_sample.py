@@ -240,13 +240,14 @@ def write_task(out, stem, rng):
 def main(argv=None):
     """Write all files."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    default = HERE / "sample"
-    parser.add_argument("--out", type=Path, default=default, help="folder (default: data/sample)")
+    add = parser.add_argument
+    add("--out", type=Path, default=HERE / "sample", help="folder (default: data/sample)")
+    add("--seed", type=int, default=SEED, help="default: %(default)s")
     args = parser.parse_args(argv)
     args.out.mkdir(parents=True, exist_ok=True)
     for stem in TASKS:
         # A generator per task: a word added to one task leaves the files of the others as they are.
-        write_task(args.out, stem, random.Random(f"{SEED} {stem.removeprefix('ids-')}"))
+        write_task(args.out, stem, random.Random(f"{args.seed} {stem.removeprefix('ids-')}"))
 
 
 if __name__ == "__main__":

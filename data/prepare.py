@@ -16,12 +16,13 @@ import csv
 import difflib
 import hashlib
 import io
+import math
 import os
 import random
-import re
 import shlex
 import sys
 import time
+import urllib.parse
 import urllib.request
 from http.client import HTTPException
 from pathlib import Path
@@ -30,9 +31,7 @@ from urllib.error import HTTPError, URLError
 
 HERE = Path(__file__).resolve().parent
 CHUNK_BYTES = 1 << 16
-RETRIES = 4  # more attempts after a break
 LONGEST_WAIT = 20.0  # seconds between two attempts
-TIMEOUT = 30.0  # seconds to wait for a silent connection
 
 # ----------------------------------------------------------------------------------------------
 # What the course publishes
@@ -164,26 +163,26 @@ def move_if_right(part, target, blob):
 NETWORK_ERRORS = (URLError, HTTPException, ConnectionError, TimeoutError, SSLError)
 
 
-def open_url(url, offset):
+def open_url(url, offset, timeout):
     """Ask for a file from byte `offset` on. Raises `PrepareError` where a retry cannot help."""
     headers = {"Range": f"bytes={offset}-"} if offset else {}
     request = urllib.request.Request(url, headers=headers)
     try:
-        return urllib.request.urlopen(request, timeout=TIMEOUT)
+        return urllib.request.urlopen(request, timeout=timeout)
     except HTTPError as error:
         error.close()
         if error.code == 416 and offset:
-            return open_url(url, 0)  # the part is longer than the file: start over
+            return open_url(url, 0, timeout)  # the part is longer than the file: start over
         if error.code >= 500 or error.code in (408, 416, 429):
             raise
         message = f"{url}: the server answered {error.code} {error.reason}: check --base_url"
         raise PrepareError(message) from None
 
 
-def download_rest(url, part):
+def download_rest(url, part, timeout):
     """Download what the part lacks, in one attempt; returns whether earlier bytes were kept."""
     offset = part.stat().st_size if part.exists() else 0
-    with open_url(url, offset) as response:
+    with open_url(url, offset, timeout) as response:
         # Some servers ignore the range and send the whole file.
         content_range = response.headers.get("Content-Range", "")
         resumed = response.status == 206 and content_range.startswith(f"bytes {offset}-")
@@ -200,16 +199,16 @@ def download_rest(url, part):
     return resumed
 
 
-def download(url, part):
-    """Download what the part lacks, in at most 1 + `RETRIES` attempts; whether bytes were kept."""
-    for attempt in range(RETRIES + 1):
+def download(url, part, retries, timeout):
+    """Download what the part lacks, in at most 1 + `retries` attempts; whether bytes were kept."""
+    for attempt in range(retries + 1):
         try:
-            return download_rest(url, part)
+            return download_rest(url, part, timeout)
         except NETWORK_ERRORS as error:
             reason = getattr(error, "reason", None) or error
-            if attempt == RETRIES:
+            if attempt == retries:
                 raise PrepareError(
-                    f"{url}: {reason} (attempt {attempt + 1} of {RETRIES + 1}): check the"
+                    f"{url}: {reason} (attempt {attempt + 1} of {retries + 1}): check the"
                     " network, then run the same command again; it resumes where it stopped"
                 ) from None
         wait = min(2.0**attempt, LONGEST_WAIT)
@@ -217,13 +216,13 @@ def download(url, part):
         time.sleep(wait)
 
 
-def fetch(url, target, blob):
+def fetch(url, target, blob, retries, timeout):
     """Download and check one file; returns "fetched", or "resumed" where bytes were kept."""
     part = target.with_name(f"{target.name}.part")
     if move_if_right(part, target, blob):  # a run was stopped just before it moved the part
         return "resumed"
     for _ in range(2):  # a second time from scratch: the part may have been of another file
-        resumed = download(url, part)
+        resumed = download(url, part, retries, timeout)
         if move_if_right(part, target, blob):
             return "resumed" if resumed else "fetched"
         problem = describe_content(part)
@@ -294,9 +293,33 @@ class OneLineParser(argparse.ArgumentParser):
         self.exit(2, f"error: {message}\n")
 
 
+def whole_number(text):
+    """An argparse type: 0, 1, 2, ..."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"expected 0, 1, 2, ..., found {text}")
+    return int(text)
+
+
+def seconds(text):
+    """An argparse type: a time above 0, at most a day."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not 0 < number <= 86_400:
+        raise argparse.ArgumentTypeError(f"expected seconds above 0, at most 86400, found {text}")
+    return number
+
+
 def web_address(text):
     """An argparse type: an http(s) address, without its closing slash."""
-    if not re.fullmatch(r"https?://[\w-]+(\.[\w-]+)*(:\d+)?(/\S*)?", text):
+    try:
+        parts = urllib.parse.urlsplit(text)
+        valid = parts.scheme in ("http", "https") and parts.hostname and text.split() == [text]
+        valid = valid and parts.port != 0 and parts.hostname.encode("idna")
+    except ValueError:  # a port or a host name that cannot be
+        valid = False
+    if not valid:
         raise argparse.ArgumentTypeError(f"expected http://... or https://..., found {text}")
     return text.rstrip("/")
 
@@ -316,6 +339,8 @@ def get_args(argv=None):
     add("--out", type=Path, default=HERE, help="folder for the files")
     add("--overwrite", action="store_true", help="replace other files of the same names")
     add("--base_url", type=web_address, default="https://raw.githubusercontent.com", help=mirror)
+    add("--retries", type=whole_number, default=4, help="more attempts after a break; 0: none")
+    add("--timeout", type=seconds, default=30.0, help="seconds to wait for a silent connection")
     return parser.parse_args(argv)
 
 
@@ -351,7 +376,8 @@ def prepare(args):
         if in_place[name]:
             state = "ok"
         elif remote:
-            state = fetch(f"{args.base_url}/{remote}", target, blob)
+            url = f"{args.base_url}/{remote}"
+            state = fetch(url, target, blob, args.retries, args.timeout)
         else:
             state = deal(target, blob)
         print_file(target, state)

@@ -201,27 +201,25 @@ def test_a_stopped_download_has_no_final_name_and_is_resumed(server, tmp_path, n
 
 
 @pytest.mark.parametrize(
-    "content, faults, settings, requests, kept, hint",
+    "content, faults, flags, requests, kept, hint",
     [
-        (b"<!DOCTYPE html><html>Please log in</html>", [], {}, 2, 0, "web page"),
-        (b"version https://git-lfs.github.com/spec/v1\noid", [], {}, 2, 0, "git-LFS pointer"),
-        (CONTENTS[BIG].replace(b"How 7", b"How 8", 1), [], {}, 2, 0, "other content"),
-        (b"", [], {}, 2, 0, "empty"),
-        (None, [], {}, 1, 0, "404"),
-        (CONTENTS[BIG], [CUT, CUT, {"status": 503}], {"RETRIES": 2}, 3, 1000, "attempt 3 of 3"),
-        (CONTENTS[BIG], [STALL], {"RETRIES": 0, "TIMEOUT": 0.3}, 1, STALL["count"], "timed out"),
-        (CONTENTS[BIG], [], {"RETRIES": 0, "url": "http://127.0.0.1:1"}, 0, 0, "refused"),
+        (b"<!DOCTYPE html><html>Please log in</html>", [], "", 2, 0, "web page"),
+        (b"version https://git-lfs.github.com/spec/v1\noid", [], "", 2, 0, "git-LFS pointer"),
+        (CONTENTS[BIG].replace(b"How 7", b"How 8", 1), [], "", 2, 0, "other content"),
+        (b"", [], "", 2, 0, "empty"),
+        (None, [], "", 1, 0, "404"),
+        (CONTENTS[BIG], [CUT, CUT, {"status": 503}], "--retries 2", 3, 1000, "attempt 3 of 3"),
+        (CONTENTS[BIG], [STALL], "--retries 0 --timeout 0.3", 1, STALL["count"], "timed out"),
+        (CONTENTS[BIG], [], "--retries 0 --base_url http://127.0.0.1:1", 0, 0, "refused"),
     ],
     ids=["page", "pointer", "edited", "empty", "missing", "broken", "silent", "not listening"],
 )
 def test_a_failed_download_is_exit_1_and_never_gets_the_final_name(
-    server, tmp_path, capsys, monkeypatch, content, faults, settings, requests, kept, hint
+    server, tmp_path, capsys, content, faults, flags, requests, kept, hint
 ):
     server.contents[BIG], server.faults = content, list(faults)
     started = time.monotonic()
-    for name, value in settings.items():
-        monkeypatch.setattr(server if name == "url" else prepare, name, value)
-    assert run(server, tmp_path) == 1
+    assert run(server, tmp_path, *flags.split()) == 1
     assert time.monotonic() - started < 10
     *retries, error = capsys.readouterr().err.splitlines()
     assert (
@@ -268,6 +266,8 @@ ADDRESSES = "file:///etc", "http://", "http://a b", "http://[::1", "http://a_b..
         ("--quor", "small", "did you mean --quora?"),  # no silent abbreviation
         ("--year", "2022", "2024"),
         ("--quora", "tiny", "small"),
+        *(("--retries", x, f"expected 0, 1, 2, ..., found {x}") for x in ("-1", "x")),
+        *(("--timeout", x, f"at most 86400, found {x}") for x in ("0", "nan", "soon", "1e300")),
         *(("--base_url", x, f"expected http://... or https://..., found {x}") for x in ADDRESSES),
     ],
 )

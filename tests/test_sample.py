@@ -26,10 +26,12 @@ def sentences(stem, *splits):
     return [row[name] for row in rows for name in row if name.startswith("sentence")]
 
 
-def test_generator_writes_the_committed_bytes_again(tmp_path):
+def test_generator_writes_the_committed_bytes_again_and_others_from_another_seed(tmp_path):
     committed = {path.name: path.read_bytes() for path in SAMPLE.iterdir()}
     make_sample.main(["--out", str(tmp_path)])
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == committed
+    make_sample.main(["--out", str(tmp_path), "--seed", "1"])
+    assert all((tmp_path / name).read_bytes() != committed[name] for name in committed)
 
 
 @pytest.mark.parametrize(
