@@ -124,12 +124,12 @@ def evaluate(model, datasets, compute):
 def masked_losses(model, datasets, compute):
     """Mean loss of masked language modelling on datasets (task -> `TaskDataset`).
 
-    The same tokens are hidden every time. Returns `{mlm_<task>: {"loss": …}}`; raises `NotFinite`.
+    The same tokens are masked every time. Returns `{mlm_<task>: {"loss": …}}`; raises `NotFinite`.
     """
     model.eval()
     losses = {}
     for name in model.config.mlm:
-        total = torch.zeros(2, device=model.device)  # summed loss, hidden tokens
+        total = torch.zeros(2, device=model.device)  # summed loss, masked tokens
         with compute.autocast():
             for number, _, batch in shared_batches(datasets[name], compute.batch_tokens):
                 prepared = model.prepare({name: batch}, seed=(0, number))
@@ -267,8 +267,10 @@ def make_parser():
         "write a report.",
     )
     add = parser.add_argument
-    add("--checkpoint", nargs="+", metavar="RUN", help="folder of a run (default: the newest under "
-        "runs/); several folders: their ensemble, from the scores that each run saved")
+    add("--checkpoint", nargs="+", metavar="RUN", help="folder of a run (default: the newest in "
+        "--runs_dir); several folders: their ensemble, from the scores that each run saved")
+    add("--runs_dir", default="runs", metavar="DIR",
+        help="folder of all runs (default: %(default)s)")
     add("--report", nargs="+", metavar="RUN", help="write tables, figures and errors of these runs")
     add("--report_dir", default="report", help="folder of the report (default: %(default)s)")
     add("--sentence", help="predict on this text instead of on files")
@@ -326,7 +328,7 @@ def main(argv=None):
     elif flags.checkpoint and len(flags.checkpoint) > 1:
         evaluate_ensemble(flags.checkpoint, flags.predictions_dir)
     else:
-        run = RunFolder(flags.checkpoint[0] if flags.checkpoint else newest_run())
+        run = RunFolder(flags.checkpoint[0] if flags.checkpoint else newest_run(flags.runs_dir))
         if flags.export is not None:
             export_run(run, flags.export)
             say(f"wrote {flags.export}")

@@ -84,11 +84,11 @@ def run_path(flags):
     return Path(flags.runs_dir) / run_name(flags)
 
 
-def newest_run():
-    """The run whose best model is newest. Raises `UserError` where there is none."""
-    found = [best for best in Path("runs").glob("*/best") if best.exists()]
+def newest_run(folder):
+    """The run in a folder whose best model is newest. Raises `UserError` where there is none."""
+    found = [best for best in Path(folder).glob("*/best") if best.exists()]
     if not found:
-        raise UserError("runs/: no finished run; train one: python multitask_classifier.py")
+        raise UserError(f"{folder}/: no finished run; train one: python multitask_classifier.py")
     return max(found, key=lambda best: best.stat().st_mtime).parent
 
 
