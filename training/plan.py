@@ -235,6 +235,12 @@ def check_flags(flags, given):
     plan = make_plan(flags, {})
     if flags.gradient_surgery == "main" and plan.loss_weights.keys() <= set(plan.main_tasks):
         raise UserError("--gradient_surgery main: no auxiliary loss; add SimCSE or --main_tasks")
+    for name in plan.joint:
+        if f"{name}_head" in given and getattr(flags, f"{name}_head") != "linear":
+            raise UserError(
+                f"--{name}_head: the head of a pair encoded as one sequence is linear; expected "
+                f"--pair_encoding {name}=separate or {name}=both"
+            )
     check_tasks_without_head(plan)
     for name in plan.simcse_tasks + ("para",) * flags.supervised_simcse:
         if plan.batch_sizes[name] < 2:
