@@ -12,6 +12,7 @@ from datasets import read_task_file
 from reporting import results
 from runtime.files import file_sha256
 from runtime.hub import FELL_BACK
+from runtime.script import say
 from training.data_files import uses_sample
 from training.flags import default_flags
 from training.run_folder import RunFolder
@@ -89,9 +90,9 @@ def print_caveats(run):
     """Warn if a run used a substitute encoder, or the generated sample as its data."""
     description = run.description()
     if description["encoder"]["substituted"]:
-        print(f"warning: {run.path}: {FELL_BACK}")
+        say(f"warning: {run.path}: {FELL_BACK}")
     if uses_sample(description):
-        print(f"warning: {run.path}: its data is the small generated sample")
+        say(f"warning: {run.path}: its data is the small generated sample")
 
 
 def average_results(runs):
@@ -139,5 +140,5 @@ def evaluate_ensemble(paths, predictions_dir):
         of_task = (f"{task} of {counts[task]}" for task in TASKS if task in counts)
         together += f" ({', '.join(of_task)})"
     for name, found in {**dev, together: averaged["dev"]}.items():
-        print(f"{name}\n{results.format_table(found)}\n")
+        say(f"{name}\n{results.format_table(found)}\n")
     results.write_predictions(predictions_dir, averaged)

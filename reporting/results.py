@@ -7,6 +7,7 @@ import numpy as np
 
 from config import TASKS, UserError, overall_tasks
 from runtime.files import write_files
+from runtime.script import say
 
 
 @dataclass
@@ -120,7 +121,7 @@ def write_predictions(folder, results):
         files |= prediction_files(folder, of_split, split)
     write_files(files)
     for path in files:
-        print(f"wrote {path}")
+        say(f"wrote {path}")
 
 
 def score_files(folder, results, split):
