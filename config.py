@@ -215,8 +215,8 @@ class MultitaskConfig:
         return ("pair", *apart) if task in self.both else apart
 
     def head(self, task):
-        """Name of the head of `task`; a jointly encoded pair has one vector and a linear head."""
-        return "linear" if task in self.joint else self.heads.get(task, TASKS[task].heads[0])
+        """Name of the head of `task`."""
+        return self.heads.get(task, TASKS[task].heads[0])
 
     @property
     def uses_simcse(self):

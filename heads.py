@@ -95,7 +95,7 @@ def make_head(task, kind, roles, hidden, dropout):
 
     `roles` name the sequences whose vectors it takes: "first", "second", or "pair" for both as one.
     """
-    if kind not in (*task.heads, "linear"):
+    if kind not in task.heads:
         raise ValueError(f"{task.name} has no head {kind!r}; expected one of {task.heads}")
     if len(roles) == 1:
         return SentenceHead(hidden, task.num_classes, dropout, feed_forward=kind == "ffn")

@@ -115,7 +115,7 @@ class DoRALinear(LoRALinear):
         if dropped is not None:
             product = LowRankLinear.apply(dropped, None, weight, None, lora_A, lora_B, self.scaling)
         else:
-            product = y if bias is None else y - bias.detach()
+            product = y - bias.detach()
         share = self.lora_magnitude_vector / self.row_norms(weight) - 1
         return torch.addcmul(y, share.to(y.dtype), product)
 

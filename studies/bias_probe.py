@@ -252,9 +252,9 @@ def main(argv=None):
         print(f"warning: {compute.warning}", file=sys.stderr)
     command = shlex.join(["python", "-m", "studies.bias_probe", *argv])
     report = make_report(RunFolder(flags.run), compute, command)
-    print(report, end="")
     if flags.out:
         write_file(flags.out, report)
+    print(report, end="")
 
 
 if __name__ == "__main__":
