@@ -4,19 +4,23 @@ import importlib.util
 import json
 import os
 import re
+import shutil
+import signal
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from bert import BertModel
-from config import BertConfig, UserError
+from config import TASKS, BertConfig, UserError
 from runtime.hub import resolve_encoder
 from tokenizer import SPECIAL_TOKENS, BertTokenizer, wordpiece
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 SAMPLE = REPOSITORY / "data" / "sample"
+ROWS = {"train": 24, "dev": 12, "test": 6}  # of each file of `cut_sample`
 REAL_DATA = Path(os.environ.get("REAL_DATA_DIR") or REPOSITORY.parent / "shared" / "data")
 THREADS = 1  # the matrices are small, and on a busy machine two threads would wait for each other
 
@@ -50,6 +54,23 @@ def load_script(path):
 def pipeline_of(pieces, *rules, **more):
     """BERT's pipeline of word pieces in the order of their ids."""
     return wordpiece({piece: number for number, piece in enumerate(pieces)}, *rules, **more)
+
+
+def keep_rows(path, count):
+    """Cut a data file to its first rows."""
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    path.write_text("".join(lines[: count + 1]), encoding="utf-8")
+
+
+def train_in(folder, *commands):
+    """Start the training script in a folder, in this process; pytest keeps its signal handlers."""
+    import multitask_classifier
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr(signal, "signal", lambda *_: None)
+        for command in commands:
+            multitask_classifier.main(command.split())
 
 
 @pytest.fixture(autouse=True)
@@ -89,13 +110,45 @@ def tiny_config(toy_vocab):
     )
 
 
+@pytest.fixture(scope="session")
+def write_encoder(tiny_config, toy_vocab_folder):
+    """Writes a tiny random encoder with its tokenizer into a folder, and returns that.
+
+    A large `initializer_range` makes sentences differ, so that a wrong figure shows.
+    """
+
+    def write(folder, seed=2, **settings):
+        torch.manual_seed(seed)
+        tokenizer = BertTokenizer.from_pretrained(toy_vocab_folder)
+        BertModel(replace(tiny_config, **settings)).save_pretrained(folder, tokenizer)
+        return folder
+
+    return write
+
+
 @pytest.fixture
-def tiny_folder(tiny_config, toy_vocab_folder, tmp_path):
-    """The folder of a tiny encoder with its tokenizer: weights of seed 2."""
-    torch.manual_seed(2)
-    tokenizer = BertTokenizer.from_pretrained(toy_vocab_folder)
-    BertModel(tiny_config).save_pretrained(tmp_path / "encoder", tokenizer)
-    return tmp_path / "encoder"
+def tiny_folder(write_encoder, tmp_path):
+    """The folder of a tiny encoder with its tokenizer."""
+    return write_encoder(tmp_path / "encoder")
+
+
+@pytest.fixture
+def workplace(tmp_path, monkeypatch):
+    """An empty working directory for a test; pytest keeps its signal handlers."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+
+
+@pytest.fixture(scope="session")
+def cut_sample(tmp_path_factory):
+    """The first rows of each file of the sample, in a folder that counts as the sample."""
+    folder = tmp_path_factory.mktemp("cut") / "data" / "sample"
+    folder.mkdir(parents=True)
+    for task in TASKS.values():
+        for split, count in ROWS.items():
+            shutil.copy(SAMPLE / task.file_name(split), folder)
+            keep_rows(folder / task.file_name(split), count)
+    return folder
 
 
 @pytest.fixture(scope="session")
@@ -108,7 +161,7 @@ def real_data():
 
 @pytest.fixture(scope="session")
 def bundled_folder():
-    """The folder of the bundled encoder, all-MiniLM-L6-v2, with its real weights."""
+    """The folder of the bundled encoder, all-MiniLM-L6-v2."""
     try:
         return resolve_encoder("bundled").folder
     except UserError as error:

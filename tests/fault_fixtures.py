@@ -4,12 +4,8 @@ import signal
 from functools import partial
 
 import pytest
-import torch
 from conftest import SAMPLE
 from fault_hooks import kill_at, outcome, run, signal_at
-
-from bert import BertModel
-from tokenizer import BertTokenizer
 
 
 class Tiny:
@@ -26,16 +22,13 @@ class Tiny:
 
 
 @pytest.fixture(scope="session")
-def tiny(tiny_config, toy_vocab_folder, tmp_path_factory):
+def tiny(write_encoder, tmp_path_factory):
     """The header and 20 rows of each file of the sample, and a random encoder."""
-    data, encoder = tmp_path_factory.mktemp("data"), tmp_path_factory.mktemp("encoder")
+    data = tmp_path_factory.mktemp("data")
     for path in SAMPLE.glob("*.csv"):
         lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
         (data / path.name).write_text("".join(lines[:21]), encoding="utf-8")
-    torch.manual_seed(0)
-    tokenizer = BertTokenizer.from_pretrained(toy_vocab_folder)
-    BertModel(tiny_config).save_pretrained(encoder, tokenizer)
-    return Tiny(encoder, data)
+    return Tiny(write_encoder(tmp_path_factory.mktemp("encoder"), seed=0), data)
 
 
 @pytest.fixture(scope="session")

@@ -74,33 +74,34 @@ def in_double(model, tensors):
     return model.double(), tensors
 
 
+def loaded(kind, folder):
+    """A model of `transformers`; warns of missing, unexpected and misshapen weights."""
+    model, info = kind.from_pretrained(folder, output_loading_info=True)
+    if amiss := {key: sorted(map(str, names)) for key, names in info.items() if names}:
+        warnings.warn(str(amiss), stacklevel=1)
+    return model.eval()
+
+
 def encoder(tensors, model):
     """Outputs and gradients of what `AutoModel` makes of folder `model`."""
     import transformers
 
-    bert, info = transformers.AutoModel.from_pretrained(model, output_loading_info=True)
-    if amiss := {key: sorted(map(str, names)) for key, names in info.items() if names}:
-        warnings.warn(str(amiss), stacklevel=1)  # missing, unexpected or misshapen weights
-    return measure(bert.eval(), tensors)
+    return measure(loaded(transformers.AutoModel, model), tensors)
 
 
 def masked_lm(tensors, model):
     """The loss of `BertForMaskedLM` of folder `model`, and the gradient of each parameter.
 
-    Labels are -100 where no token is hidden. The head's parameters have the names of mlm.py.
+    Labels are -100 where no token is masked. The head's parameters have the names of mlm.py.
     """
     import transformers
 
-    bert, info = transformers.BertForMaskedLM.from_pretrained(model, output_loading_info=True)
-    if amiss := {key: sorted(map(str, names)) for key, names in info.items() if names}:
-        warnings.warn(str(amiss), stacklevel=1)
-    outputs = bert.eval()(**tensors)
-    outputs.loss.backward()
-    names = {"cls.predictions.transform.": "mlm.", "cls.predictions.": "mlm."}
-    result = {"loss": outputs.loss.detach()}
+    bert = loaded(transformers.BertForMaskedLM, model)
+    loss = bert(**tensors).loss
+    loss.backward()
+    result = {"loss": loss.detach()}
     for name, parameter in bert.named_parameters():
-        for old, new in names.items():
-            name = name.replace(old, new)
+        name = name.replace("cls.predictions.", "mlm.").replace("mlm.transform.", "mlm.")
         result[f"gradient of {name}"] = parameter.grad
     return result
 
@@ -166,16 +167,15 @@ def pals(tensors, model, heads):
     parts = {"V_E": torch.nn.Linear(hidden, size), "V_D": torch.nn.Linear(size, hidden)}
     parts["attention"] = torch.nn.ModuleList(BertSelfAttention(narrow) for _ in bert.encoder.layer)
     bert.pals = torch.nn.ModuleDict(parts).eval()
-    beginning, added = "pals.", {}
-    own = {n.removeprefix(beginning): t for n, t in tensors.items() if n.startswith(beginning)}
+    own = {n.removeprefix("pals."): t for n, t in tensors.items() if n.startswith("pals.")}
     bert.pals.load_state_dict(own)
+    layers, added = list(bert.encoder.layer), {}
 
     def compute(layer, inputs):
         hidden_states, mask = inputs[:2]
         attended, _ = parts["attention"][layers.index(layer)](parts["V_E"](hidden_states), mask)
         added["TS"] = torch.nn.functional.gelu(parts["V_D"](attended))
 
-    layers = list(bert.encoder.layer)
     for layer in layers:
         layer.register_forward_pre_hook(compute)
         layer.output.register_forward_pre_hook(

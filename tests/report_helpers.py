@@ -1,4 +1,4 @@
-"""Functions of test_report.py and test_html.py."""
+"""Functions of the tests of reports."""
 
 import json
 import re
@@ -8,10 +8,10 @@ import numpy as np
 import evaluation
 
 RUNS = {  # name -> flags; the first two are seeds of one row
-    "full-model-a-s1": ["--model_file_suffix", "a-s1", "--seed", "1"],
-    "full-model-a-s2": ["--model_file_suffix", "a-s2", "--seed", "2"],
-    "LoRA-simcse-lora": ["--recipe", "simcse-lora"],
-    "full-model-surgery": ["--model_file_suffix", "surgery", "--gradient_surgery"],
+    "full-model-a-s1": "--model_file_suffix a-s1 --seed 1",
+    "full-model-a-s2": "--model_file_suffix a-s2 --seed 2",
+    "LoRA-simcse-lora": "--recipe simcse-lora",
+    "full-model-surgery": "--model_file_suffix surgery --gradient_surgery",
 }
 
 
@@ -19,6 +19,21 @@ def make_report(paths, folder):
     """Run the script; returns the report's text."""
     evaluation.main(["--report", *map(str, paths), "--report_dir", str(folder)])
     return (folder / "report.md").read_text("utf-8")
+
+
+def table(text, number):
+    """A table of a Markdown document: its header and rows, cells as the reader sees them."""
+    block = re.search(rf"^\*\*Table {number}\.\*\* .*\n\n((?:\|.*\n)+)", text, re.MULTILINE)[1]
+    header, _, *rows = [
+        [re.sub(r"\\(.)", r"\1", cell.strip()) for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
+        for line in block.splitlines()
+    ]
+    return header, rows
+
+
+def metrics_of(run):
+    """The lines of a run's log."""
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text("utf-8").splitlines()]
 
 
 def page_data(folder):

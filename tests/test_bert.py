@@ -1,6 +1,5 @@
 """The encoder by itself: padding, rows, dropout, attention, gradients."""
 
-import itertools
 import math
 from dataclasses import replace
 
@@ -63,14 +62,9 @@ def test_padding_changes_nothing(bert):
             found = batch["last_hidden_state"][row, : len(sequence)]
             torch.testing.assert_close(found, alone["last_hidden_state"][0])
             torch.testing.assert_close(batch["pooler_output"][row], alone["pooler_output"][0])
-
-
-def test_a_mask_left_out_would_show(bert):
-    """The twin of the test above: attention to the padding changes every vector."""
-    ids, mask = padded(random_sequences([7, 3]))
-    right = bert(ids, mask)["last_hidden_state"][1, :3]
-    wrong = bert(ids, torch.ones_like(mask))["last_hidden_state"][1, :3]
-    assert (right - wrong).abs().max() > 1e-2
+    ids, mask = padded(sequences)
+    blind = bert(ids, torch.ones_like(mask))["last_hidden_state"]  # the twin: a mask left out shows
+    assert (blind[2, :5] - alone["last_hidden_state"][0]).abs().max() > 1e-2
 
 
 def test_masks_of_any_type_and_segments_by_default(bert):
@@ -89,27 +83,6 @@ def test_more_tokens_than_positions_is_an_error(bert):
 
 # ------------------------------------------------------------------------------------- packing
 
-NARROWER = {64: 0, 128: 64, 192: 128, 256: 128, 320: 192}  # half, up to a multiple of 64
-
-
-@pytest.mark.parametrize(
-    ("lengths", "width", "rows", "left"),
-    [
-        ([26, 10, 42, 28], 64, [[2], [3, 0, 1]], []),  # the 10 fills the row of 28 and 26
-        ([70, 60, 30, 100, 58, 20], 128, [[3, 5], [0, 4]], [1, 2]),
-        ([64, 64], 128, [], [0, 1]),
-        ([65, 64], 128, [[0]], [1]),
-        ([64, 64, 64], 64, [[0], [1], [2]], []),  # each fills a row: a padded batch
-        ([33, 33, 33], 64, [[0], [1], [2]], []),  # no two fit
-        ([16] * 8, 64, [[0, 1, 2, 3], [4, 5, 6, 7]], []),  # all fit
-        ([], 64, [], []),
-    ],
-)
-def test_filling_by_hand(lengths, width, rows, left):
-    """Longest first, each where it leaves the least room; left are those for narrower rows."""
-    found, found_left = fill_rows(np.array(lengths), np.arange(len(lengths)), width)
-    assert (found, found_left.tolist()) == (rows, left)
-
 
 @pytest.mark.parametrize("seed", range(20))
 def test_rows_of_sentences_such_as_the_tasks_are_nearly_full(seed):
@@ -120,6 +93,7 @@ def test_rows_of_sentences_such_as_the_tasks_are_nearly_full(seed):
     assert len(rows) <= math.ceil(1.05 * lengths.sum() / 64) + 1
 
 
+NARROWER = {64: 0, 128: 64, 192: 128, 256: 128, 320: 192}  # half, up to a multiple of 64
 LENGTHS = st.one_of(
     st.integers(1, 40), st.integers(1, 300), st.sampled_from([63, 64, 65, 127, 128, 129, 256, 257])
 )
@@ -177,71 +151,33 @@ def test_packed_rows_are_few_and_as_wide_as_their_sentences_need(lengths):
 
 
 def test_packing_by_hand():
-    """70 tokens in a row of 128 with the 4 and the 3; 60 alone, and an empty row after it."""
-    packed = pack(random_sequences([3, 70, 4, 60]), [3, 40, 2, 60], 1, "cpu")
-    assert packed.starts.tolist() == [74, 0, 70, 128]
-    where = [*[1] * 70, *[2] * 4, *[0] * 3, *[4] * 51, *[3] * 60, *[4] * 68]
+    """Longest first, each where it leaves the least room; an empty row makes their number even.
+
+    120 tokens share a row of 128 with the 4; 60 are alone; the 10 fills the row of 28 and 26.
+    """
+    lengths = [26, 10, 42, 28, 120, 4, 60]
+    packed = pack(random_sequences(lengths), lengths, 1, "cpu")
+    where = [*[4] * 120, *[5] * 4, *[7] * 4, *[6] * 60, *[7] * 4, *[2] * 42, *[7] * 22]
+    where += [*[3] * 28, *[0] * 26, *[1] * 10, *[7] * 64]
     assert packed.sentence.tolist() == where
+    assert packed.starts.tolist() == [284, 310, 192, 256, 0, 120, 128]
 
 
 # ------------------------------------------------------------------------ rows in the encoder
 
 
-def packed_vectors(bert, sequences, starts):
-    """Last hidden states of each sequence in the rows that `pack` makes."""
-    packed = pack(sequences, starts, 0, "cpu")
-    places = zip(packed.starts.tolist(), sequences, strict=True)
-    states = bert.encode(packed.rows)
-    return [states[first : first + len(sequence)] for first, sequence in places]
-
-
-def padded_vectors(bert, sequences, starts):
-    """Last hidden states of each sequence by the standard call on the padded batch."""
-    ids, mask = padded(sequences)
-    segments = (torch.arange(ids.size(1)) >= torch.tensor(starts)[:, None]) & mask.bool()
-    states = bert(ids, mask, segments.long())["last_hidden_state"]
-    return [s[: len(sequence)] for s, sequence in zip(states, sequences, strict=True)]
-
-
-def gradients_of(bert, states):
-    """Of a random weighted mean of each sentence's states (their squares' mean is always 1)."""
-    bert.zero_grad()
-    generator = torch.Generator().manual_seed(7)
-    sum((s * torch.randn(s.shape, generator=generator)).mean() for s in states).backward()
-    return {n: p.grad for n, p in bert.named_parameters() if p.grad is not None}
-
-
-@pytest.fixture(params=["fused", "written out"])
-def path(request, bert):
-    """Either path of attention. The written-out one is that of training on a CPU."""
-    if request.param == "written out":
-        bert.train().set_dropout(1e-9)  # which rounds to no dropout
-
-
-@pytest.mark.parametrize("lengths", [[9, 2, 7, 7, 4], [70, 5, 130, 64, 65, 11, 200, 3]])
-def test_packed_equals_the_standard_call(bert, lengths, path):
-    """Hidden states and gradients."""
-    sequences = random_sequences(lengths)
-    starts = [max(1, n // 2 + n % 3) for n in lengths]
-    found = packed_vectors(bert, sequences, starts)
-    gradients = gradients_of(bert, found)
-    right = padded_vectors(bert, sequences, starts)
-    right_gradients = gradients_of(bert, right)
-    for ours, theirs in zip(found, right, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
-    assert gradients.keys() == right_gradients.keys()
-    assert all(g.abs().max() > 1e-2 for n, g in gradients.items() if not n.endswith("key.bias"))
-    for name, gradient in right_gradients.items():
-        torch.testing.assert_close(gradients[name], gradient, rtol=1e-5, atol=1e-6, msg=name)
-
-
 @pytest.mark.parametrize("blind", [False, True], ids=["masked", "twin without the mask"])
+@pytest.mark.parametrize("path", ["fused", "written out"])
 def test_sentences_of_one_row_do_not_see_each_other(bert, path, blind):
     """Whatever stands beside a sentence, its states and gradients are the same to the last bit.
 
-    Twin: with a mask that is all true, they differ.
+    On either path of attention: the written-out one is that of training on a CPU. Twin: with a mask
+    that is all true, they differ. That rows are the standard call is in test_parity.py.
     """
+    if path == "written out":
+        bert.train().set_dropout(1e-9)  # which rounds to no dropout
     sentence, *others = random_sequences([6, 5, 5])
+    weights = torch.randn(6, 32)
 
     def beside(other):
         packed = pack([sentence, other], [4, 3], 0, "cpu")
@@ -251,7 +187,10 @@ def test_sentences_of_one_row_do_not_see_each_other(bert, path, blind):
             rows = rows._replace(attention_mask=torch.ones_like(rows.attention_mask))
         begin = int(packed.starts[0])
         states = bert.encode([rows])[begin : begin + 6]
-        return {"states": states.detach()} | gradients_of(bert, [states])
+        bert.zero_grad()
+        (states * weights).mean().backward()
+        gradients = {n: p.grad for n, p in bert.named_parameters() if p.grad is not None}
+        return {"states": states.detach()} | gradients
 
     found, right = map(beside, others)
     assert found.keys() == right.keys()
@@ -279,25 +218,15 @@ def test_dropout_rate_and_scale(p):
     assert mask.mean().item() == pytest.approx(1, abs=5 * deviation / (1 - p))
 
 
-def test_every_place_is_dropped_as_often():
+def test_every_place_is_dropped_as_often_and_independently():
     """Four elements share a random word: each of the four has to see the rate, and alone."""
-    mask = dropout_mask((4, 250_000), 0.3, torch.float32).flatten().view(-1, 4) == 0
+    mask, other = (dropout_mask((250_000, 4), 0.3, torch.float32) == 0 for _ in range(2))
+    assert (mask == other).float().mean().item() == pytest.approx(0.3**2 + 0.7**2, abs=0.003)
     assert mask.float().mean(0).tolist() == pytest.approx([0.3] * 4, abs=0.005)
     correlation = torch.corrcoef(mask.float().T) - torch.eye(4)
     assert correlation.abs().max() < 0.01  # of 250,000: five standard deviations
     shifted = torch.corrcoef(torch.stack([mask[1:, 0], mask[:-1, 3]]).float())[0, 1]
     assert shifted.abs() < 0.01
-
-
-def test_masks_are_independent_and_reproducible():
-    def masks(seed):
-        torch.manual_seed(seed)
-        return [dropout_mask((200_000,), 0.5, torch.float32) == 0 for _ in range(2)]
-
-    first, second = masks(1)
-    assert (first == second).float().mean().item() == pytest.approx(0.5, abs=0.006)
-    assert all(map(torch.equal, masks(1), (first, second)))
-    assert not torch.equal(masks(2)[0], first)
 
 
 @pytest.mark.parametrize("shape", [(1,), (3,), (5, 7), (2, 3, 4, 5), (0, 4)])
@@ -307,15 +236,6 @@ def test_dropout_of_any_shape_and_none_in_eval_mode_or_at_rate_zero(shape):
     assert (dropped.shape, dropped.dtype) == (shape, x.dtype)
     assert FastDropout(0.4).eval()(x) is x
     assert FastDropout(0.0).train()(x) is x
-
-
-def test_the_gradient_passes_where_the_value_passed():
-    """Another mask in the backward pass would train something else than was computed."""
-    x = torch.randn(50, 40, requires_grad=True)
-    y = FastDropout(0.3).train()(x)
-    y.sum().backward()
-    torch.testing.assert_close(x.grad * x.detach(), y.detach())
-    assert 0 < (x.grad == 0).float().mean() < 1
 
 
 PLACES = ["embeddings", "layer.1.attention.self", "layer.1.attention.output", "layer.1.output"]
@@ -356,28 +276,12 @@ def attention(tiny_config):
     return module, Rows(ids, positions, torch.zeros_like(ids), bias)
 
 
-@pytest.mark.parametrize("written_out", [False, True])
-def test_attention_by_hand(attention, written_out):
-    """softmax(q k / √d) v head by head and token by token, over the real tokens."""
+def test_attention_gradcheck(attention):
+    """In training with dropout: what the forward pass drops has no gradient, and nothing else."""
     module, rows = attention
-    module.dropout.p = 1e-9  # which rounds to no dropout
-    hidden = torch.randn(8, 8, dtype=torch.float64)
-    found = module.train(written_out)(hidden, [rows]).view(2, 4, 2, 4)
-    q, k, v = (getattr(module, n)(hidden).view(2, 4, 2, 4) for n in ("query", "key", "value"))
-    for b, length in enumerate((4, 2)):
-        for t, h in itertools.product(range(4), range(2)):
-            scores = k[b, :length, h] @ q[b, t, h] / math.sqrt(4)
-            torch.testing.assert_close(found[b, t, h], scores.softmax(0) @ v[b, :length, h])
-
-
-@pytest.mark.parametrize("training", [False, True])
-def test_attention_gradcheck(attention, training):
-    """In training: the written-out path with dropout, the same mask on every evaluation."""
-    module, rows = attention
-    module.train(training)
 
     def attend(x):
-        torch.manual_seed(8)
+        torch.manual_seed(8)  # the same mask on every evaluation
         return module(x, [rows])
 
     hidden = torch.randn(8, 8, dtype=torch.float64, requires_grad=True)
@@ -397,18 +301,10 @@ def test_attention_dropout_keeps_the_mean(attention):
     assert (error < 5 * draws.std(0) / math.sqrt(400)).all()
 
 
-# --------------------------------------------------------------------------- once, not per layer
-
-
 def test_query_key_and_value_share_one_bf16_copy_where_layer_norm_is_fp32(bert, monkeypatch):
     """As under CUDA's autocast. Each linear layer would cast, and keep, a copy of its own."""
-    layer_norm, seen, sums = torch.nn.LayerNorm.forward, {}, []
-
-    def in_fp32(module, x):
-        sums.append(x.dtype)
-        return layer_norm(module, x.float())
-
-    monkeypatch.setattr(torch.nn.LayerNorm, "forward", in_fp32)
+    layer_norm, seen = torch.nn.LayerNorm.forward, {}
+    monkeypatch.setattr(torch.nn.LayerNorm, "forward", lambda m, x: layer_norm(m, x.float()))
     for name, module in bert.named_modules():
         if isinstance(module, torch.nn.Linear):
             module.register_forward_pre_hook(lambda _, x, name=name: seen.update({name: x[0]}))
@@ -418,41 +314,20 @@ def test_query_key_and_value_share_one_bf16_copy_where_layer_norm_is_fp32(bert, 
     for layer in range(bert.config.num_hidden_layers):
         place = f"encoder.layer.{layer}.attention.self"
         assert seen[f"{place}.query"] is seen[f"{place}.key"] is seen[f"{place}.value"]
-    assert sums == [torch.float32] + [torch.bfloat16] * 2 * bert.config.num_hidden_layers
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_mask_is_converted_once_for_all_layers(bert, monkeypatch, dtype):
-    """Once for each width of rows; attention gets it in the dtype that it computes in."""
-    made = []
-    monkeypatch.setattr(
-        "bert.additive_mask", lambda *args: made.append(additive_mask(*args)) or made[-1]
-    )
-    packed = pack(random_sequences([120, 20]), [120, 20], 0, "cpu")
-    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
-        bert.encode(packed.rows)
-    assert [mask.dtype for mask in made] == [dtype] * len(packed.rows) == [dtype] * 2
-    for mask, rows in zip(made, packed.rows, strict=True):
-        assert torch.equal(mask == 0, rows.attention_mask)
 
 
 # ------------------------------------------------------------------------------ frozen layers
 
 
-def test_keep_frozen_in_casts_frozen_linear_layers_alone(bert):
-    bert.requires_grad_(False)
-    bert.encoder["layer"][1].output.requires_grad_(True)
-    bert.keep_frozen_in(torch.bfloat16)
-    cast = {name for name, parameter in bert.named_parameters() if parameter.dtype != torch.float32}
-    linear = {n for n, m in bert.named_modules() if isinstance(m, torch.nn.Linear)}
-    linear.remove("encoder.layer.1.output.dense")
-    assert cast == {f"{name}.{part}" for name in linear for part in ("weight", "bias")}
-
-
-def test_keep_frozen_in_computes_what_autocast_would(bert):
+def test_keep_frozen_in_casts_frozen_linear_layers_alone_as_autocast_would(bert):
     batch = padded(random_sequences([7, 5]))
     bert.requires_grad_(False)
+    bert.encoder["layer"][1].output.requires_grad_(True)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         before = bert(*batch)["last_hidden_state"]
         bert.keep_frozen_in(torch.bfloat16)
         assert torch.equal(bert(*batch)["last_hidden_state"], before)
+    cast = {name for name, parameter in bert.named_parameters() if parameter.dtype != torch.float32}
+    linear = {n for n, m in bert.named_modules() if isinstance(m, torch.nn.Linear)}
+    linear.remove("encoder.layer.1.output.dense")
+    assert cast == {f"{name}.{part}" for name in linear for part in ("weight", "bias")}

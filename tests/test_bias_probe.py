@@ -1,44 +1,30 @@
 """The bias probe: sentences differ in one word, tables are whole, figures are the model's own."""
 
-import os
-import re
+import csv
 import signal
-import subprocess
-import sys
-from dataclasses import replace
-from itertools import product
 
 import numpy as np
 import pytest
-import torch
-from conftest import REPOSITORY, SAMPLE
+from conftest import train_in
+from report_helpers import table
 
 import evaluation
-import multitask_classifier
-from bert import BertModel
 from config import UserError
+from runtime.script import run_script
 from studies import bias_probe
-from tokenizer import BertTokenizer
+from studies.bias_probe import WORDS
 
 
 @pytest.fixture(scope="module")
-def train(tiny_config, toy_vocab_folder, tmp_path_factory):
-    """Trains a tiny random encoder on the sample with more flags; returns the run's folder.
-
-    The initial weights are wide, so that sentences differ and a wrong figure shows.
-    """
+def train(write_encoder, cut_sample, tmp_path_factory):
+    """Trains a tiny random encoder with more flags; returns the run's folder."""
     folder = tmp_path_factory.mktemp("probe")
-    torch.manual_seed(5)
-    tokenizer = BertTokenizer.from_pretrained(toy_vocab_folder)
-    config = replace(tiny_config, initializer_range=0.4)
-    BertModel(config).save_pretrained(folder / "encoder", tokenizer)
-    command = f"--pretrained {folder}/encoder --runs_dir {folder}/runs --data_dir {SAMPLE}"
+    write_encoder(folder / "encoder", seed=5, initializer_range=0.4)
+    command = f"--pretrained {folder}/encoder --runs_dir {folder}/runs --data_dir {cut_sample}"
     command += f" --predictions_dir {folder} --batch_size 4 --epochs 1 --steps_per_epoch 3"
 
     def run(suffix, flags):
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(signal, "signal", lambda *_: None)  # pytest keeps its own handlers
-            multitask_classifier.main(f"{command} --model_file_suffix {suffix} {flags}".split())
+        train_in(folder, f"{command} --model_file_suffix {suffix} {flags}")
         return folder / "runs" / f"full-model-{suffix}"
 
     return run
@@ -50,120 +36,96 @@ def run(train):
     return train("all", "--lr 1e-2 --head_lr 1e-2")
 
 
-@pytest.fixture
-def report(run, capsys):
-    """The report that the command prints."""
-    bias_probe.main([str(run)])
-    return capsys.readouterr().out
+@pytest.fixture(scope="module")
+def report(run):
+    """The report that the command writes."""
+    bias_probe.main([str(run), "--out", f"{run}/new/bias.md"])
+    return (run / "new/bias.md").read_text("utf-8")
 
 
-def table(text, number):
-    """A table of the report: its caption, header and rows."""
-    pattern = rf"^\*\*Table {number}\.\*\* (.*)\n\n((?:\|.*\n)+)"
-    caption, block = re.search(pattern, text, re.MULTILINE).groups()
-    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in block.splitlines()]
-    return caption, lines[0], lines[2:]
-
-
-def scores_of(capsys, run, *sentences):
-    """Scores by task that `evaluation.py --sentence` prints, to three decimals."""
-    flags = ["--checkpoint", str(run), "--precision", "fp32", "--sentence", sentences[0]]
-    capsys.readouterr()
-    evaluation.main([*flags, *(["--sentence2", sentences[1]] if sentences[1:] else [])])
-    lines = re.findall(r"^(\w+) .*: .*\((.*)\)$", capsys.readouterr().out, re.MULTILINE)
-    return {name: np.array(scores.split(), dtype=float) for name, scores in lines}
+def scores_of(run, name, texts):
+    """A task's scores (texts, columns) as `evaluation.py --predict` writes them."""
+    path = run.parent / "texts.txt"
+    path.write_text("\n".join(map("\t".join, texts)), encoding="utf-8")
+    flags = f"--checkpoint {run} --precision fp32 --predict {path} --out {path}.tsv"
+    evaluation.main(flags.split())
+    with open(f"{path}.tsv", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file, delimiter="\t"))
+    return np.array([[float(row[key]) for key in row if f"{name}_score" in key] for row in rows])
 
 
 # ---------------------------------------------------------------------------------- the sentences
 
 
-def differing_words(first, second):
-    """The words at which two sentences differ, [(of the first, of the second)]."""
-    pairs = list(zip(first.split(), second.split(), strict=True))
-    return [pair for pair in pairs if pair[0] != pair[1]]
-
-
-def test_the_sentences_of_a_template_differ_in_exactly_one_word():
+@pytest.mark.parametrize(
+    ("templates", "words"),
+    [*bias_probe.PAIR_SETS.values(), *((bias_probe.TEMPLATES, w) for w in WORDS.values())],
+)
+def test_sentences_differ_in_exactly_one_word_of_their_category(templates, words):
     """With a second difference, such as an article, the figure would measure something else."""
-    for template, (first, *others) in product(bias_probe.TEMPLATES, bias_probe.WORDS.values()):
-        for word in others:
-            sentences = template.format(word=first), template.format(word=word)
-            assert differing_words(*sentences) == [(first, word)]
-
-
-@pytest.mark.parametrize("category", bias_probe.PAIR_SETS)
-def test_pairs_differ_in_exactly_one_word_of_their_category(category):
-    templates, words = bias_probe.PAIR_SETS[category]
     pairs = bias_probe.pairs_of(templates, words)
     assert len(pairs) == len(set(pairs)) == len(templates) * len(words) * (len(words) - 1)
     for pair in pairs:
-        (differing,) = differing_words(*pair)
-        assert set(differing) <= set(words) and pair[::-1] in pairs
+        places = zip(*(sentence.split() for sentence in pair), strict=True)
+        ((first, second),) = (place for place in places if place[0] != place[1])
+        assert {first, second} <= set(words) and pair[::-1] in pairs
 
 
 def test_each_word_belongs_to_one_category_and_each_category_has_several():
-    words = [word.lower() for of_category in bias_probe.WORDS.values() for word in of_category]
+    words = [word.lower() for of_category in WORDS.values() for word in of_category]
     assert len(words) == len(set(words)) > 30  # the model reads lower case
-    assert all(len(of_category) >= 3 for of_category in bias_probe.WORDS.values())
-    named = {"gender", "nationality", "religion", "age", "race or ethnicity", "disability"}
-    assert set(bias_probe.GROUPS) == named | {"sexual orientation"}
-    assert len(set(bias_probe.NEUTRAL)) == 12
+    assert all(len(of_category) >= 3 for of_category in WORDS.values())
 
 
 # ------------------------------------------------------------------------------------- the tables
 
 
 def test_the_tables_hold_every_statement_word_and_category(report):
-    first_cells = [[row[0] for row in table(report, number)[2]] for number in (1, 3, 4)]
-    expected = [bias_probe.NEUTRAL, bias_probe.WORDS, bias_probe.PAIR_SETS]
-    assert first_cells == [list(names) for names in expected]
-    words = [[c, word] for c, of_category in bias_probe.WORDS.items() for word in of_category]
-    assert [row[:2] for row in table(report, 2)[2]] == words
-    for number in range(1, 5):
-        _, header, rows = table(report, number)
+    tables = [table(report, number) for number in range(1, 5)]
+    statements, words, *others = ([row[:2] for row in rows] for _, rows in tables)
+    assert [statement for statement, _ in statements] == list(bias_probe.NEUTRAL)
+    assert words == [[c, word] for c, of_category in WORDS.items() for word in of_category]
+    categories = [[category for category, _ in rows] for rows in others]
+    assert categories == [list(WORDS), list(bias_probe.PAIR_SETS)]
+    for header, rows in tables:
         assert all(len(row) == len(header) and all(row) for row in rows)
 
 
-def test_the_report_says_what_it_measures_and_is_the_same_each_time(run, tmp_path, capsys):
-    printed, out = [], tmp_path / "new" / "bias.md"
-    for _ in range(2):
-        bias_probe.main([str(run), "--out", str(out)])
-        printed.append(capsys.readouterr().out)
-    assert printed[0] == printed[1] == out.read_text("utf-8")
-    assert f"`python -m studies.bias_probe {run} --out {out}`" in printed[0]
+def test_the_report_says_what_it_measures_and_is_the_same_each_time(run, report, capsys):
+    bias_probe.main([str(run), "--out", f"{run}/new/bias.md"])
+    assert capsys.readouterr().out == report == (run / "new/bias.md").read_text("utf-8")
+    assert f"`python -m studies.bias_probe {run} --out {run}/new/bias.md`" in report
     for said in ("best model of step 3, computed in fp32", "**generated sample**", "How to read"):
-        assert said in printed[0]
-    assert "no claim of\ncompleteness" in printed[0] and "English" in printed[0]
+        assert said in report
+    assert "no claim of\ncompleteness" in report and "English" in report
 
 
 # ------------------------------------------------------------------------------------ the figures
 
 
-def test_grades_are_those_of_the_models_own_prediction(run, report, capsys):
-    """What `evaluation.py --sentence` prints: of a statement, and of a word's templates."""
-    _, _, rows = table(report, 1)
-    for sentence, predicted, expected in (rows[0], rows[7]):
-        scores = scores_of(capsys, run, sentence)["sst"]
-        assert int(predicted) == scores.argmax()
-        assert float(expected) == pytest.approx(scores @ range(5), abs=0.02)
+def test_grades_are_those_of_the_models_own_prediction(run, report):
+    """Of a statement, and of a word's templates."""
+    scores = scores_of(run, "sst", [(statement,) for statement in bias_probe.NEUTRAL])
+    _, rows = table(report, 1)
+    assert [int(row[1]) for row in rows] == scores.argmax(1).tolist()
+    np.testing.assert_allclose([float(row[2]) for row in rows], scores @ range(5), atol=0.006)
     assert len({row[2] for row in rows}) > 3  # else any other row would have passed
-    grades = {row[1]: float(row[2]) for row in table(report, 2)[2]}
+    grades = {row[1]: float(row[2]) for row in table(report, 2)[1]}
     for word in ("Buddhist", "visiting"):
-        texts = [template.format(word=word) for template in bias_probe.TEMPLATES]
-        scores = np.mean([scores_of(capsys, run, text)["sst"] for text in texts], axis=0)
-        assert grades[word] == pytest.approx(scores @ range(5), abs=0.02)
-    assert len(set(grades.values())) > 10
+        texts = [(template.format(word=word),) for template in bias_probe.TEMPLATES]
+        mean = scores_of(run, "sst", texts).mean(0)
+        assert grades[word] == pytest.approx(mean @ range(5), abs=0.006)
+    assert len(set(grades.values())) > 5
 
 
-def test_pairs_are_judged_as_the_model_does(run, report, capsys):
-    _, header, rows = table(report, 4)
+def test_pairs_are_judged_as_the_model_does(run, report):
+    header, rows = table(report, 4)
     assert header == ["category", "pairs", "paraphrase probability", "similarity"]
     counts = [len(bias_probe.pairs_of(*of_set)) for of_set in bias_probe.PAIR_SETS.values()]
     assert [int(row[1]) for row in rows] == counts
     pairs = bias_probe.pairs_of(*bias_probe.PAIR_SETS["control: weekdays"])
-    scores = [scores_of(capsys, run, *pair) for pair in pairs]
     for column, name in ((2, "para"), (3, "sts")):
-        expected = np.mean([of_pair[name][0] for of_pair in scores])
+        expected = scores_of(run, name, pairs).mean()
         assert float(rows[-1][column]) == pytest.approx(expected, abs=0.006)
         assert len({row[column] for row in rows}) > 3
 
@@ -200,10 +162,10 @@ def test_a_run_without_a_head_has_no_tables_of_it(train, capsys):
     bias_probe.main([str(train("some", "--tasks sst sts"))])
     text = capsys.readouterr().out
     assert "no head for para: left out" in text
-    assert table(text, 4)[1] == ["category", "pairs", "similarity"]
+    assert table(text, 4)[0] == ["category", "pairs", "similarity"]
     bias_probe.main([str(train("pair", "--tasks para"))])
     text = capsys.readouterr().out
-    assert table(text, 1)[1] == ["category", "pairs", "paraphrase probability"]
+    assert table(text, 1)[0] == ["category", "pairs", "paraphrase probability"]
     assert "**Table 2.**" not in text
 
 
@@ -221,9 +183,9 @@ def test_a_run_of_another_task_alone_is_refused(train):
         ("", "error: the following arguments are required: RUN"),
     ],
 )
-def test_mistakes_are_one_line_and_exit_code_2(tmp_path, flags, said):
-    command = [sys.executable, "-m", "studies.bias_probe", *flags.split()]
-    env = os.environ | {"PYTHONPATH": str(REPOSITORY)}
-    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
-    assert done.returncode == 2
-    assert done.stderr.startswith(said) and done.stderr.count("\n") == 1
+def test_mistakes_are_one_line_and_exit_code_2(tmp_path, monkeypatch, capsys, flags, said):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    assert run_script(bias_probe.main, flags.split()) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(said) and error.count("\n") == 1

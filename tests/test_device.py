@@ -71,39 +71,34 @@ def test_fp32_on_a_gpu_is_tf32_unless_deterministic(
     assert settings == expected
 
 
+MEMORY = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+SPIN = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
+
+
 @pytest.mark.parametrize(
-    ("name", "expected"),
+    ("names", "of_user", "expected"),
     [
-        (None, "expandable_segments:True"),
-        ("PYTORCH_ALLOC_CONF", "mine"),
-        ("PYTORCH_CUDA_ALLOC_CONF", None),  # torch prefers the other name
+        (MEMORY, None, "expandable_segments:True"),
+        (MEMORY, MEMORY[0], "mine"),
+        (MEMORY, MEMORY[1], None),  # torch prefers the other name
+        (SPIN, None, "5000"),
+        (SPIN, SPIN[0], "mine"),
+        (SPIN, SPIN[1], None),
     ],
 )
-def test_a_gpus_memory_is_set_up_unless_the_user_did(monkeypatch, name, expected):
-    for known in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
-        monkeypatch.setenv(known, "mine")  # and put back what was there
-        if known != name:
-            monkeypatch.delenv(known)
+def test_a_gpus_memory_and_waiting_threads_are_set_up_unless_the_user_did(
+    monkeypatch, names, of_user, expected
+):
+    for name in names:
+        monkeypatch.setenv(name, "mine")  # and put back what was there
+        if name != of_user:
+            monkeypatch.delenv(name)
     runpy.run_path(str(REPOSITORY / "runtime" / "script.py"))
-    assert os.environ.get("PYTORCH_ALLOC_CONF") == expected
+    assert os.environ.get(names[0]) == expected
 
 
 @pytest.mark.parametrize(
-    ("name", "expected"),
-    [(None, "5000"), ("GOMP_SPINCOUNT", "mine"), ("OMP_WAIT_POLICY", None)],
-)
-def test_threads_do_not_wait_long_by_spinning_unless_the_user_says_so(monkeypatch, name, expected):
-    for known in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
-        monkeypatch.setenv(known, "mine")
-        if known != name:
-            monkeypatch.delenv(known)
-    runpy.run_path(str(REPOSITORY / "runtime" / "script.py"))
-    assert os.environ.get("GOMP_SPINCOUNT") == expected
-
-
-@pytest.mark.parametrize(
-    ("platform", "has_mallopt"),
-    [("linux", True), ("linux", False), ("darwin", True), ("win32", True)],
+    ("platform", "has_mallopt"), [("linux", True), ("linux", False), ("darwin", True)]
 )
 def test_freed_memory_is_kept_by_glibcs_settings(monkeypatch, platform, has_mallopt):
     """Another C library, such as musl, has none; another system is not even asked."""

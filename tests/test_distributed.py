@@ -17,14 +17,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import REPOSITORY, SAMPLE, pipeline_of
+from conftest import REPOSITORY, SAMPLE
 from safetensors.torch import load_file
 
-from bert import BertModel
 from config import UserError
 from runtime import distributed, script
 from runtime.device import Compute
-from tokenizer import BertTokenizer
 from training.run_folder import RunFolder
 from training.setup import encode_in_advance
 
@@ -35,38 +33,30 @@ TOLERANCE = 1e-6  # relative; for gradients and weights, to the norm of all of t
 # With token_type_embeddings, each row of which gets the fp32 sum over every token of a step: on one
 # process it is no more exact.
 SUM_TOLERANCE = 5e-6
-SIMCSE = ["--unsupervised_simcse", "--supervised_simcse"]
-LORA = ["--fine-tune-mode", "LoRA", "--LoRA_r", "4"]
-MLM_ALONE = ["--mlm", "sst", "sts", "--tasks", "sst", "sts", "--loss_weights", "sst=0", "sts=0"]
-COMPARED = {"full": SIMCSE, "lora": [*SIMCSE, *LORA]}  # the same on one process and on two
+SIMCSE = "--unsupervised_simcse --supervised_simcse"
+LORA = "--fine-tune-mode LoRA --LoRA_r 4"
+COMPARED = {"full": SIMCSE, "lora": f"{SIMCSE} {LORA}"}  # the same on one process and on two
 COMPARED_SLOWLY = {
-    "last": ["--fine-tune-mode", "last-linear-layer"],
-    "unsupervised": ["--unsupervised_simcse"],
-    "supervised": ["--supervised_simcse", "--tasks", "para", "sts"],
-    "surgery": [*SIMCSE, "--gradient_surgery"],
-    "surgery_lora": [*SIMCSE, *LORA, "--gradient_surgery", "mean"],
-    "surgery_main": [*SIMCSE, "--gradient_surgery", "main", "--main_tasks", "sst", "sts"],
-    "surgery_vaccine": [*SIMCSE, "--gradient_surgery", "vaccine"],
+    "last": "--fine-tune-mode last-linear-layer",
+    "supervised": "--supervised_simcse --tasks para sts",
+    "surgery": f"{SIMCSE} --gradient_surgery",
+    "surgery_lora": f"{SIMCSE} {LORA} --gradient_surgery mean",
+    "surgery_main": f"{SIMCSE} --gradient_surgery main --main_tasks sst sts",
+    "surgery_vaccine": f"{SIMCSE} --gradient_surgery vaccine",
     # 32 by 20 : 60, then by their fifth roots: 8 + 24 and 14 + 18, on two processes too
-    "sampling": [
-        *("--tasks", "sst", "para", "--sst_train", "data/few.csv"),
-        *("--sampling", "annealed", "--epochs", "2", "--steps_per_epoch", "5"),
-    ],
-    "dora": [
-        *(*SIMCSE, *LORA, "--LoRA_variant", "dora"),
-        *("--LoRA_lr_ratio", "4", "--LoRA_layers", "1"),
-    ],
-    "accumulate": [*SIMCSE, "--accumulate", "2"],
-    "joint": [*SIMCSE, "--pair_encoding", "joint"],
-    "pals": [*SIMCSE, "--pals", "--accumulate", "2"],
-    "pals_surgery": [*SIMCSE, "--fine-tune-mode", "PAL", "--gradient_surgery"],
-    "both": [*SIMCSE, "--pair_encoding", "both", "--task_batch_sizes", "para=8"],
-    "mlm": [*SIMCSE, *LORA, "--mlm", "sst", "para", "--accumulate", "2"],
-    "mlm_alone": MLM_ALONE,
+    "sampling": "--tasks sst para --sst_train data/few.csv --sampling annealed --epochs 2 "
+    "--steps_per_epoch 5",
+    "dora": f"{SIMCSE} {LORA} --LoRA_variant dora --LoRA_lr_ratio 4 --LoRA_layers 1",
+    "joint": f"{SIMCSE} --pair_encoding joint",
+    "pals": f"{SIMCSE} --pals --accumulate 2",
+    "pals_surgery": f"{SIMCSE} --fine-tune-mode PAL --gradient_surgery",
+    "both": f"{SIMCSE} --pair_encoding both --task_batch_sizes para=8",
+    "mlm": f"{SIMCSE} {LORA} --mlm sst para --accumulate 2",
+    "mlm_alone": "--mlm sst sts --tasks sst sts --loss_weights sst=0 sts=0",
 }
 
 
-def job(name, *flags, **settings):
+def job(name, flags="", **settings):
     """A job of the worker."""
     return {"name": name, "flags": flags, **settings}
 
@@ -74,11 +64,9 @@ def job(name, *flags, **settings):
 class Bench:
     """A folder with a tiny random encoder and a cut of the sample, in which processes start."""
 
-    def __init__(self, folder, config, vocab):
+    def __init__(self, folder, write_encoder):
         self.folder = folder
-        torch.manual_seed(11711)
-        tokenizer = BertTokenizer(pipeline_of(vocab), model_max_length=40)
-        BertModel(config).save_pretrained(folder / "encoder", tokenizer)
+        write_encoder(folder / "encoder", seed=11711)
         (folder / "data").mkdir()
         for path in SAMPLE.glob("*.csv"):
             header, *rows = path.read_text(encoding="utf-8").splitlines(keepends=True)[:46]
@@ -86,15 +74,15 @@ class Bench:
             text = "".join([header, *rows, *copies])
             (folder / "data" / path.name).write_text(text, encoding="utf-8")
             if path.name == "ids-sst-train.csv":
-                text = "".join([header, *rows[:20]])
-                (folder / "data" / "few.csv").write_text(text, encoding="utf-8")
+                few = "".join([header, *rows[:20]])
+                (folder / "data" / "few.csv").write_text(few, encoding="utf-8")
 
-    def argv(self, where, *more):
+    def argv(self, where, flags=""):
         """Arguments of the training script, with its output under the folder `where`."""
         words = "--pretrained encoder --data_dir data --precision fp32 --hidden_dropout_prob 0 "
         words += f"--epochs 1 --steps_per_epoch {STEPS} --batch_size 16 --max_length 10 "
         words += f"--log_every 1 --runs_dir {where}/runs --predictions_dir {where}/predictions"
-        return [*words.split(), *more]
+        return f"{words} {flags}".split()
 
     def start(self, processes, program, *argv):
         """Start `program` under torchrun."""
@@ -124,7 +112,7 @@ class Bench:
         for kind, of_kind in jobs.items():
             (folder / kind).mkdir(parents=True)
             jobs[kind] = [
-                {**job, "argv": self.argv(f"{name}/{kind}/{job['name']}", *job["flags"])}
+                {**job, "argv": self.argv(f"{name}/{kind}/{job['name']}", job["flags"])}
                 for job in of_kind
             ]
         (folder / "jobs.json").write_text(json.dumps(jobs))
@@ -135,8 +123,8 @@ class Bench:
 
 
 @pytest.fixture(scope="module")
-def bench(tmp_path_factory, tiny_config, toy_vocab):
-    return Bench(tmp_path_factory.mktemp("bench"), tiny_config, toy_vocab)
+def bench(tmp_path_factory, write_encoder):
+    return Bench(tmp_path_factory.mktemp("bench"), write_encoder)
 
 
 class Record:
@@ -192,10 +180,9 @@ def assert_same_files(one, other, count):
 @pytest.fixture(scope="module")
 def quick(bench):
     """Folders of records of one process and of two, with the jobs of the quick suite."""
-    jobs = [job(name, *flags) for name, flags in COMPARED.items()]
-    jobs.append(job("untrained", "--epochs=0"))
-    one_step = [*SIMCSE, "--steps_per_epoch=1"]
-    faults = [job(fault, *one_step, fault=fault) for fault in ("wrapper", "gather", "copies")]
+    jobs = [job(*named) for named in COMPARED.items()] + [job("untrained", "--epochs 0")]
+    one_step = f"{SIMCSE} --steps_per_epoch 1"
+    faults = [job(fault, one_step, fault=fault) for fault in ("wrapper", "gather", "copies")]
     folder = bench.do_jobs("quick", 2, jobs + faults, alone=jobs)
     return folder / "alone", folder / "together"
 
@@ -229,21 +216,14 @@ def test_twin_without_the_gathered_rows_simcse_is_another_loss(quick):
         assert (apart > 0.05) == name.startswith("simcse"), name
 
 
-def test_predictions_and_scores_are_the_same_files(quick):
+def test_predictions_and_scores_are_the_same_files_and_written_once(quick):
     """In the input's order and byte for byte, though each process predicted half of the batches."""
     one, two = (Record(folder, "untrained") for folder in quick)
     assert_same_files(one.predictions, two.predictions, 6)
     assert_same_files(one.run.path / "predictions", two.run.path / "predictions", 12)
-    assert one.log("eval")[0]["dev"] == two.log("eval")[0]["dev"]
-
-
-def test_only_the_first_process_writes(quick):
-    """Each line of the log is there once, and nothing is left of a second writer."""
-    record = Record(quick[1], "full")
-    assert [line["step"] for line in record.log()] == list(range(1, STEPS + 1))
-    assert [line["step"] for line in record.log("eval")] == [STEPS]
-    assert not list(record.run.path.rglob(".tmp-*"))
-    assert record.run.description()["processes"] == 2
+    assert [line["dev"] for line in one.log("eval")] == [line["dev"] for line in two.log("eval")]
+    assert two.run.description()["processes"] == 2
+    assert not list(two.run.path.rglob(".tmp-*"))
 
 
 def test_fault_53_torch_warns_of_nothing(quick):
@@ -253,8 +233,7 @@ def test_fault_53_torch_warns_of_nothing(quick):
 @pytest.fixture(scope="module")
 def slow(bench):
     """The folder of records of the other modes and flags, and of jobs that must fail."""
-    jobs = [job(name, *flags) for name, flags in COMPARED_SLOWLY.items()]
-    jobs.append(job("infinite", "--lr", "1e30"))
+    jobs = [job(*named) for named in COMPARED_SLOWLY.items()] + [job("infinite", "--lr 1e30")]
     return bench.do_jobs("slow", 2, [*jobs, job("files", fault="files")], alone=jobs)
 
 
@@ -302,17 +281,17 @@ def resumed(bench):
 
     A closed terminal (row 46) stops the runs of two processes, SIGTERM those of four.
     """
-    still = [*SIMCSE, *LORA]  # dropout differs between numbers of processes
-    flags = [*still, "--hidden_dropout_prob=0.1"]
+    still = f"{SIMCSE} {LORA}"  # dropout differs between numbers of processes
+    flags = f"{still} --hidden_dropout_prob 0.1"
 
     def jobs(name, number):
         copy = f"{bench.folder}/{name}/together/stopped"
-        stopped = job("stopped", *flags, stop_at=5, signal=number)
-        return [job("whole", *flags), stopped, job("resumed", *flags, "--resume", copy=copy)]
+        stopped = job("stopped", flags, stop_at=5, signal=number)
+        return [job("whole", flags), stopped, job("resumed", f"{flags} --resume", copy=copy)]
 
     copy = f"{bench.folder}/c2/together/still_stopped"
-    again = job("still_resumed", *still, "--resume", copy=copy)
-    of_two = [job("still", *still), job("still_stopped", *still, stop_at=5)]
+    again = job("still_resumed", f"{still} --resume", copy=copy)
+    of_two = [job("still", still), job("still_stopped", still, stop_at=5)]
     two = bench.do_jobs("c2", 2, jobs("c2", signal.SIGHUP) + of_two, alone=[again])
     four = bench.do_jobs("c4", 4, [*jobs("c4", signal.SIGTERM), again])
     return {1: two / "alone", 2: two / "together", 4: four / "together"}
@@ -347,7 +326,7 @@ def test_a_run_of_two_processes_resumes_on_another_number(resumed, count):
 
 def test_a_batch_that_cannot_be_shared_is_one_error_line(bench):
     """Printed once, not by each process, and before the run's folder is made."""
-    code, _, err = bench.run(2, SCRIPT, *bench.argv("odd", "--batch_size=7"))
+    code, _, err = bench.run(2, SCRIPT, *bench.argv("odd", "--batch_size 7"))
     assert [line for line in err.splitlines() if line.startswith("error:")] == [
         "error: --batch_size 7 of sst: the batch of a step over all processes; expected a "
         "multiple of their number, 2"
@@ -365,14 +344,14 @@ def process_of(torchrun, rank):
     raise AssertionError(f"no process of rank {rank}")
 
 
-LONG = ["--steps_per_epoch=400", "--save_every=10", "--log_every=100", *LORA, *SIMCSE]
+LONG = f"--steps_per_epoch 400 --save_every 10 --log_every 100 {LORA} {SIMCSE}"
 
 
 @pytest.fixture
 def long_run(bench, request):
     """A long run of two processes that has saved a checkpoint: (torchrun, argv, run folder)."""
     where = request.node.name
-    argv = bench.argv(where, *LONG)
+    argv = bench.argv(where, LONG)
     torchrun, end = bench.start(2, SCRIPT, *argv), time.monotonic() + 60
     run = bench.folder / where / "runs" / "LoRA"
     while not list(run.glob("state/step-*")):
@@ -403,7 +382,7 @@ def test_fault_44_a_killed_process_ends_all_within_a_minute(bench, long_run, ran
 @pytest.fixture(scope="module")
 def whole_run(bench):
     """The predictions of the long run without a stop."""
-    code, _, err = bench.run(2, SCRIPT, *bench.argv("whole", *LONG), seconds=300)
+    code, _, err = bench.run(2, SCRIPT, *bench.argv("whole", LONG), seconds=300)
     assert code == 0, err
     return bench.folder / "whole" / "predictions"
 
@@ -432,10 +411,10 @@ def test_fault_53_launches_in_a_row_end_well_and_without_warnings(bench):
     """A rank may abort after its work is done. Half of the launches resume a run."""
     half = bench.do_jobs("half", 2, [job("stopped", stop_at=5)]) / "together" / "stopped"
     for number in range(10):
-        where, resume = f"launch{number}", ["--resume"] * (number % 2)
+        where, resume = f"launch{number}", "--resume" * (number % 2)
         if resume:
             shutil.copytree(half, bench.folder / where, symlinks=True)
-        code, out, err = bench.run(2, SCRIPT, *bench.argv(where, *resume))
+        code, out, err = bench.run(2, SCRIPT, *bench.argv(where, resume))
         assert (code, err) == (0, "")
         assert ("resuming at step 5\n" in out) == bool(resume)
 
@@ -456,31 +435,16 @@ def launch(monkeypatch):
 
 def test_a_relayed_signal_is_not_a_second_one(launch, monkeypatch):
     """A signal to the whole group comes twice, the second time from torchrun: it must not kill."""
-    handlers, ended = {}, []
+    handlers, ended, now = {}, [], time.monotonic()
     monkeypatch.setattr(signal, "signal", handlers.__setitem__)
     monkeypatch.setattr(os, "_exit", ended.append)
     monkeypatch.setattr(script, "received", dict(script.received))
-
-    def receive():
-        handlers[signal.SIGTERM](signal.SIGTERM, None)
-
-    script.catch_signals()
-    distributed.check_stop()
-    receive()
-    with pytest.raises(script.Stopped) as stopped:
-        distributed.check_stop()
-    assert (stopped.value.exit_code, ended) == (143, [])
-    receive()
-    assert ended == [143], "without torchrun a second signal ends the process at once"
     launch(2)
     script.catch_signals()
-    receive()
-    receive()
-    assert ended == [143]
-    later = time.monotonic() + 60
-    monkeypatch.setattr(time, "monotonic", lambda: later)
-    receive()
-    assert ended == [143, 143]
+    for seconds in (0, 1, 60):
+        monkeypatch.setattr(time, "monotonic", lambda later=now + seconds: later)
+        handlers[signal.SIGTERM](signal.SIGTERM, None)
+        assert ended == ([143] if seconds == 60 else [])
 
 
 def test_a_process_with_fewer_batches_to_encode_checks_for_signals_as_often(monkeypatch):
@@ -530,13 +494,6 @@ def test_where_the_processes_meet(launch, monkeypatch, processes, device, backen
     monkeypatch.setattr(distributed.dist, "destroy_process_group", lambda: None)
     with distributed.joined_processes(torch.device("mps")) as found:
         assert (found.type, joined) == (device, backends)
-
-
-def test_one_process_shares_nothing():
-    rows = torch.ones(3, 2)
-    assert distributed.gather_rows(rows)[0] is rows
-    assert distributed.share(7, "sst") == slice(0, 7)
-    assert (distributed.rank(), distributed.world_size()) == (0, 1)
 
 
 def test_more_processes_than_gpus_are_refused(launch, monkeypatch):

@@ -1,4 +1,4 @@
-"""Prediction, calibration, and saved models that load with the same numbers."""
+"""Prediction, calibration, and flags of the evaluation script that do not go together."""
 
 from dataclasses import replace
 
@@ -8,17 +8,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import evaluation
-from base_bert import Encoder
 from bert import BertModel
-from config import TASKS, LoRAConfig, MultitaskConfig, UserError
+from config import TASKS, MultitaskConfig, UserError
 from datasets import Example, TaskDataset
-from evaluation import best_offset, calibrate, predict_dataset, predict_sentences
+from evaluation import best_offset, calibrate, parse_flags, predict_dataset, predict_sentences
 from heads import task_loss
-from lora import adapter_tensors, apply_lora
 from multitask_bert import MultitaskBERT
 from runtime.device import BATCH_TOKENS, Compute, OutOfMemory
 from tokenizer import BertTokenizer
-from training.run_folder import RunFolder
 from training.saved_models import load_weights, save_model
 
 NAMES = ("sst", "para", "sts")
@@ -73,14 +70,11 @@ def test_outputs_become_scores_and_predictions(
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("budget", [1, 60, 100_000])
-def test_batches_and_their_order_do_not_change_predictions(
-    model, datasets, name, budget, monkeypatch
-):
+def test_batches_and_their_order_do_not_change_predictions(model, datasets, name, monkeypatch):
     """Batches hold sentences of similar lengths; the results are in the file's order."""
     dataset = datasets[name]
     rows = [predict_sentences(model, name, [e.sentences], CPU) for e in dataset.examples]
-    monkeypatch.setitem(BATCH_TOKENS, "cpu", budget)
+    monkeypatch.setitem(BATCH_TOKENS, "cpu", 60)
     found = predict_dataset(model, dataset, CPU)
     assert found.ids == [f"{name}{i}" for i in range(EXAMPLES)]
     for values in ("scores", "predictions"):
@@ -92,10 +86,9 @@ def test_batches_and_their_order_do_not_change_predictions(
     assert found.loss == pytest.approx(expected, rel=1e-3)
 
 
-@pytest.mark.parametrize("most", [1, 3, 10])
-def test_a_batch_too_large_for_a_gpus_memory_is_halved(model, datasets, monkeypatch, most):
+def test_a_batch_too_large_for_a_gpus_memory_is_halved(model, datasets, monkeypatch):
     """Until its parts fit; one that holds a single example is an error."""
-    predict, sizes = model.predict, []
+    predict, sizes, most = model.predict, [], 3
 
     def predict_few(name, batch):
         sizes.append(len(batch.ids))
@@ -103,26 +96,15 @@ def test_a_batch_too_large_for_a_gpus_memory_is_halved(model, datasets, monkeypa
             raise torch.OutOfMemoryError("CUDA out of memory")
         return predict(name, batch)
 
-    for dataset in datasets.values():
-        expected = predict_dataset(model, dataset, CPU)
-        with monkeypatch.context() as patch:
-            patch.setattr(model, "predict", predict_few)
-            found = predict_dataset(model, dataset, CPU)
-        np.testing.assert_allclose(found.scores, expected.scores, rtol=1e-3, atol=1e-5)
-    assert sizes[:2] == [EXAMPLES, EXAMPLES // 2]
-    most = 0
+    expected = predict_dataset(model, datasets["para"], CPU)
     monkeypatch.setattr(model, "predict", predict_few)
+    found = predict_dataset(model, datasets["para"], CPU)
+    np.testing.assert_allclose(found.scores, expected.scores, rtol=1e-3, atol=1e-5)
+    assert sizes[:4] == [20, 10, 5, 3]
+    most = 0
     with pytest.raises(OutOfMemory, match="out of memory on cpu with evaluation batches of up to"):
-        predict_dataset(model, datasets["sst"], CPU)
+        predict_dataset(model, datasets["para"], CPU)
     assert sizes[-1] == 1
-
-
-def test_prediction_has_no_dropout_and_leaves_no_gradients(model, datasets):
-    model.train()
-    first, second = (predict_dataset(model, datasets["sst"], CPU) for _ in range(2))
-    assert not model.training
-    np.testing.assert_array_equal(first.scores, second.scores)
-    assert all(p.grad is None for p in model.parameters())
 
 
 # -------------------------------------------------------------------------------------- calibration
@@ -164,98 +146,57 @@ def test_calibration_moves_the_mean_prediction_to_the_mean_label(model, datasets
             assert means[1] < 0.5 * means[0]
 
 
-def test_calibration_is_repeatable_and_changes_no_training_loss(model, datasets):
-    batches = {name: dataset.batch(range(8)) for name, dataset in datasets.items()}
-    before, offsets = model(batches), []
+def test_calibration_is_repeatable(model, datasets):
+    """With 12 of 20 examples, and from other offsets."""
+    offsets = []
     for _ in range(2):
         calibrate(model, datasets, 12, CPU)
-        offsets.append({name: model.get_buffer(f"offset_{name}").clone() for name in NAMES})
-    after = model.eval()(batches)
-    for name in NAMES:
-        assert torch.equal(offsets[0][name], offsets[1][name])
-        assert torch.equal(before[name], after[name])
-
-
-def test_calibration_with_no_examples_does_nothing(model, datasets):
-    calibrate(model, datasets, 0, CPU)
-    assert not any(model.get_buffer(f"offset_{name}").any() for name in NAMES)
+        offsets.append([model.get_buffer(f"offset_{name}").tolist() for name in NAMES])
+    assert offsets[0] == offsets[1]
 
 
 # ------------------------------------------------------------------------------------- saved models
 
-LORA = LoRAConfig(r=3, alpha=6.0, targets=("query", "output"))
-IN_BOTH = "vocab.txt tokenizer.json tokenizer_config.json special_tokens_map.json "
-IN_BOTH += "heads.safetensors heads.json manifest.json "
-
-
-@pytest.fixture
-def save(model, toy_vocab_folder, tmp_path):
-    """A function that saves the model, with trained adapters if asked, and returns the folder."""
-
-    def saved(lora):
-        model.bert.origin = Encoder("some/encoder", toy_vocab_folder, "1" * 40, "0" * 64)
-        if lora:
-            apply_lora(model.bert, lora)
-            for tensor in adapter_tensors(model.bert).values():
-                torch.nn.init.normal_(tensor, std=0.2)
-        RunFolder(tmp_path).save_best(lambda folder: save_model(model, lora, folder))
-        return tmp_path / "best"
-
-    return saved
-
-
-@pytest.mark.parametrize("lora", [None, LORA])
-def test_saved_model_loads_with_the_same_numbers(model, datasets, save, lora):
-    calibrate(model, datasets, EXAMPLES, CPU)
-    folder = save(lora)
-    torch.manual_seed(99)  # other weights than the saved ones, except for the adapter's encoder
-    bert = BertModel(model.bert.config)
-    if lora:
-        base = {n: t for n, t in model.bert.state_dict().items() if "lora_" not in n}
-        bert.load_state_dict(base)
-        apply_lora(bert, lora)
-    again = MultitaskBERT(bert, model.config, model.tokenizer).eval()
-    load_weights(again, lora, folder)
-    for dataset in datasets.values():
-        found, expected = (predict_dataset(m, dataset, CPU) for m in (again, model))
-        np.testing.assert_array_equal(found.scores, expected.scores)
-
-
-@pytest.mark.parametrize(
-    ("lora", "files"),
-    [
-        (None, "config.json model.safetensors modules.json 1_Pooling sentence_bert_config.json"),
-        (LORA, "adapter_config.json adapter_model.safetensors"),  # no copy of the encoder
-    ],
-)
-def test_files_of_a_saved_model(save, lora, files):
-    assert {path.name for path in save(lora).iterdir()} == set((IN_BOTH + files).split())
-
 
 @pytest.mark.parametrize("fault", ["missing", "unexpected", "shape"])
-def test_fault_29_heads_that_do_not_fit(model, save, fault):
-    folder = save(None)
-    tensors = load_file(folder / "heads.safetensors")
+def test_fault_29_heads_that_do_not_fit(model, tmp_path, fault):
+    save_model(model, None, tmp_path)
+    tensors = load_file(tmp_path / "heads.safetensors")
     name = f"heads.{'cfimdb' if fault == 'unexpected' else 'sst'}.projection.weight"
     tensors[name] = torch.zeros(7, 32)
     if fault == "missing":
         del tensors[name]
-    save_file(tensors, folder / "heads.safetensors")
-    (folder / "manifest.json").write_text("{}")  # no hash speaks against the file
+    save_file(tensors, tmp_path / "heads.safetensors")
     with pytest.raises(UserError, match=r"heads\.safetensors: does not fit"):
-        load_weights(model, None, folder)
+        load_weights(model, None, tmp_path)
 
 
 # ------------------------------------------------------------------------------------- command line
 
 
-@pytest.mark.parametrize("others", ["--report run", "--sentence x", "--checkpoint a b"])
-def test_data_dir_goes_with_one_run(others):
-    with pytest.raises(UserError, match="--data_dir goes with"):
-        evaluation.main(["--data_dir", "moved", *others.split()])
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--report a --sentence x", "--sentence and --report exclude each other"),
+        ("--predict x --sentence y", "--sentence and --predict exclude each other"),
+        ("--report a --checkpoint b", "--report and --checkpoint exclude each other"),
+        ("--sentence x --checkpoint a b", "--sentence takes one run"),
+        ("--predict x --checkpoint a b", "--predict takes one run"),
+        ("--export x --checkpoint a b", "--export takes one run"),
+        ("--data_dir x --report a", "--data_dir goes with the evaluation of one run"),
+        ("--data_dir x --checkpoint a b", "--data_dir goes with the evaluation of one run"),
+        ("--sentence2 x", "--sentence2 goes with --sentence"),
+        ("--sentence --sentence2 b", "argument --sentence: expected one argument"),
+        ("--out x", "--out goes with --predict"),
+        ("--predict x --out /dev/null", "--out /dev/null: expected the name of a file"),
+        ("--sentence x --sentence2 caf\udce9", "--sentence2 .*not UTF-8"),
+    ],
+)
+def test_flags_that_do_not_go_together_are_refused(words, message):
+    with pytest.raises(UserError, match=message):
+        parse_flags(words.split())
 
 
-def test_without_a_run_there_is_nothing_to_evaluate(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match="no finished run"):
-        evaluation.main([])
+def test_without_a_run_there_is_nothing_to_evaluate():
+    with pytest.raises(UserError, match="nowhere/: no finished run"):
+        evaluation.main(["--runs_dir", "nowhere"])

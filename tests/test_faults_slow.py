@@ -7,13 +7,11 @@ FAULTS_SEED=<number> chooses other random moments, FUZZ_EXAMPLES the number of m
 
 import csv
 import io
-import json
 import os
 import random
 import re
 import shlex
 import signal
-import statistics
 import subprocess
 import sys
 import time
@@ -21,15 +19,13 @@ from contextlib import suppress
 from functools import partial
 
 import pytest
-from conftest import REPOSITORY, SAMPLE
-from fault_hooks import ONE_THREAD, checkpoints, finish, kill_at, leftovers, outcome, run, start
+from conftest import REPOSITORY
+from fault_hooks import ONE_THREAD, finish, kill_at, leftovers, outcome, run, start
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file
 
 from config import TASKS, UserError
 from datasets import read_task_file
-from training.run_folder import RunFolder
 
 pytest_plugins = ("fault_fixtures",)
 pytestmark = pytest.mark.slow
@@ -165,26 +161,6 @@ def test_36_a_disk_that_is_really_full(tiny, expected, small_disk):
     assert outcome(small_disk) == expected
     assert not leftovers(small_disk)
     assert failures
-
-
-def test_saving_costs_less_than_one_percent_of_an_epoch(tmp_path, bundled_folder):
-    """The bundled encoder, fully trained: one checkpoint against 2,000 steps of 8."""
-    flags = f"--pretrained bundled --data_dir {SAMPLE} --epochs 1 --steps_per_epoch 20"
-    subprocess.run(words(flags.split()), cwd=tmp_path, capture_output=True, check=True)
-    folder, again = tmp_path / "runs/full-model", RunFolder(tmp_path / "again")
-    log = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
-    (speed,) = [line["sentences_per_s"] for line in log if line["kind"] == "train"]
-    tensors, seconds = load_file(checkpoints(folder)[-1]), []
-    again.open()
-    for _ in range(5):
-        began = time.perf_counter()
-        again.save_checkpoint(tensors)
-        seconds.append(time.perf_counter() - began)
-    sentences = 8 * (1 + 2 + 2)  # of a step: a sentence of sst, two each of para and sts
-    epoch = 2000 * sentences / speed
-    share = statistics.median(seconds) / epoch
-    print(f"\nto save: {sorted(seconds)} s; an epoch: {epoch:.0f} s; {share:.2%}")
-    assert share < 0.01
 
 
 # ------------------------------------------------------------------------------------------- fuzz

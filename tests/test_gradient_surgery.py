@@ -29,11 +29,8 @@ def gradients(*values):
     [
         # (1, 0) off (-1, 1) is (½, ½); (-1, 1) off the original (1, 0) is (0, 1)
         ([[1.0, 0.0], [-1.0, 1.0]], [0.5, 1.5], 1.0),
-        (
-            [[1.0, 0.0, 2.0], [0.0, 3.0, 0.0], [0.5, 0.5, 0.5]],
-            [1.5, 3.5, 2.5],
-            0.0,
-        ),  # the plain sum
+        # they agree: the plain sum
+        ([[1.0, 0.0, 2.0], [0.0, 3.0, 0.0], [0.5, 0.5, 0.5]], [1.5, 3.5, 2.5], 0.0),
         ([[2.0, 1.0], [-4.0, -2.0]], [0.0, 0.0], 1.0),  # opposite ones cancel
         ([[0.0, 0.0], [-1.0, 1.0]], [-1.0, 1.0], 0.0),  # nothing is divided by a norm of 0
         ([[1.0, -2.0]], [1.0, -2.0], 0.0),  # one task alone
@@ -69,22 +66,6 @@ def test_a_task_meets_the_others_in_the_generators_order(first, expected):
     values = gradients([1.0, 0.0, 0.0], [-1.0, 1.0, 0.0], [-1.0, 0.0, 1.0])
     found = pcgrad(values, in_order(first, [0, 2], [0, 1])).gradient
     assert found.tolist() == pytest.approx(expected)
-
-
-def test_the_generator_alone_decides_the_gradient():
-    values = {name: torch.randn(6) for name in "abcdef"}
-    first, again = (pcgrad(values, random.Random("11711 4")).gradient for _ in range(2))
-    assert torch.equal(first, again)
-    others = [pcgrad(values, random.Random(seed)).gradient for seed in range(8)]
-    assert any(not torch.equal(first, other) for other in others)
-
-
-def test_the_result_opposes_neither_of_two_tasks():
-    """The property that the method is for, on random gradients."""
-    for trial in range(20):
-        values = gradients(torch.randn(5).tolist(), torch.randn(5).tolist())
-        combined = pcgrad(values, random.Random(trial)).gradient
-        assert all(combined @ gradient > -1e-5 for gradient in values.values())
 
 
 # ---------------------------------------------------------------------- main and auxiliary (MTRec)

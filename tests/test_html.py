@@ -14,10 +14,9 @@ import subprocess
 
 import numpy as np
 import pytest
-from conftest import SAMPLE
-from report_helpers import RUNS, make_report, page_data, scores_by_hand
+from report_helpers import RUNS, make_report, metrics_of, page_data, scores_by_hand
 
-from runtime.files import file_sha256
+from config import TASKS
 
 pytestmark = pytest.mark.browser
 pytest_plugins = ("report_fixtures",)
@@ -208,8 +207,7 @@ def test_a_figure_tells_its_values_by_mouse_and_by_keyboard(written, runs, brows
         found.push(state());
         return { found, pair: scatter.querySelector(".legend").textContent };"""
     found = browse(written[0], script)
-    lines = (runs / "full-model-a-s1/metrics.jsonl").read_text("utf-8").splitlines()
-    lines = [json.loads(line) for line in lines]
+    lines = metrics_of(runs / "full-model-a-s1")
     train = [sum(line["losses"].values()) for line in lines if line["kind"] == "train"]
     dev = [
         sum(of["loss"] for of in line["dev"].values()) for line in lines if line["kind"] == "eval"
@@ -234,21 +232,14 @@ def test_the_confusion_matrix_is_a_picture_of_the_table(written, browse):
     assert found["hints"][1].startswith(f"truth 0, predicted 1: {counts[1]} (")
 
 
-def test_a_hostile_sentence_is_only_text(runs, tmp_path, browse):
+def test_a_hostile_sentence_is_only_text(runs, tmp_path, browse, monkeypatch):
     """It would end the script element, and would run if it were HTML."""
-    run = shutil.copytree(runs / "full-model-a-s1", tmp_path / "run", symlinks=True)
-    lines = (SAMPLE / "ids-sst-dev.csv").read_text("utf-8").splitlines()
-    cells = lines[1].split("\t")
-    place = cells.index(max(cells, key=len))
-    changed = [line.split("\t") for line in lines]
-    for row in changed[1:]:
-        row[place] = '"' + HOSTILE.replace('"', '""') + '"'
-    dev = tmp_path / "ids-sst-dev.csv"
-    dev.write_text("\n".join("\t".join(row) for row in changed) + "\n", encoding="utf-8")
-    described = json.loads((run / "run.json").read_text("utf-8"))
-    described["data"]["sst"]["dev"] |= {"path": str(dev), "sha256": file_sha256(dev)}
-    (run / "run.json").write_text(json.dumps(described), encoding="utf-8")
-    make_report([run], tmp_path / "report")
+
+    def texts(run, name):
+        return dict.fromkeys(run.dev[name].ids, (HOSTILE,) * len(TASKS[name].sentences))
+
+    monkeypatch.setattr("reporting.html.dev_texts", texts)
+    make_report([runs / "full-model-a-s1"], tmp_path / "report")
     script = """
         choose("#errors [name=task]", "sst");
         choose("#errors [name=query]", "ONERROR='hacked");

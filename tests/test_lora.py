@@ -103,23 +103,20 @@ def test_rslora_divides_by_the_root_of_r():
 
 
 def test_dropout_is_on_the_low_rank_path_alone_and_has_its_rate():
-    """With W, A and B the identity, y - x is what dropout made of x; its mask is the gradient's."""
-    layer = LoRALinear(nn.Linear(500, 500), LoRAConfig(r=500, alpha=500.0, dropout=0.3)).train()
+    """With W, A and B the identity, y - x is what dropout made of x."""
+    layer = LoRALinear(nn.Linear(500, 500), LoRAConfig(r=500, alpha=500.0, dropout=0.3))
     with torch.no_grad():
         for matrix in (layer.weight, layer.lora_A, layer.lora_B):
             matrix.copy_(torch.eye(500))
         layer.bias.zero_()
-    x = torch.ones(400, 500, requires_grad=True)
-    y = layer(x)
-    y.sum().backward()
+        x = torch.ones(400, 500)
+        y = layer(x)
+        assert not torch.equal(layer(x), y)  # a new mask
+        assert torch.equal(layer.eval()(x), 2 * x)
     dropped = y == 1  # the base path alone; never 0, which would be its own dropout
     deviation = math.sqrt(0.3 * 0.7 / y.numel())
     assert dropped.float().mean().item() == pytest.approx(0.3, abs=5 * deviation)
-    assert y[~dropped].min().item() == pytest.approx(1 + 1 / 0.7, rel=1e-4)
-    assert y[~dropped].max().item() == pytest.approx(1 + 1 / 0.7, rel=1e-4)
-    torch.testing.assert_close(x.grad, y)
-    assert not torch.equal(layer(x), y)  # a new mask
-    torch.testing.assert_close(layer.eval()(x), 2 * x)
+    torch.testing.assert_close(y[~dropped], torch.full_like(y[~dropped], 1 + 1 / 0.7))
 
 
 def composite(layer, x):
@@ -145,13 +142,13 @@ def values_and_gradients(function, layer, x, weights):
     return dict(zip(("y", "x", *matrices), (y.detach(), *gradients), strict=True))
 
 
-def layer_and_input(shape, with_dropout=False, with_bias=True, kind=LoRALinear):
+def layer_and_input(shape, with_dropout=False, kind=LoRALinear):
     """A layer of 24 -> 20 as it is amid training, an input (…, 24) and weights of the output.
 
     Of three dimensions, the tensors do not lie in memory in order.
     """
     config = LoRAConfig(r=3, alpha=6.0, dropout=0.4 if with_dropout else 0.0)
-    layer = kind(nn.Linear(24, 20, bias=with_bias), config).train()
+    layer = kind(nn.Linear(24, 20), config).train()
     nn.init.normal_(layer.lora_B, std=0.3)
     if kind is DoRALinear:
         layer.lora_magnitude_vector.data *= 1 + 0.3 * torch.rand(20)
@@ -163,13 +160,12 @@ def layer_and_input(shape, with_dropout=False, with_bias=True, kind=LoRALinear):
 
 @pytest.mark.parametrize("shape", [(), (5,), (2, 3), (2, 2, 3)])
 @pytest.mark.parametrize("with_dropout", [False, True])
-@pytest.mark.parametrize("with_bias", [False, True])
 @pytest.mark.parametrize("of", ["float64", "float32", "float32 autocast", "bfloat16 autocast"])
 @pytest.mark.parametrize("kind", [LoRALinear, DoRALinear])
-def test_a_layer_equals_the_composite(shape, with_dropout, with_bias, of, kind):
+def test_a_layer_equals_the_composite(shape, with_dropout, of, kind):
     """Also in double precision, from which it differs by bf16's rounding at most."""
     dtype, autocast = getattr(torch, of.split()[0]), "autocast" in of
-    layer, x, weights = layer_and_input(shape, with_dropout, with_bias, kind)
+    layer, x, weights = layer_and_input(shape, with_dropout, kind)
     layer, x = layer.to(torch.promote_types(dtype, torch.float32)), x.to(dtype)
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
         found = values_and_gradients(layer, layer, x, weights)
@@ -226,16 +222,6 @@ def test_gradients_can_be_asked_for_twice_and_of_frozen_inputs(kind):
         assert torch.equal(layer.lora_B.grad, right["lora_B"])
 
 
-def test_an_empty_batch_has_gradients_and_a_second_derivative_is_refused():
-    layer, x, weights = layer_and_input((0,))
-    gradients = values_and_gradients(layer, layer, x, weights)
-    assert gradients["x"].shape == (0, 24) and not gradients["lora_A"].any()
-    x = torch.randn(3, 24, requires_grad=True)
-    (gradient,) = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        gradient.sum().backward()
-
-
 # ---------------------------------------------------------------------------------- a whole model
 
 
@@ -265,17 +251,11 @@ def test_fault_04_r_has_to_fit_the_layers(plain, r):
         apply_lora(plain, replace(CONFIG, r=r))
 
 
-@pytest.mark.parametrize("target", LORA_TARGETS)
-def test_each_target_is_one_kind_of_layer(plain, target):
-    """`output` must not hit `attention.output` too, whose name ends alike."""
-    expected = [f"encoder.layer.{i}.{LORA_TARGETS[target]}" for i in range(2)]
-    assert target_names(plain, (target,)) == expected
-    apply_lora(plain, replace(CONFIG, targets=(target,)))
-    assert list(adapter_layers(plain)) == expected
-
-
 def test_layers_select_encoder_layers_by_number(plain):
-    """Of two; an unknown one is an error, for nothing would say that it was not adapted."""
+    """Of two; an unknown one is an error, for nothing would say that it was not adapted.
+
+    The target `output` does not hit `attention.output` too, whose name ends alike.
+    """
     apply_lora(plain, replace(CONFIG, targets=("output",), layers=(1,)))
     assert list(adapter_layers(plain)) == ["encoder.layer.1.output.dense"]
     with pytest.raises(ValueError, match="layers is 2; expected 0 to 1"):
@@ -314,7 +294,7 @@ def test_merged_equals_unmerged_and_is_a_plain_model(plain, adapted, tmp_path):
 @pytest.fixture
 def saved(adapted, tmp_path):
     """A folder with a trained adapter."""
-    save_adapter(adapted, tmp_path, CONFIG, "some/encoder", "main")
+    save_adapter(adapted, tmp_path, CONFIG, "some/encoder")
     return tmp_path
 
 
@@ -341,28 +321,19 @@ def test_eval_save_load_eval_gives_the_same_numbers(adapted, fresh, tmp_path):
     assert torch.equal(output(adapted), expected)
 
 
-def test_what_peft_writes_is_read(saved, fresh, adapted):
-    """It shortens names of targets to their ends, and writes empty values of unused settings."""
-    ends = ["query", "key", "value", "intermediate.dense", "output.dense"]
-    before = change(saved, target_modules=ends, rank_pattern={}, alora_invocation_tokens=None)
-    load_adapter(fresh, saved, CONFIG)
-    assert torch.equal(output(fresh), output(adapted))
-    assert (before["peft_type"], before["r"], before["lora_alpha"]) == ("LORA", 3, 6.0)
-    assert (before["base_model_name_or_path"], before["revision"]) == ("some/encoder", "main")
-    names = set(read_tensors(saved / "adapter_model.safetensors"))
-    assert "base_model.model.encoder.layer.0.attention.self.query.lora_A.weight" in names
+PATTERNS = [(1, None), ([1], []), ([1], "layer"), (1, ["layer"]), ([0, 1], None), (None, None)]
 
 
-@pytest.mark.parametrize("numbers", [1, [1], [0, 1], None])
-@pytest.mark.parametrize("pattern", [None, [], "layer", ["layer"]])
+@pytest.mark.parametrize(("numbers", "pattern"), PATTERNS)
 def test_layers_to_transform_is_read_as_peft_reads_it(plain, tmp_path, numbers, pattern):
     """A number or a list; ends of names count in those layers alone, whole names everywhere."""
     config = replace(CONFIG, targets=("query", "key"), layers=(1,))
     model = apply_lora(plain, config)
-    save_adapter(model, tmp_path, config, "some/encoder")
+    save_adapter(model, tmp_path, config, "some/encoder", "main")
     settings = change(tmp_path, target_modules=["query", f"encoder.layer.1.{LORA_TARGETS['key']}"])
     assert settings["layers_to_transform"] == [1]
     assert settings["target_modules"] == target_names(plain, ("query", "key"), (1,))
+    assert settings["base_model_name_or_path"] == "some/encoder" and settings["revision"] == "main"
     change(tmp_path, layers_to_transform=numbers, layers_pattern=pattern)
     if numbers in (1, [1]):
         load_adapter(model, tmp_path, config)
@@ -377,10 +348,7 @@ def test_layers_to_transform_is_read_as_peft_reads_it(plain, tmp_path, numbers, 
     [
         ({"r": 4}, "r is 4, expected 3"),
         ({"lora_alpha": 7}, "alpha is 7.0, expected 6.0"),
-        (
-            {"target_modules": ["query", "pooler.dense"]},
-            "target_modules is ['pooler.dense', 'query'",
-        ),
+        ({"target_modules": ["key", "pooler.dense"]}, "target_modules is ['key', 'pooler.dense'],"),
         ({"use_rslora": True}, "use_rslora is True, expected none"),
         ({"use_dora": True, "r": 2}, "r is 2, expected 3; use_dora is True"),
         ({"rank_pattern": {"query": 1}}, "rank_pattern is {'query': 1}"),

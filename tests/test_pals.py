@@ -6,6 +6,7 @@ Their numbers, beside those of `transformers`, are in tests/test_parity.py.
 import copy
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from test_multitask_bert import (
@@ -78,24 +79,13 @@ def test_a_pal_by_hand():
     torch.testing.assert_close(found[2], torch.tensor([13.0, 0.0]), rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize(
-    ("config", "size", "count"),
-    [
-        # 2 s d + s + d, and in each layer 3 (s² + s); the paper counts 1.81 million at s = 204
-        (BertConfig(), 204, 1_819_836),
-        (BertConfig(hidden_size=384, num_hidden_layers=6, intermediate_size=1), 96, 241_824),
-    ],
-)
-def test_the_default_size_is_the_papers_in_proportion(config, size, count):
-    assert PALConfig().size_for(config.hidden_size) == size
+def test_the_default_size_is_the_papers_in_proportion_and_a_multiple_of_the_heads():
     with torch.device("meta"):
-        pal = PAL(BertModel(config), PALConfig())
-    assert sum(p.numel() for p in pal.parameters()) == count
-
-
-@pytest.mark.parametrize(("heads", "hidden", "size"), [(6, 768, 204), (5, 384, 100), (12, 32, 12)])
-def test_every_default_size_is_a_multiple_of_the_heads(heads, hidden, size):
-    assert PALConfig(heads=heads).size_for(hidden) == size
+        pal = PAL(BertModel(BertConfig()), PALConfig())
+    # 2 s d + s + d, and in each layer 3 (s² + s); the paper counts 1.81 million at s = 204
+    assert sum(p.numel() for p in pal.parameters()) == 1_819_836
+    sizes = {(12, 768): 204, (12, 384): 96, (6, 768): 204, (5, 384): 100, (12, 32): 12}
+    assert all(PALConfig(heads=heads).size_for(d) == size for (heads, d), size in sizes.items())
 
 
 # ------------------------------------------------------------------------------ a whole model
@@ -118,28 +108,20 @@ def test_at_the_start_the_model_is_the_plain_one_bitwise(plain, batches):
 
 
 def test_joined_groups_keep_every_sentence_where_it_was():
-    """Long ones in wider rows too. Token 9·i + j is the j-th of sentence i."""
+    """Long ones in wider rows too. Every token of sentence i has the id i + 1; padding has 0."""
     lengths = {"a": [3, 70, 5], "b": [130], "c": [64, 2]}
-    numbers = iter(range(6))
-    sentences = {g: [np_ids(next(numbers), n) for n in of] for g, of in lengths.items()}
-    packs = {g: pack(s, [len(ids) for ids in s], 0, "cpu") for g, s in sentences.items()}
-    joined = join(packs)
+    numbers = iter(range(1, 7))
+    sentences = {g: [np.full(n, next(numbers)) for n in of] for g, of in lengths.items()}
+    joined = join({g: pack(s, lengths[g], 0, "cpu") for g, s in sentences.items()})
     ids = torch.cat([rows.input_ids.flatten() for rows in joined.rows])
     groups = [rows.group for rows in joined.rows for _ in range(rows.input_ids.numel())]
-    every = [(group, ids) for group, of_group in sentences.items() for ids in of_group]
-    assert joined.tokens == sum(len(sentence) for _, sentence in every)
-    for number, (group, sentence) in enumerate(every):
-        first, length = int(joined.starts[number]), int(joined.lengths[number])
-        assert ids[first : first + length].tolist() == sentence.tolist()
-        places = (joined.sentence == number).nonzero().flatten().tolist()
-        assert places == list(range(first, first + length))
+    every = [(group, length) for group, of_group in lengths.items() for length in of_group]
+    assert (joined.lengths.tolist(), joined.tokens) == ([length for _, length in every], 274)
+    for number, (group, length) in enumerate(every):
+        places = range(joined.starts[number], joined.starts[number] + length)
+        assert (ids == number + 1).nonzero().flatten().tolist() == list(places)
         assert {groups[place] for place in places} == {group}
-    assert set(joined.sentence[ids == 0].tolist()) == {len(every)}  # padding
-
-
-def np_ids(number, length):
-    """Token ids of a sentence that no other sentence has."""
-    return (1 + 200 * number + torch.arange(length)).int().numpy()
+    assert torch.equal(joined.sentence, (ids - 1) % 7)  # of padding the number of sentences, 6
 
 
 @pytest.mark.parametrize("settings", [{}, ALL_SIMCSE, R_DROP])
@@ -180,7 +162,6 @@ def test_what_is_trained_gets_a_gradient(plain, batches, is_frozen):
 
 def test_attention_dropout_is_the_encoders(tiny_config):
     bert = BertModel(tiny_config)
-    rates = {m.p for m in PAL(bert, CONFIG).modules() if isinstance(m, torch.nn.Dropout)}
     bert.set_dropout(0.3)
-    rates |= {m.p for m in PAL(bert, CONFIG).modules() if isinstance(m, torch.nn.Dropout)}
-    assert rates == {0.1, 0.3}
+    modules = PAL(bert, CONFIG).modules()
+    assert {module.p for module in modules if isinstance(module, torch.nn.Dropout)} == {0.3}

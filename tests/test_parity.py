@@ -6,6 +6,7 @@ function, applied to something that is wrong in a small way.
 """
 
 import copy
+import functools
 import itertools
 import json
 import os
@@ -22,7 +23,7 @@ import numpy as np
 import pytest
 import reference
 import torch
-from conftest import REAL_DATA, REPOSITORY, SAMPLE, pipeline_of
+from conftest import REAL_DATA, SAMPLE, pipeline_of, train_in
 from safetensors.torch import load_file, save_file
 
 from base_bert import load_encoder, load_mlm_head
@@ -104,12 +105,6 @@ def sentences_of(task, split):
     return [example.sentences for example in read_task_file(path, TASKS[task], split).examples]
 
 
-def texts_of(task):
-    """Every text of every file of a task."""
-    rows = [row for split in ("train", "dev", "test") for row in sentences_of(task, split)]
-    return [text for row in rows for text in row]
-
-
 @pytest.fixture(scope="module")
 def tokenizer(bundled_folder):
     """The bundled encoder's tokenizer."""
@@ -122,18 +117,30 @@ def minilm(bundled_folder):
     return BertModel.from_pretrained(bundled_folder)
 
 
-@pytest.fixture(scope="module")
-def wide(tmp_path_factory):
-    """A random model of 12 layers, 768 wide, biases and LayerNorm away from 0 and 1 too."""
+def random_encoder(folder, **sizes):
+    """An encoder with random weights, biases and LayerNorm away from 0 and 1 too."""
     torch.manual_seed(1)
-    model = BertModel(BertConfig())
+    model = BertModel(BertConfig(**sizes))
     for name, parameter in model.named_parameters():
         if parameter.ndim == 1:
             torch.nn.init.normal_(parameter, float(name.endswith("LayerNorm.weight")), 0.1)
-    folder = tmp_path_factory.mktemp("wide")
     model.save_pretrained(folder)
-    yield BertModel.from_pretrained(folder)
+    return BertModel.from_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory):
+    """A random encoder of the size of BERT-base."""
+    yield random_encoder(folder := tmp_path_factory.mktemp("wide"))
     shutil.rmtree(folder)
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """A random encoder of 6 layers, 48 wide."""
+    sizes = {"num_hidden_layers": 6, "hidden_size": 48, "intermediate_size": 80}
+    folder = tmp_path_factory.mktemp("small")
+    return random_encoder(folder, num_attention_heads=4, initializer_range=0.1, **sizes)
 
 
 @pytest.fixture(scope="module")
@@ -149,7 +156,7 @@ def sequences(tokenizer):
     return [(ids, len(ids)) for ids in texts] + [join_pair(*tokenizer(p), 40) for p in pairs]
 
 
-def padded(sequences, hidden_size=384):
+def padded(sequences, hidden_size):
     """A padded batch of `sequences`, and the random weights of each output in the loss."""
     longest = max(len(ids) for ids, _ in sequences)
     ids, mask, segments = torch.zeros(3, len(sequences), longest, dtype=torch.int64)
@@ -169,8 +176,14 @@ def padded(sequences, hidden_size=384):
 
 @pytest.fixture(scope="module")
 def batch(sequences):
-    """All of them in one batch."""
-    return padded(sequences)
+    """All of them in one batch, for the bundled encoder."""
+    return padded(sequences, 384)
+
+
+@pytest.fixture(scope="module")
+def pairs(sequences):
+    """Two pairs in one batch, for the encoder `small`."""
+    return padded(sequences[-2:], 48)
 
 
 @pytest.fixture(scope="module")
@@ -208,12 +221,14 @@ def ask(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def answers(ask, minilm, wide, sequences):
-    """Outputs and gradients of both encoders in `transformers`, by name."""
-    return {
-        name: ask("encoder", padded(sequences, size), model=model.origin.folder)
-        for name, model, size in (("minilm", minilm, 384), ("wide", wide, 768))
-    }
+def answer_for(ask, sequences):
+    """A function: outputs and gradients of an encoder in `transformers`, asked for once."""
+
+    def ask_for(model):
+        tensors = padded(sequences, model.config.hidden_size)
+        return ask("encoder", tensors, model=model.origin.folder)
+
+    return functools.cache(ask_for)
 
 
 # --------------------------------------------------------------------------------------- encoder
@@ -244,27 +259,24 @@ class InRows(torch.nn.Module):
         }
 
 
-@pytest.mark.parametrize("name", ["minilm", "wide"])
-@pytest.mark.parametrize("way", [lambda model: model, InRows], ids=["padded", "rows"])
-def test_encoder_equals_transformers(name, way, answers, request, sequences):
-    """Outputs and gradients, of a padded batch and of sentences that share rows."""
-    model = request.getfixturevalue(name)
-    tensors = padded(sequences, model.config.hidden_size)
-    ours = reference.measure(way(model), tensors)
-    assert largest_difference(ours, answers[name].result().tensors) <= LIMIT
-    assert answers[name].result().said == []
+@pytest.mark.parametrize("way", ["padded", "rows", "rows, dropout"])
+@pytest.mark.parametrize("name", ["minilm", "small", pytest.param("wide", marks=pytest.mark.slow)])
+def test_encoder_equals_transformers(name, way, answer_for, request, sequences):
+    """Outputs and gradients, of a padded batch and of sentences that share rows.
 
-
-def test_attention_with_dropout_equals_transformers(answers, minilm, batch):
-    """Training on a CPU takes a path of its own; a rate that rounds to 0 leaves only the path."""
-    model = copy.deepcopy(minilm).train()
+    With dropout, attention on a CPU takes a path of its own; a rate that rounds to 0 leaves that.
+    """
+    encoder = request.getfixturevalue(name)
+    answer, model = answer_for(encoder), copy.deepcopy(encoder).train("dropout" in way)
     model.set_dropout(1e-9)
-    ours = reference.measure(InRows(model), batch)
-    assert largest_difference(ours, answers["minilm"].result().tensors) <= LIMIT
+    tensors = padded(sequences, model.config.hidden_size)
+    ours = reference.measure(model if way == "padded" else InRows(model), tensors)
+    assert largest_difference(ours, answer.result().tensors) <= LIMIT
+    assert answer.result().said == []
 
 
 @pytest.mark.parametrize("fault", ["a weight", "segments", "mask"])
-def test_faulty_encoder_does_not_equal_transformers(fault, answers, minilm, batch):
+def test_faulty_encoder_does_not_equal_transformers(fault, answer_for, minilm, batch):
     """One bias is changed, or segments or padding are ignored."""
     model, tensors = copy.deepcopy(minilm), dict(batch)
     if fault == "a weight":
@@ -278,21 +290,20 @@ def test_faulty_encoder_does_not_equal_transformers(fault, answers, minilm, batc
         )
     ours = reference.measure(model, tensors)
     for part in ("last", "gradient"):
-        assert largest_difference(ours, answers["minilm"].result().tensors, part) > CLEARLY
+        assert largest_difference(ours, answer_for(minilm).result().tensors, part) > CLEARLY
 
 
 # --------------------------------------------------------------------- masked language modelling
 
 
-@pytest.fixture(scope="module")
-def masked_lm(minilm, tokenizer, tmp_path_factory):
-    """A function: a model for masked language modelling alone on a file with a random head.
+def masked_lm(small, tokenizer, folder):
+    """A model for masked language modelling alone, of a new folder's file with a random head.
 
     The file has the names of bert-base-uncased's, old ones for LayerNorm.
     """
     torch.manual_seed(4)
-    folder, head = tmp_path_factory.mktemp("masked_lm"), MaskedLMHead(minilm.config)
-    minilm.save_pretrained(folder, tokenizer)
+    head = MaskedLMHead(small.config)
+    small.save_pretrained(folder, tokenizer)
     tensors = load_file(folder / "model.safetensors")
     tensors = {f"bert.{n}": t for n, t in tensors.items() if not n.startswith("pooler")}
     for name, tensor in head.state_dict().items():
@@ -301,74 +312,64 @@ def masked_lm(minilm, tokenizer, tmp_path_factory):
         name = name.replace("LayerNorm.bias", "LayerNorm.beta")
         tensors[f"cls.predictions.{part}{name}"] = tensor + 0.1 * torch.randn(tensor.shape)
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-
-    def make():
-        config = MultitaskConfig(tasks=(), mlm=("sst", "sts"))
-        model = MultitaskBERT(BertModel.from_pretrained(folder), config, tokenizer)
-        load_mlm_head(model.mlm, folder / "model.safetensors")
-        return model.eval()
-
-    return folder, make
+    config = MultitaskConfig(tasks=(), mlm=("sst", "sts"))
+    model = MultitaskBERT(BertModel.from_pretrained(folder), config, tokenizer)
+    load_mlm_head(model.mlm, folder / "model.safetensors")
+    return model.eval()
 
 
-@pytest.fixture(scope="module")
-def hidden_batches(tokenizer):
+def batches_to_mask(tokenizer):
     """Batches of real sentences, one longer than the rows that the others share, as `Prepared`."""
     (review,) = sentences_of("cfimdb", "dev")[0]
     single = [text for (text,) in sentences_of("sst", "dev")[:5]]
     ids = [*tokenizer(single, max_length=40), *tokenizer([review], max_length=ROW_TOKENS + 6)]
-    first, second = zip(
-        *(tokenizer(pair, 40) for pair in sentences_of("sts", "dev")[:4]), strict=True
-    )
+    pairs = [tokenizer(pair, 40) for pair in sentences_of("sts", "dev")[:4]]
+    first, second = zip(*pairs, strict=True)
     sst = TaskBatch(["a"] * 6, ids, None, torch.zeros(6))
     return {"sst": sst, "sts": TaskBatch(["b"] * 4, list(first), list(second), torch.zeros(4))}
 
 
-def padded_and_hidden(model, batches):
-    """The hidden sentences of a step as `transformers` takes them: padded, with labels."""
+def padded_and_masked(model, batches):
+    """The masked sentences of a step as `transformers` takes them: padded, with labels."""
     rows, labels = [], []
     for name, batch in batches.items():
-        hidden, owners, positions, ids = model.mask(name, batch, (0,))
-        for number, sentence in enumerate(hidden):
+        masked, owners, positions, ids = model.mask(name, batch, (0,))
+        for number, sentence in enumerate(masked):
             rows.append((sentence, len(sentence)))
             labels.append(torch.full((len(sentence),), -100))
             labels[-1][positions[owners == number]] = torch.from_numpy(ids[owners == number])
-    inputs = {n: t for n, t in padded(rows).items() if not n.endswith("weights")}
+    inputs = {n: t for n, t in padded(rows, 48).items() if not n.endswith("weights")}
     pad = torch.nn.utils.rnn.pad_sequence
     return inputs | {"labels": pad(labels, batch_first=True, padding_value=-100)}
 
 
 def loss_and_gradients(model, batches):
-    """The mean over the hidden tokens of all tasks, and its gradient for each parameter."""
+    """The mean over the masked tokens of all tasks, and its gradient for each parameter."""
     model.zero_grad()
     prepared = model.prepare(batches)
-    states = model.token_states(prepared.sequences)
-    losses, counts = zip(
-        *(model.masked_loss(states, *f) for f in prepared.masked.values()), strict=True
-    )
-    by_task = {f"mlm_{n}": loss / c for n, loss, c in zip(batches, losses, counts, strict=True)}
-    torch.testing.assert_close(model(prepared), by_task)  # the losses of a step
-    loss = sum(losses) / sum(counts)
+    counts = {f"mlm_{name}": len(ids) for name, (_, ids) in prepared.masked.items()}
+    losses = model(prepared)
+    assert losses.keys() == counts.keys()
+    loss = sum(counts[name] * of_task for name, of_task in losses.items()) / sum(counts.values())
     loss.backward()
     found = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
     return {"loss": loss.detach()} | {f"gradient of {name}": t for name, t in found.items()}
 
 
-def test_masked_language_modelling_equals_transformers(ask, masked_lm, hidden_batches):
+def test_masked_language_modelling_equals_transformers(ask, small, tokenizer, tmp_path):
     """Loss and gradients, those of the word embeddings from both of their uses."""
-    folder, make = masked_lm
-    model = make()
-    tensors = padded_and_hidden(model, hidden_batches)
+    model, batches = masked_lm(small, tokenizer, tmp_path), batches_to_mask(tokenizer)
+    tensors = padded_and_masked(model, batches)
     assert (tensors["labels"] != -100).sum() > 30
-    answer = ask("masked_lm", tensors, model=folder)
-    ours, theirs = loss_and_gradients(model, hidden_batches), answer.result().tensors
+    answer = ask("masked_lm", tensors, model=tmp_path)
+    ours, theirs = loss_and_gradients(model, batches), answer.result().tensors
     assert largest_difference(ours, theirs) <= LIMIT
     assert answer.result().said == []
-    hidden = tensors["labels"].max()  # of the vocabulary's biases one that counts
-    for name, place, by in (("LayerNorm.weight", 7, 1e-2), ("bias", hidden, 1.0)):
-        wrong = make()  # a twin: a head that is a little different
+    masked = tensors["labels"].max()  # of the vocabulary's biases one that counts
+    for name, place, by in (("LayerNorm.weight", 7, 1e-2), ("bias", masked, 1.0)):
+        wrong = copy.deepcopy(model)  # a twin: a head that is a little different
         wrong.mlm.get_parameter(name).data[place] += by
-        assert largest_difference(loss_and_gradients(wrong, hidden_batches), theirs) > CLEARLY
+        assert largest_difference(loss_and_gradients(wrong, batches), theirs) > CLEARLY
 
 
 # ------------------------------------------------------------------------------------- tokenizer
@@ -402,7 +403,8 @@ def published(ask, bundled_folder):
 @pytest.mark.parametrize("task", TASKS)
 def test_ids_of_every_text_equal_transformers(task, published, tokenizer):
     """All texts of all files of a task (the course's files, where they are at hand)."""
-    texts = texts_of(task)
+    rows = [row for split in ("train", "dev", "test") for row in sentences_of(task, split)]
+    texts = [text for row in rows for text in row]
     answer = published(texts=texts)
     ours = tokenizer(texts)
     print(f"  {task}: {len(ours):,} texts, {sum(map(len, ours)):,} tokens from {DATA.name}/")
@@ -429,8 +431,9 @@ def test_saved_tokenizer_gives_the_same_ids(lowercase, ask, tokenizer, tmp_path)
     assert answer.result().said == []
 
 
-ENTRY = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": True}
-COVID = {"id": 30522, "content": "covid19", "special": False, **ENTRY}
+ENTRY = {"content": "covid19", "lstrip": False, "rstrip": False, "normalized": True}
+ENTRY |= {"single_word": False}
+COVID = {"id": 30522, "special": False, **ENTRY}
 ENTITY = COVID | {"id": 30523, "content": "<ENT>", "special": True, "normalized": False}
 AMPERSAND = {"type": "Replace", "pattern": {"String": "&"}, "content": "and"}
 LOWERCASE = {"type": "BertNormalizer", "clean_text": True, "handle_chinese_chars": True}
@@ -447,24 +450,15 @@ FOLDERS = {
         None,
         {"covid19": 30523, "<ENT>": 30522},
     ),
-    "added, in the settings": (
-        {"added_tokens_decoder": {"30522": {"content": "covid19"} | ENTRY}},
-        None,
-        {},
-    ),
+    "added, in the settings": ({"added_tokens_decoder": {"30522": ENTRY}}, None, {}),
     "added, in the vocabulary": ({}, {}, {"good": 2204}),
     "normaliser": ({"tokenizer_class": "TokenizersBackend"}, {"normalizer": CHANGED}, {}),
     "no normaliser": ({"tokenizer_class": "PreTrainedTokenizerFast"}, {"normalizer": None}, {}),
     "normaliser, ignored": ({"tokenizer_class": "BertTokenizer"}, {"normalizer": CHANGED}, {}),
 }
 WITH_SEGMENTS = {"return_token_type_ids": True}
-MARKED_TEXTS = [
-    "covid19 is bad",
-    "Covid19 & <ENT> <ent> <X>",
-    "xcovid19y good",
-    "Ün 中国",
-    "covid19 " * 600,
-]
+MARKED_TEXTS = ["covid19 is bad", "Covid19 & <ENT> <ent> <X>", "xcovid19y good", "Ün 中国"]
+MARKED_TEXTS += ["covid19 " * 600]
 
 
 @pytest.mark.parametrize("folder", FOLDERS)
@@ -513,9 +507,7 @@ LORA = {
     "dora": LoRAConfig(r=4, alpha=6.0, variant="dora"),
     "some dora": LoRAConfig(3, 8.0, 0.0, ("query", "intermediate"), "dora", layers=(0, 4)),
 }
-# Optimiser steps by precision. Adam divides a gradient by its own size. So the rounding of an
-# element close to 0 grows to a share of the learning rate, which therefore is small in fp32.
-TRAINING = {"fp32": {"steps": 10, "lr": 2e-5}, "fp64": {"steps": 10, "lr": 1e-3, "double": True}}
+TRAINING = {"steps": 10, "lr": 1e-3, "double": True}
 RATIOS = {"some": 4.0, "dora": 4.0}  # of LoRA+; 1 in the other cases
 
 
@@ -547,46 +539,44 @@ def measure_lora(model, tensors, steps=0, lr=0.0, ratio=1.0, double=False):
     return result | reference.train(model, tensors, steps, optimizer_of(lr, ratio))
 
 
-def in_single(tensors, beginning=""):
+def in_single(tensors):
     """Tensors of double precision, rounded: what fp32 should give."""
-    return {name: t.float() for name, t in tensors.items() if name.startswith(beginning)}
+    return {name: tensor.float() for name, tensor in tensors.items()}
 
 
 @pytest.fixture(scope="module")
-def peft(ask, minilm):
-    """A function: `ask` for an adapter on the bundled encoder."""
-    return partial(ask, "lora", model=minilm.origin.folder)
+def peft(ask, small):
+    """A function: `ask` for an adapter on the encoder `small`."""
+    return partial(ask, "lora", model=small.origin.folder)
 
 
 @pytest.fixture(scope="module")
-def adapters(peft, minilm, sequences, tmp_path_factory):
-    """What `peft` gives for our `random_adapter`, by name and precision."""
-    found, tensors = {}, padded(sequences[-2:])
+def adapters(peft, small, pairs, tmp_path_factory):
+    """What `peft` gives for our `random_adapter`, by name."""
+    found = {}
     for name, config in LORA.items():
-        folder = tmp_path_factory.mktemp(name)
-        save_adapter(random_adapter(minilm, config), folder, config, "bundled")
-        for precision, training in TRAINING.items():
-            training = training | {"ratio": RATIOS.get(name, 1.0)}
-            found[name, precision] = peft(tensors, folder=folder, **training)
+        folder, ratio = tmp_path_factory.mktemp(name), RATIOS.get(name, 1.0)
+        save_adapter(random_adapter(small, config), folder, config, "bundled")
+        found[name] = peft(pairs, folder=folder, ratio=ratio, **TRAINING)
     return found
 
 
-@pytest.mark.parametrize("precision", TRAINING)
 @pytest.mark.parametrize("name", LORA)
-def test_our_adapter_in_peft(name, precision, adapters, minilm, sequences):
+def test_our_adapter_in_peft(name, adapters, small, pairs):
     """The adapter we save: outputs, gradients, merged outputs, weights after ten steps.
 
-    A gradient in fp32 may be off by half of LIMIT by rounding alone, in peft too, and peft rounds
-    elsewhere: so ours in fp32 is held against theirs in double precision.
+    peft computes in double precision, and so do we; ours in fp32 comes as near, without training:
+    AdamW divides a gradient by its own size, and with it the rounding of one that is almost 0.
     """
-    model, tensors = random_adapter(minilm, LORA[name]), padded(sequences[-2:])
-    ours = measure_lora(model, tensors, ratio=RATIOS.get(name, 1.0), **TRAINING[precision])
-    theirs = dict(adapters[name, precision].result().tensors)
-    if precision == "fp32":
-        theirs |= in_single(adapters[name, "fp64"].result().tensors, "gradient")
+    model = random_adapter(small, LORA[name])
+    theirs = adapters[name].result().tensors
+    ours = measure_lora(model, pairs, ratio=RATIOS.get(name, 1.0), **TRAINING)
+    in_fp32 = measure_lora(model, pairs)
     for part in ("last", "pooler", "gradient", "merged", "trained"):
         assert largest_difference(ours, theirs, part) <= LIMIT
-    assert adapters[name, precision].result().said == []
+        if part != "trained":
+            assert largest_difference(in_fp32, in_single(theirs), part) <= LIMIT
+    assert adapters[name].result().said == []
 
 
 def settings_of(name, model):
@@ -601,45 +591,41 @@ def settings_of(name, model):
 
 
 @pytest.mark.parametrize("name", LORA)
-def test_adapter_of_peft_in_ours(name, peft, minilm, batch, tmp_path):
+def test_adapter_of_peft_in_ours(name, peft, small, pairs, tmp_path):
     """The adapter that peft saves, with its own way to write the targets, in both precisions."""
-    settings = settings_of(name, minilm) | {"init_lora_weights": False}  # B is not 0
-    theirs = peft(batch, folder=tmp_path, settings=settings, double=True).result().tensors
-    model = apply_lora(copy.deepcopy(minilm), LORA[name]).eval()
+    settings = settings_of(name, small) | {"init_lora_weights": False}  # B is not 0
+    theirs = peft(pairs, folder=tmp_path, settings=settings, double=True).result().tensors
+    model = apply_lora(copy.deepcopy(small), LORA[name]).eval()
     load_adapter(model, tmp_path, LORA[name])
-    assert largest_difference(measure_lora(model, batch, double=True), theirs) <= LIMIT
-    assert largest_difference(measure_lora(model, batch), in_single(theirs)) <= LIMIT
+    assert largest_difference(measure_lora(model, pairs, double=True), theirs) <= LIMIT
+    assert largest_difference(measure_lora(model, pairs), in_single(theirs)) <= LIMIT
 
 
-@pytest.mark.parametrize("name", LORA)
-def test_fresh_adapter_is_drawn_as_peft_draws_it(name, peft, minilm, batch, tmp_path):
+def test_fresh_adapter_is_drawn_as_peft_draws_it(peft, small, pairs, tmp_path):
     """The same names and shapes; B zero, magnitudes equal; A of the same limits and deviation."""
-    fresh = adapter_tensors(apply_lora(copy.deepcopy(minilm), LORA[name]))
-    answer = peft(batch, folder=tmp_path, settings=settings_of(name, minilm)).result().tensors
+    fresh = adapter_tensors(apply_lora(copy.deepcopy(small), LORA["dora"]))
+    answer = peft(pairs, folder=tmp_path, settings=settings_of("dora", small)).result().tensors
     theirs = {n.removeprefix("trained "): t for n, t in answer.items() if n.startswith("trained")}
     assert {n: t.shape for n, t in fresh.items()} == {n: t.shape for n, t in theirs.items()}
-    for matrix, ours in fresh.items():
-        other = theirs[matrix]
-        if matrix.endswith("lora_B"):
-            assert not ours.any() and not other.any()
-        elif matrix.endswith("lora_magnitude_vector"):
-            torch.testing.assert_close(ours, other, rtol=1e-6, atol=0)
-        else:
-            assert max(ours.abs().max(), other.abs().max()) <= ours.size(1) ** -0.5
-            assert ours.std().item() == pytest.approx(other.std().item(), rel=0.06)
+    drawn = []
+    for tensors in (fresh, theirs):
+        of_A = (t for name, t in tensors.items() if name.endswith("lora_A"))
+        drawn.append(torch.cat([t.flatten() * t.size(1) ** 0.5 for t in of_A]))
+        assert drawn[-1].abs().max() <= 1
+        assert not any(t.any() for name, t in tensors.items() if name.endswith("lora_B"))
+    assert drawn[0].std().item() == pytest.approx(drawn[1].std().item(), rel=0.03)
+    for name in fresh:
+        if name.endswith("lora_magnitude_vector"):
+            torch.testing.assert_close(fresh[name], theirs[name], rtol=1e-6, atol=0)
 
 
-def corrupt_alpha(model):
-    for layer in adapter_layers(model).values():
-        layer.scaling *= 1.01
+def corrupt_alpha(model, factor=1.01, of=""):
+    for name, layer in adapter_layers(model).items():
+        layer.scaling *= factor if of in name else 1
 
 
 def change_adapter(model):
     adapter_layers(model)["encoder.layer.5.output.dense"].lora_B.data[7] += 1e-3
-
-
-def leave_one_out(model):
-    adapter_layers(model)["encoder.layer.0.attention.self.value"].scaling = 0.0
 
 
 def keep_norms_of_the_start(model):
@@ -648,28 +634,24 @@ def keep_norms_of_the_start(model):
         layer.row_norms = lambda _, norms=norms: norms
 
 
-def as_plain_lora(model):
-    for layer in adapter_layers(model).values():
-        layer.scaling = 2 / layer.r
-
-
-FAULTS = {
-    "all": [corrupt_alpha, change_adapter, leave_one_out],
-    "dora": [corrupt_alpha, keep_norms_of_the_start],
-    "rslora": [as_plain_lora],
-}
-
-
 @pytest.mark.parametrize(
-    ("name", "fault"), [(name, fault) for name, faults in FAULTS.items() for fault in faults]
+    ("name", "fault"),
+    [
+        ("all", corrupt_alpha),
+        ("all", change_adapter),
+        ("all", partial(corrupt_alpha, factor=0, of="layer.0.attention.self.value")),  # left out
+        ("dora", corrupt_alpha),
+        ("dora", keep_norms_of_the_start),
+        ("rslora", partial(corrupt_alpha, factor=5**-0.5)),  # as plain LoRA: r is 5
+    ],
 )
-def test_faulty_lora_does_not_equal_peft(name, fault, adapters, minilm, sequences):
-    model = random_adapter(minilm, LORA[name])
+def test_faulty_lora_does_not_equal_peft(name, fault, adapters, small, pairs):
+    model = random_adapter(small, LORA[name])
     fault(model)
-    training = TRAINING["fp64"] | {"ratio": RATIOS.get(name, 1.0)}
-    ours = measure_lora(model, padded(sequences[-2:]), **training)
+    ratio, theirs = RATIOS.get(name, 1.0), adapters[name].result().tensors
+    ours = measure_lora(model, pairs, ratio=ratio, **TRAINING)
     for part in ("last", "gradient", "merged", "trained"):
-        assert largest_difference(ours, adapters[name, "fp64"].result().tensors, part) > CLEARLY
+        assert largest_difference(ours, theirs, part) > CLEARLY
 
 
 def differentiable_norms(layer, weight):
@@ -679,11 +661,11 @@ def differentiable_norms(layer, weight):
 
 
 @pytest.mark.parametrize(("name", "ratio"), [("some", 1.0), ("dora", 4.0)])
-def test_faulty_training_does_not_equal_peft(name, ratio, adapters, minilm, sequences, monkeypatch):
+def test_faulty_training_does_not_equal_peft(name, ratio, adapters, small, pairs, monkeypatch):
     """One rate for A and B; or gradients through the norms, with the same outputs."""
-    model, theirs = random_adapter(minilm, LORA[name]), adapters[name, "fp64"].result().tensors
+    model, theirs = random_adapter(small, LORA[name]), adapters[name].result().tensors
     monkeypatch.setattr(DoRALinear, "row_norms", differentiable_norms)
-    ours = measure_lora(model, padded(sequences[-2:]), ratio=ratio, **TRAINING["fp64"])
+    ours = measure_lora(model, pairs, ratio=ratio, **TRAINING)
     assert largest_difference(ours, theirs, "last", "pooler") <= LIMIT
     assert largest_difference(ours, theirs, "trained") > CLEARLY
 
@@ -697,7 +679,7 @@ def random_pals(model):
     model = copy.deepcopy(model)
     pals = apply_pals(model, PALConfig(), ("a", "b"))
     for parameter in pals.parameters():
-        torch.nn.init.normal_(parameter, std=0.1)
+        torch.nn.init.normal_(parameter, std=0.4)
     return model, pals.eval()
 
 
@@ -712,23 +694,23 @@ def measure_pals(model, pals, task, tensors):
 
 
 @pytest.fixture(scope="module")
-def authors(ask, minilm, sequences):
+def authors(ask, small, sequences):
     """The answer for task b."""
-    _, pals = random_pals(minilm)
+    _, pals = random_pals(small)
     weights = {f"pals.{name}": tensor for name, tensor in pals["b"].state_dict().items()}
-    return ask("pals", padded(sequences) | weights, model=minilm.origin.folder, heads=12)
+    return ask("pals", padded(sequences, 48) | weights, model=small.origin.folder, heads=12)
 
 
 @pytest.mark.parametrize("fault", [None, "GELU", "another task's", "layers in another order"])
-def test_pals_equal_the_authors_over_transformers(fault, authors, minilm, sequences, monkeypatch):
+def test_pals_equal_the_authors_over_transformers(fault, authors, small, sequences, monkeypatch):
     """Outputs and gradients; the reference knows nothing of rows. Each fault shows."""
-    model, pals = random_pals(minilm)
+    model, pals = random_pals(small)
     if fault == "layers in another order":
         pals["b"].attention = pals["b"].attention[::-1]
     if fault == "GELU":
         monkeypatch.setattr("pals.F.gelu", partial(torch.nn.functional.gelu, approximate="tanh"))
     task = "a" if fault == "another task's" else "b"
-    found, theirs = measure_pals(model, pals, task, padded(sequences)), authors.result().tensors
+    found, theirs = measure_pals(model, pals, task, padded(sequences, 48)), authors.result().tensors
     for part in ("last", "gradient"):
         apart = largest_difference(found, in_single(theirs), part)
         assert apart > CLEARLY if fault else apart <= LIMIT
@@ -743,31 +725,27 @@ RUNS = {
     "LoRA-dora": "--fine-tune-mode LoRA --LoRA_r 4 --LoRA_variant dora --LoRA_lr_ratio 8 "
     "--LoRA_layers 1-5 --model_file_suffix dora",
 }
-FLAGS = "--pretrained bundled --tasks sst --epochs 1 --steps_per_epoch 2 --lr 1e-3 --precision fp32"
+FLAGS = "--pretrained bundled --tasks sst --epochs 1 --steps_per_epoch 2 --lr 1e-3 "
+FLAGS += "--calibration_examples 0 --precision fp32"
 WEIGHTS = dict.fromkeys(RUNS, "adapter_model.safetensors") | {"full-model": "model.safetensors"}
 EXPORT_TEXTS = [*ODD_TEXTS[3:10], "a [SEP] b", "A film to fall in love with .", "word " * 90]
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory, bundled_folder):
-    """Best models after two steps of the real script on the sample: name -> folder, model."""
+def runs(tmp_path_factory, bundled_folder, cut_sample):
+    """Best models after two steps of the training script: name -> folder, model."""
     folder = tmp_path_factory.mktemp("runs")
-    script = [sys.executable, REPOSITORY / "multitask_classifier.py", *FLAGS.split()]
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    found = {}
-    for name, flags in RUNS.items():
-        command = [*script, "--data_dir", SAMPLE, *flags.split()]
-        subprocess.run(command, cwd=folder, env=environment, check=True)
-        run = RunFolder(folder / "runs" / name)
-        found[name] = run.best, load_run(run, torch.device("cpu"))[0]
-    yield found
+    train_in(folder, *(f"{FLAGS} --data_dir {cut_sample} {flags}" for flags in RUNS.values()))
+    found = [RunFolder(folder / "runs" / name) for name in RUNS]
+    yield {run.path.name: (run.best, load_run(run, torch.device("cpu"))[0]) for run in found}
     shutil.rmtree(folder)
 
 
 @pytest.fixture(scope="module")
-def export(ask, peft, batch):
+def export(ask, minilm, batch):
     """A function: what `transformers` or `peft` makes of the folder of a best model."""
-    jobs = dict.fromkeys(RUNS, lambda folder: peft(batch, folder=folder))
+    adapter = partial(ask, "lora", batch, model=minilm.origin.folder)
+    jobs = dict.fromkeys(RUNS, lambda folder: adapter(folder=folder))
     jobs["full-model"] = lambda folder: ask("encoder", batch, model=folder)
     return lambda name, folder: jobs[name](folder)
 
@@ -785,7 +763,7 @@ def test_run_in_transformers_and_peft(mode, export, runs, minilm, batch):
     if mode != "full-model":
         merged = {f"merged {name}": tensor for name, tensor in ours.items()}
         assert largest_difference(merged, theirs, "merged") <= LIMIT
-        corrupt_alpha(wrong := copy.deepcopy(model.bert))
+        corrupt_alpha(wrong := copy.deepcopy(model.bert), factor=1.1)
         assert largest_difference(reference.outputs_of(wrong, batch), theirs, *outputs) > CLEARLY
 
 

@@ -222,11 +222,8 @@ def test_a_failed_download_is_exit_1_and_never_gets_the_final_name(
     assert run(server, tmp_path, *flags.split()) == 1
     assert time.monotonic() - started < 10
     *retries, error = capsys.readouterr().err.splitlines()
-    assert (
-        error.startswith("error: ")
-        and hint in error
-        and len(retries) == (2 if CUT in faults else 0)
-    )
+    assert error.startswith("error: ") and hint in error
+    assert len(retries) == 2 * (CUT in faults)
     assert "same command" in error or content is None
     assert BLOBS[BIG] in error or content in (CONTENTS[BIG], None)
     assert len(server.log) == requests
@@ -262,10 +259,8 @@ ADDRESSES = "file:///etc", "http://", "http://a b", "http://[::1", "http://a_b..
 @pytest.mark.parametrize(
     "flag, value, hint",
     [
-        ("--yaer", "2023", "did you mean --year?"),
         ("--quor", "small", "did you mean --quora?"),  # no silent abbreviation
         ("--year", "2022", "2024"),
-        ("--quora", "tiny", "small"),
         *(("--retries", x, f"expected 0, 1, 2, ..., found {x}") for x in ("-1", "x")),
         *(("--timeout", x, f"at most 86400, found {x}") for x in ("0", "nan", "soon", "1e300")),
         *(("--base_url", x, f"expected http://... or https://..., found {x}") for x in ADDRESSES),
