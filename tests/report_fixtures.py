@@ -11,7 +11,7 @@ def runs(write_encoder, tmp_path_factory):
     folder = tmp_path_factory.mktemp("report")
     command = f"--pretrained {write_encoder(folder / 'encoder')} --runs_dir {folder}/runs "
     command += f"--predictions_dir {folder}/predictions --data_dir {SAMPLE} --batch_size 4 "
-    command += "--log_every 1 --epochs 2 --steps_per_epoch 3"
+    command += "--log_every 1 --epochs 2 --steps_per_epoch 3 --calibration_examples 100"
     train_in(folder, *(f"{command} {flags}" for flags in RUNS.values()))
     return folder / "runs"
 

@@ -518,7 +518,7 @@ def events(monkeypatch):
 def watch(train, events, flags):
     """The events of each step of a run."""
     with Dispatched(events), Called(events):
-        train(f"{flags} --epochs 1 --steps_per_epoch 3")
+        train(f"{flags} --epochs 1 --steps_per_epoch 2")
     steps, step = [], None
     for event in events:
         if event == "compute_gradients":
@@ -553,7 +553,7 @@ def test_a_step_waits_once_after_the_next_batches_are_built(
 ):
     """Each other wait would leave a GPU without work."""
     monkeypatch.setattr("runtime.device.select_precision", lambda *_: (precision, None))
-    assert watch(train, events, flags) == [ONE_WAIT] * 3
+    assert watch(train, events, flags) == [ONE_WAIT] * 2
 
 
 @pytest.mark.parametrize(
@@ -601,15 +601,14 @@ def test_a_step_with_a_bad_number_changes_nothing(fused, bad):
 
 
 def assert_resumed_is_unbroken(train, monkeypatch, flags):
-    """A run that breaks off after the first of two epochs ends bitwise as the unbroken one."""
-    flags += " --epochs 2 --steps_per_epoch 5 --batch_size 3 --model_file_suffix"
+    """A run of two epochs that breaks off at its first checkpoint ends as the unbroken one."""
+    flags += " --epochs 2 --steps_per_epoch 3 --batch_size 3 --model_file_suffix"
     whole = train(f"{flags} whole")
     save_checkpoint = RunFolder.save_checkpoint
 
     def save_and_break(run, tensors):
         save_checkpoint(run, tensors)
-        if run.progress.step == 5:
-            raise KeyboardInterrupt
+        raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(RunFolder, "save_checkpoint", save_and_break)
@@ -679,7 +678,7 @@ def test_a_resumed_run_is_the_unbroken_one(train, monkeypatch, flags):
     "flags",
     [
         "--precision bf16 --gradient_surgery vaccine --sampling annealed",
-        "--gradient_surgery main --unsupervised_simcse --sampling annealed --save_every 3",
+        "--gradient_surgery main --unsupervised_simcse --sampling annealed --save_every 2",
         f"{FROZEN} --sampling annealed --precision bf16",
         "--sampling proportional --accumulate 2 --precision fp32",
     ],
