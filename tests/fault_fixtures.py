@@ -1,10 +1,12 @@
 """Shared by tests/test_faults*.py: a tiny encoder, a little data, and runs to break."""
 
+import shutil
 import signal
 from functools import partial
+from pathlib import Path
 
 import pytest
-from conftest import SAMPLE
+from conftest import SAMPLE, keep_rows
 from fault_hooks import kill_at, outcome, run, signal_at
 
 
@@ -26,8 +28,7 @@ def tiny(write_encoder, tmp_path_factory):
     """The header and 20 rows of each file of the sample, and a random encoder."""
     data = tmp_path_factory.mktemp("data")
     for path in SAMPLE.glob("*.csv"):
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-        (data / path.name).write_text("".join(lines[:21]), encoding="utf-8")
+        keep_rows(Path(shutil.copy(path, data)), 20)
     return Tiny(write_encoder(tmp_path_factory.mktemp("encoder"), seed=0), data)
 
 

@@ -301,10 +301,18 @@ def test_attention_dropout_keeps_the_mean(attention):
     assert (error < 5 * draws.std(0) / math.sqrt(400)).all()
 
 
+# --------------------------------------------------------------------------- once, not per layer
+
+
 def test_query_key_and_value_share_one_bf16_copy_where_layer_norm_is_fp32(bert, monkeypatch):
     """As under CUDA's autocast. Each linear layer would cast, and keep, a copy of its own."""
-    layer_norm, seen = torch.nn.LayerNorm.forward, {}
-    monkeypatch.setattr(torch.nn.LayerNorm, "forward", lambda m, x: layer_norm(m, x.float()))
+    layer_norm, seen, sums = torch.nn.LayerNorm.forward, {}, []
+
+    def in_fp32(module, x):
+        sums.append(x.dtype)
+        return layer_norm(module, x.float())
+
+    monkeypatch.setattr(torch.nn.LayerNorm, "forward", in_fp32)
     for name, module in bert.named_modules():
         if isinstance(module, torch.nn.Linear):
             module.register_forward_pre_hook(lambda _, x, name=name: seen.update({name: x[0]}))
@@ -314,6 +322,22 @@ def test_query_key_and_value_share_one_bf16_copy_where_layer_norm_is_fp32(bert, 
     for layer in range(bert.config.num_hidden_layers):
         place = f"encoder.layer.{layer}.attention.self"
         assert seen[f"{place}.query"] is seen[f"{place}.key"] is seen[f"{place}.value"]
+    assert sums == [torch.float32] + [torch.bfloat16] * 2 * bert.config.num_hidden_layers
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_mask_is_converted_once_for_all_layers(bert, monkeypatch, dtype):
+    """Once for each width of rows; attention gets it in the dtype that it computes in."""
+    made = []
+    monkeypatch.setattr(
+        "bert.additive_mask", lambda *args: made.append(additive_mask(*args)) or made[-1]
+    )
+    packed = pack(random_sequences([120, 20]), [120, 20], 0, "cpu")
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+        bert.encode(packed.rows)
+    assert [mask.dtype for mask in made] == [dtype] * len(packed.rows) == [dtype] * 2
+    for mask, rows in zip(made, packed.rows, strict=True):
+        assert torch.equal(mask == 0, rows.attention_mask)
 
 
 # ------------------------------------------------------------------------------ frozen layers

@@ -1,7 +1,6 @@
 """The bias probe: sentences differ in one word, tables are whole, figures are the model's own."""
 
 import csv
-import signal
 
 import numpy as np
 import pytest
@@ -33,7 +32,7 @@ def train(write_encoder, cut_sample, tmp_path_factory):
 @pytest.fixture(scope="module")
 def run(train):
     """A finished run with all three heads."""
-    return train("all", "--lr 1e-2 --head_lr 1e-2")
+    return train("all", "--lr 1e-2 --head_lr 0.1")
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +114,7 @@ def test_grades_are_those_of_the_models_own_prediction(run, report):
         texts = [(template.format(word=word),) for template in bias_probe.TEMPLATES]
         mean = scores_of(run, "sst", texts).mean(0)
         assert grades[word] == pytest.approx(mean @ range(5), abs=0.006)
-    assert len(set(grades.values())) > 5
+    assert len(set(grades.values())) > 10
 
 
 def test_pairs_are_judged_as_the_model_does(run, report):
@@ -183,9 +182,7 @@ def test_a_run_of_another_task_alone_is_refused(train):
         ("", "error: the following arguments are required: RUN"),
     ],
 )
-def test_mistakes_are_one_line_and_exit_code_2(tmp_path, monkeypatch, capsys, flags, said):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(signal, "signal", lambda *_: None)
+def test_mistakes_are_one_line_and_exit_code_2(workplace, capsys, flags, said):
     assert run_script(bias_probe.main, flags.split()) == 2
     error = capsys.readouterr().err
     assert error.startswith(said) and error.count("\n") == 1

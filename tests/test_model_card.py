@@ -1,7 +1,6 @@
 """The model card of a best model's folder, in the format of the Hugging Face hub."""
 
 import shlex
-import signal
 from pathlib import Path
 
 from conftest import SAMPLE
@@ -18,11 +17,7 @@ FLAGS = "--fine-tune-mode LoRA --LoRA_r 4 --LoRA_targets key value --r_drop sst"
 FLAGS += " --loss_weights para=2 --model_file_suffix x"
 
 
-def test_the_card_has_the_runs_scores_and_flags_and_names_no_path(
-    tiny_folder, tmp_path, monkeypatch
-):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(signal, "signal", lambda *_: None)
+def test_the_card_has_the_runs_scores_and_flags_and_names_no_path(tiny_folder, tmp_path, workplace):
     multitask_classifier.main([*SMALL.split(), *FLAGS.split()])
     run = RunFolder("runs/LoRA-x")
     text = (run.best / "README.md").read_text()

@@ -725,7 +725,7 @@ RUNS = {
     "LoRA-dora": "--fine-tune-mode LoRA --LoRA_r 4 --LoRA_variant dora --LoRA_lr_ratio 8 "
     "--LoRA_layers 1-5 --model_file_suffix dora",
 }
-FLAGS = "--pretrained bundled --tasks sst --epochs 1 --steps_per_epoch 2 --lr 1e-3 "
+FLAGS = "--pretrained bundled --tasks sst --epochs 1 --steps_per_epoch 2 --lr 5e-3 "
 FLAGS += "--calibration_examples 0 --precision fp32"
 WEIGHTS = dict.fromkeys(RUNS, "adapter_model.safetensors") | {"full-model": "model.safetensors"}
 EXPORT_TEXTS = [*ODD_TEXTS[3:10], "a [SEP] b", "A film to fall in love with .", "word " * 90]
@@ -763,7 +763,7 @@ def test_run_in_transformers_and_peft(mode, export, runs, minilm, batch):
     if mode != "full-model":
         merged = {f"merged {name}": tensor for name, tensor in ours.items()}
         assert largest_difference(merged, theirs, "merged") <= LIMIT
-        corrupt_alpha(wrong := copy.deepcopy(model.bert), factor=1.1)
+        corrupt_alpha(wrong := copy.deepcopy(model.bert))
         assert largest_difference(reference.outputs_of(wrong, batch), theirs, *outputs) > CLEARLY
 
 
