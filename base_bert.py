@@ -109,7 +109,7 @@ class BertPreTrainedModel(nn.Module):
         self.origin = None  # the `Encoder` whose weights were loaded
 
     def init_weights(self):
-        """Fresh weights as BERT's authors draw them: normal(0, initializer_range), biases 0."""
+        """Fresh weights as in `transformers`: normal(0, initializer_range), biases 0."""
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 nn.init.normal_(module.weight, std=self.config.initializer_range)

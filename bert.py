@@ -235,7 +235,7 @@ def narrower(width):
 
 
 def fill_rows(lengths, numbers, width):
-    """Put sentences, those of `lengths` at `numbers`, into few rows of `width` tokens.
+    """Put the sentences `numbers` (indices into `lengths`) into few rows of `width` tokens.
 
     Best fit, longest first: each goes to the row in which it leaves the least room. One that fits
     in no row begins a new one, unless the next narrower rows can hold it. Returns the rows as lists

@@ -12,7 +12,7 @@ PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 
 
 class UserError(Exception):
-    """A mistake of the user's: one line on standard error, before any weights load."""
+    """A mistake in the call or the data: one line on standard error."""
 
     exit_code = 2
 
@@ -111,7 +111,7 @@ class LoRAConfig:
 class PALConfig:
     """Projected attention layers (Stickland & Murray 2019): self-attention of `size` dimensions.
 
-    By default hidden size · 204 / 768, the paper's ratio, rounded down to a multiple of `heads`.
+    By default hidden size · 204 / 768, the authors' ratio, rounded down to a multiple of `heads`.
     """
 
     size: int | None = None

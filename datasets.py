@@ -57,13 +57,14 @@ def read_task_file(path, task, split):
 
     The format: UTF-8, tab-separated with default csv quoting, columns found by name, labels
     required in train and dev. Train and dev files may have up to max(5, 1 %) incomplete rows, which
-    are skipped and counted. Every other fault raises `UserError` with file and line.
+    are skipped and counted. NULs and harmless repeats of an id are warned of. Every other fault
+    raises `UserError` with the file and its line.
     """
     path = Path(path)
     text, warnings = _decode(path)
     records = _records(path, text)
-    header = next(records)[1]
-    columns = _columns(path, header, task, split)
+    line, header = next(records)
+    columns = _columns(f"{path}:{line}", header, task, split)
     numbered, skipped = [], []
     for line, record in records:
         try:
@@ -139,7 +140,7 @@ def _decode(path):
 
 
 def csv_reader(lines, delimiter, strict=False):
-    """As `csv.reader`, for fields of any length: its own limit is a sentence of 128 KiB."""
+    """As `csv.reader`, which alone stops at fields of 131,072 characters."""
     csv.field_size_limit(2**31 - 1)
     return csv.reader(lines, delimiter=delimiter, strict=strict)
 
@@ -164,9 +165,10 @@ def _records(path, text):
 def _quote_left_open(raw, record, width):
     """Whether an unclosed quote made one record of several rows; `raw` is the record's text.
 
-    Such a quote reaches the end of the file, or ends at a quote of a later row. Its signs are a
-    quote inside a field, a wrong number of fields, and a field of several lines with the tabs of
-    rows: all of a row's in one line, those that end a row in the first, or begin one in the last.
+    Such a quote reaches the end of the file, or ends at a quote of a later row. Its signs: csv's
+    strict mode refuses the record; its number of fields is wrong; or a field of several lines has
+    the tabs of rows: in one line as many as a whole row, in its first line as many as follow this
+    field, or in its last line as many as stand before it.
     """
     fields = [(place, text.split("\n")) for place, text in enumerate(record) if "\n" in text]
     if not fields and raw.endswith("\n"):
@@ -184,7 +186,7 @@ def _quote_left_open(raw, record, width):
     return False
 
 
-def _columns(path, header, task, split):
+def _columns(place, header, task, split):
     """Positions of the id, the sentences and, except in test files, the label."""
     names = [name.strip(" ").lower() for name in header]
     wanted = ["id", *task.sentences] + ([] if split == "test" else [task.label])
@@ -193,7 +195,7 @@ def _columns(path, header, task, split):
         expected = f"expected {', '.join(wanted)}, found {header}"
         if len(header) == 1 and set(",;") & set(header[0]):
             expected += " (the file looks comma-separated; expected tabs)"
-        raise UserError(f"{path}:1: column {', '.join(missing)} missing or repeated; {expected}")
+        raise UserError(f"{place}: column {', '.join(missing)} missing or repeated; {expected}")
     return [names.index(name) for name in wanted]
 
 
@@ -233,7 +235,7 @@ def _without_repeats(path, numbered, split):
         first_line, original = first.setdefault(example.id, (line, example))
         where = f"{path}:{line}: id {example.id}"
         if split != "train" and example != original:
-            raise UserError(f"{where} on lines {first_line} and {line}; expected ids once")
+            raise UserError(f"{where} on lines {first_line} and {line}; expected each id once")
         if line != first_line:
             repeated.setdefault(example.id, f"{where} again, first on line {first_line}")
     examples, warnings = [example for _, example in numbered], list(repeated.values())[:1]
@@ -304,7 +306,8 @@ class MultitaskBatches:
     """`batches[step]`: one batch of each task, a pure function of (seed, step).
 
     Each task passes through its examples again and again, in a fresh order each time. A batch at
-    the end of a pass is filled from the next one, so all batches of a task have the same size.
+    the end of a pass is filled from the next one, so none is short. With `--accumulate N` an
+    optimiser step has N of these steps.
     `batch_sizes` is one number, or a list: for each epoch a dict from task to size, the last for
     all later epochs. An epoch has `epoch_length` batches. `shares`, a list like it, has the slice
     of each task's batch that this process takes, all of it by default.
@@ -322,7 +325,7 @@ class MultitaskBatches:
         return {n: dataset.batch(self.own_rows(n, step)) for n, dataset in self.datasets.items()}
 
     def epoch_of(self, step):
-        """The place in `batch_sizes` and `shares` of the batch of `step`."""
+        """The index in `batch_sizes` and `shares` for the batch of `step`."""
         return min(step // self.epoch_length, len(self.batch_sizes) - 1)
 
     def rows(self, name, step):

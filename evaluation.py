@@ -8,12 +8,14 @@
     python evaluation.py --predict texts.txt > predictions.tsv
     python evaluation.py --export my-encoder               # one plain encoder, LoRA merged
 
-Prints the dev scores and writes the prediction files of dev and test in the course's format.
+The first three print the dev scores, and write the prediction files of dev and test in the course's
+format. An ensemble and a report need no model.
 """
 
 import csv
 import itertools
 import math
+import os
 import signal
 import sys
 from contextlib import contextmanager, redirect_stdout, suppress
@@ -34,6 +36,7 @@ from tqdm import tqdm
 from bert import to_device
 from datasets import Example, TaskDataset, read_task_file
 from heads import task_loss
+from multitask_bert import MASKED
 from reporting import results
 from reporting.ensemble import evaluate_ensemble, finished_run, print_caveats
 from reporting.report import write_report
@@ -41,7 +44,7 @@ from reporting.texts import read_chunks, table_header, table_rows
 from runtime import distributed
 from runtime.device import Compute, memory_errors, select_device
 from runtime.files import file_sha256, open_whole, output_errors
-from training.data_files import NOT_FOUND, paths_of_run
+from training.data_files import NOT_FOUND, of_split, paths_of_run, tokenize_data
 from training.run_folder import RunFolder, newest_run
 from training.saved_models import export_run, load_run, plan_of
 
@@ -57,10 +60,9 @@ def head_outputs(model, dataset, compute, rows=None):
     """
     model.eval()
     outputs = torch.zeros(len(dataset), dataset.task.num_classes, device=model.device)
-    tokens = compute.batch_tokens
-    memory = memory_errors(model.device, f"evaluation batches of up to {tokens:,} tokens")
-    with memory, compute.autocast():  # one context for all batches: converted weights are reused
-        for _, batch_rows, batch in shared_batches(dataset, tokens, rows):
+    # One context for all batches: converted weights are reused.
+    with evaluation_memory(model, compute), compute.autocast():
+        for _, batch_rows, batch in shared_batches(dataset, compute.batch_tokens, rows):
             found = predict_in_parts(model, dataset, batch_rows, batch)
             outputs[to_device(batch_rows, model.device)] = found
     outputs = distributed.sum_over_processes(outputs).cpu()
@@ -68,6 +70,12 @@ def head_outputs(model, dataset, compute, rows=None):
         name = dataset.task.name
         raise NotFinite(f"{name}: the model's outputs for {bad} examples are not finite")
     return outputs
+
+
+def evaluation_memory(model, compute):
+    """The `memory_errors` of evaluation batches."""
+    tokens = compute.batch_tokens
+    return memory_errors(model.device, f"evaluation batches of up to {tokens:,} tokens")
 
 
 def shared_batches(dataset, batch_tokens, rows=None):
@@ -130,11 +138,13 @@ def masked_losses(model, datasets, compute):
     losses = {}
     for name in model.config.mlm:
         total = torch.zeros(2, device=model.device)  # summed loss, masked tokens
-        with compute.autocast():
+        with evaluation_memory(model, compute), compute.autocast():
             for number, _, batch in shared_batches(datasets[name], compute.batch_tokens):
-                prepared = model.prepare({name: batch}, seed=(0, number))
-                states = model.token_states(prepared.sequences)
-                total += torch.stack(model.masked_loss(states, *prepared.masked[name]))
+                sentences, masked = model.mask(name, batch, (0, number), first_row=0)
+                parts, packed = model.arrange({(name, MASKED): sentences})
+                places, ids = model.locate({name: masked}, parts, packed)[name]
+                states = model.token_states(packed)
+                total += torch.stack(model.masked_loss(states, places, ids))
         loss, count = distributed.sum_over_processes(total).tolist()
         if not math.isfinite(loss):
             raise NotFinite(f"mlm_{name}: the model's loss on dev is not finite")
@@ -162,9 +172,10 @@ def calibrate(model, train_sets, count, compute):
 
 
 def best_offset(task, outputs, labels):
-    """The vector (num_classes,) with the least loss when added to `outputs` (n, num_classes).
+    """The vector (num_classes,) that lowers the loss most when added to `outputs`.
 
-    `labels` are (n,). A standard normal prior keeps it finite where all labels are the same.
+    `outputs` are (n, num_classes), `labels` (n,). A standard normal prior keeps it finite where all
+    labels are the same.
     """
     outputs, labels = outputs.double(), labels.double()
     offset = torch.zeros(task.num_classes, dtype=torch.float64, requires_grad=True)
@@ -190,27 +201,34 @@ def evaluate_run(run, compute, data_dir=None):
     Uses the run's own data files, in `data_dir` if that is given. Raises `UserError` if one has
     changed.
     """
-    plan_of(run, predicts=True)
-    model, description = load_run(run, compute.device)
-    found, paths = {"dev": {}, "test": {}}, paths_of_run(description)
-    for split, of_split in found.items():
-        for name in model.config.tasks:
-            recorded, path = description["data"][name].get(split), paths[name][split]
-            path = Path(data_dir) / path.name if data_dir else path
-            if not path.exists():
+    files = files_to_predict(run, data_dir)
+    model, _ = load_run(run, compute.device)
+    data = tokenize_data(files, model)
+    return {split: evaluate(model, of_split(data, split), compute) for split in ("dev", "test")}
+
+
+def files_to_predict(run, data_dir):
+    """A run's dev and test files, checked: `{task: {split: TaskFile}}`."""
+    description, files = run.description(), {}
+    for name in plan_of(run, predicts=True).tasks:
+        files[name], paths = {}, paths_of_run(description)[name]
+        for split in ("dev", "test"):
+            path = Path(data_dir) / paths[split].name if data_dir else paths[split]
+            if not os.path.lexists(path):
                 if split == "dev":
                     raise UserError(f"{path}: {NOT_FOUND}")
                 say(f"warning: {path}: no such file; no test predictions for {name}")
                 continue
-            examples = read_task_file(path, TASKS[name], split).examples
+            files[name][split] = read_task_file(path, TASKS[name], split)
+            recorded = description["data"][name].get(split)
             if recorded and file_sha256(path) != recorded["sha256"]:
                 raise UserError(
                     f"{path}: changed since {run.path} was trained on it; "
                     f"predict other texts with --predict FILE"
                 )
-            dataset = TaskDataset(examples, TASKS[name], model.tokenizer, model.config.max_length)
-            of_split[name] = predict_dataset(model, dataset, compute)
-    return found
+            for warning in files[name][split].warnings:
+                say(f"warning: {warning}")
+    return files
 
 
 def fitting_tasks(run, count):
@@ -218,7 +236,7 @@ def fitting_tasks(run, count):
     names = plan_of(run, predicts=True).tasks
     fitting = [TASKS[name] for name in names if len(TASKS[name].sentences) == count]
     if not fitting:
-        kind, hint = ("pair", "add a second sentence (--sentence2, or a second column)")
+        kind, hint = "pair", "add a second sentence (--sentence2, or a second column)"
         if count == 2:
             kind, hint = "single-sentence", "leave the second sentence out"
         raise UserError(f"{run.path}: this run has {kind} tasks only ({', '.join(names)}): {hint}")
@@ -241,7 +259,8 @@ def predict_file(run, flags, table, compute):
     Only some rows are in memory at a time.
     """
     chunks = read_chunks(flags.predict)
-    first = next(chunks)
+    if (first := next(chunks, None)) is None:
+        raise UserError(f"{flags.predict}: only a header; expected rows below it")
     tasks = fitting_tasks(run, len(first[0]))
     model, _ = load_run(run, compute.device)
     writer = csv.writer(table, delimiter="\t", lineterminator="\n")
@@ -309,6 +328,9 @@ def parse_flags(argv=None):
         text = getattr(flags, name)
         if text is not None and not is_utf8(text):
             parser.error(f"--{name} {text!a}: not UTF-8")
+    for path in [*(flags.report or []), *(flags.checkpoint or [])]:
+        if not is_utf8(path):
+            parser.error(f"{path!a}: not UTF-8")
     if uses == ["report"] and flags.checkpoint:
         parser.error("--report and --checkpoint exclude each other")
     if uses and len(flags.checkpoint or []) > 1:
@@ -342,7 +364,7 @@ def main(argv=None):
 def use_run(run, compute, flags):
     """Predict a text or a file with a run, or evaluate it."""
     stdout = sys.stdout
-    with redirect_stdout(stdout if flags.predict is None else sys.stderr):
+    with redirect_stdout(sys.stderr if flags.predict is not None and is_first() else stdout):
         if compute.warning:
             say(f"warning: {compute.warning}")
         say(f"run {run.path}, {run.describe_best()}, {compute.device}, {compute.precision}")
@@ -371,7 +393,8 @@ def open_table(path, stdout):
     stdout.reconfigure(encoding="utf-8")
     with suppress(BrokenPipeError):  # nobody reads on, as in `| head`
         yield stdout
-        stdout.flush()
+        with output_errors("standard output"):
+            stdout.flush()
 
 
 if __name__ == "__main__":

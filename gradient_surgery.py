@@ -49,7 +49,7 @@ def pcgrad(gradients, rng, reduction="sum"):
     `reduction` is "sum" as published, or "mean" as in the widely used implementation. Returns a
     `Surgery`.
     """
-    original, (squares, cosines, conflicts) = list(gradients.values()), measure(gradients)
+    original, (squares, *measured) = list(gradients.values()), measure(gradients)
     total = torch.zeros_like(original[0])
     for i, gradient in enumerate(original):
         projected, others = gradient.clone(), [j for j in range(len(original)) if j != i]
@@ -58,7 +58,7 @@ def pcgrad(gradients, rng, reduction="sum"):
             dot = projected @ original[j]
             projected -= dot.clamp(max=0) / squares[j] * original[j]  # nothing if they agree
         total += projected
-    return Surgery(total.div_(len(original)) if reduction == "mean" else total, cosines, conflicts)
+    return Surgery(total.div_(len(original)) if reduction == "mean" else total, *measured)
 
 
 def project_auxiliary(gradients):

@@ -28,9 +28,9 @@ class SentenceHead(nn.Module):
 
 
 class FeaturesHead(nn.Module):
-    """A linear layer on u, v, |u - v| and u · v, elementwise (Conneau et al. 2017, §3.1).
+    """A linear layer on u, v, |u - v| and u * v, elementwise (Conneau et al. 2017, §3.1).
 
-    Reimers & Gurevych 2019 leave u · v out.
+    Reimers & Gurevych 2019 leave u * v out.
     """
 
     def __init__(self, hidden, outputs, dropout):
@@ -45,7 +45,7 @@ class FeaturesHead(nn.Module):
 
 
 class DotHead(nn.Module):
-    """The product of the two vectors, each through one shared linear layer (the paper's baseline).
+    """The dot product of both vectors, each through one shared linear layer (the paper's baseline).
 
     Divided by the square root of the hidden size, so that its size does not depend on the encoder.
     """
@@ -97,7 +97,7 @@ def make_head(task, kind, roles, hidden, dropout):
     """
     if kind not in task.heads:
         raise ValueError(f"{task.name} has no head {kind!r}; expected one of {task.heads}")
-    if len(roles) == 1:
+    if len(roles) == 1:  # a sentence, or a pair as one sequence, whose head is always linear
         return SentenceHead(hidden, task.num_classes, dropout, feed_forward=kind == "ffn")
     if len(roles) == 3:
         together = SentenceHead(hidden, task.num_classes, dropout)
@@ -110,7 +110,9 @@ def make_head(task, kind, roles, hidden, dropout):
     features = FeaturesHead(hidden, task.num_classes, dropout)
     if kind == "features+cosine":
         return SumHead([features, CosineHead(task)], [(0, 1)] * 2)
-    return features  # "features", and "linear" of two vectors
+    if kind in ("features", "linear"):
+        return features
+    raise ValueError(f"no branch for the head {kind!r} of {task.name}")
 
 
 def task_loss(task, outputs, labels):
@@ -129,8 +131,8 @@ def r_drop_loss(task, first, second):
     """Symmetric KL divergence between the predictions of two dropout passes (R-Drop).
 
     Mean of both Kullback-Leibler divergences (Liang et al. 2021, eq. 2). `first` and `second` are
-    outputs (batch, num_classes) of a head. Returns a scalar. The paper adds up the task losses of
-    the two passes, which are averaged here: our weight is its α / 2.
+    outputs (batch, num_classes) of a head. Returns a scalar. Liang et al. add up the task losses of
+    the two passes, which are averaged here: our weight is their α / 2.
     """
     if task.kind == "binary":  # as logits of the two answers
         first, second = (torch.cat([torch.zeros_like(x), x], dim=-1) for x in (first, second))

@@ -26,11 +26,11 @@ class LowRankLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, dropped, weight, bias, lora_A, lora_B, scaling):
         """x and `dropped` (…, in), weight (out, in), bias (out,) or None -> (…, out)."""
-        low = x if dropped is None else dropped
-        down = low @ lora_A.T  # (…, r)
+        source = x if dropped is None else dropped
+        down = source @ lora_A.T  # (…, r)
         y = F.linear(x, weight, bias)
         y.view(-1, y.size(-1)).addmm_(down.view(-1, down.size(-1)), lora_B.T, alpha=scaling)
-        ctx.save_for_backward(low, down, weight, lora_A, lora_B)
+        ctx.save_for_backward(source, down, weight, lora_A, lora_B)
         ctx.scaling, ctx.is_dropped = scaling, dropped is not None
         return y
 
@@ -38,8 +38,8 @@ class LowRankLinear(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         """Gradients of the arguments of `forward`, in their order; None for those without one."""
-        low, down, weight, lora_A, lora_B = ctx.saved_tensors
-        low, down, flat = (t.reshape(-1, t.size(-1)) for t in (low, down, grad))
+        source, down, weight, lora_A, lora_B = ctx.saved_tensors
+        source, down, flat = (t.reshape(-1, t.size(-1)) for t in (source, down, grad))
         up = ctx.scaling * (flat @ lora_B)  # (…, r)
         grad_x = flat @ weight if ctx.needs_input_grad[0] else None
         grad_dropped = up @ lora_A if ctx.is_dropped else None
@@ -47,7 +47,7 @@ class LowRankLinear(torch.autograd.Function):
             grad_x.addmm_(up, lora_A)
         shape = (*grad.shape[:-1], weight.size(1))
         of_inputs = (None if g is None else g.view(shape) for g in (grad_x, grad_dropped))
-        return *of_inputs, None, None, up.T @ low, ctx.scaling * (flat.T @ down), None
+        return *of_inputs, None, None, up.T @ source, ctx.scaling * (flat.T @ down), None
 
 
 class LoRALinear(nn.Linear):
@@ -61,7 +61,7 @@ class LoRALinear(nn.Linear):
         nn.Module.__init__(self)  # not nn.Linear's: it would draw a new weight
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight, self.bias = linear.weight, linear.bias
-        self.scaling, self.r, self.dropout = config.scaling, config.r, nn.Dropout(config.dropout)
+        self.scaling, self.dropout = config.scaling, nn.Dropout(config.dropout)
         self.lora_A = nn.Parameter(torch.empty(config.r, self.in_features))
         self.lora_B = nn.Parameter(torch.zeros(self.out_features, config.r))
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
@@ -82,7 +82,7 @@ class LoRALinear(nn.Linear):
 
     @torch.no_grad()
     def updated_weight(self, weight):
-        """W + scaling · B A (out_features, in_features) in fp32, or of a larger dtype."""
+        """W + scaling · B A (out_features, in_features) in fp32 or a larger dtype."""
         dtype = torch.promote_types(weight.dtype, torch.float32)
         return weight.to(dtype) + (self.scaling * (self.lora_B @ self.lora_A)).to(dtype)
 
@@ -105,7 +105,7 @@ class DoRALinear(LoRALinear):
         self.lora_magnitude_vector = nn.Parameter(self.row_norms(self.weight))
 
     def row_norms(self, weight):
-        """The norms of V's rows (out_features,), of W as `weight` has it."""
+        """The norms of V's rows (out_features,), with `weight` as W."""
         return torch.linalg.vector_norm(self.updated_weight(weight), dim=1)
 
     def output(self, inputs):
@@ -163,7 +163,7 @@ def apply_lora(model, config):
 
 @torch.no_grad()
 def merge_lora(model):
-    """Add each low-rank path to its weight and put plain linear layers back; returns the model."""
+    """Put plain linear layers with the merged weights back, in place; returns the model."""
     for name, layer in adapter_layers(model).items():
         linear = nn.Linear(layer.in_features, layer.out_features, device="meta")
         weight = layer.merged_weight().to(layer.weight.dtype)
@@ -260,9 +260,8 @@ def load_adapter(model, folder, config):
         found["target_modules"] = selected_targets(model, settings, config.layers)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: not an adapter's configuration: {error!r}") from error
-    wanted = {"r": config.r, "alpha": float(config.alpha)}
+    wanted = {"r": config.r, "alpha": float(config.alpha), f"use_{config.variant}": True}
     wanted["target_modules"] = sorted(set(config.targets))
-    wanted |= {f"use_{v}": True for v in ("rslora", "dora") if v == config.variant}
     problems = [
         f"{name} is {value}, expected {wanted.get(name, 'none')}"
         for name, value in found.items()

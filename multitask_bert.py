@@ -1,9 +1,8 @@
 """The multitask model: an encoder, a head for each task, and every loss.
 
-One forward pass encodes all sentences of a step together and returns one scalar per loss. The
+One forward call encodes all sentences of its batches together and returns one scalar per loss. The
 script sums them with their weights: the task losses, and if asked for unsupervised SimCSE on each
-task's sentences, supervised SimCSE on the paraphrase pairs, R-Drop on single tasks, and masked
-language modelling on their sentences.
+task's sentences, supervised SimCSE on the paraphrase pairs, R-Drop and masked language modelling.
 """
 
 from collections import defaultdict
@@ -105,14 +104,13 @@ class MultitaskBERT(nn.Module):
             if name in self.config.r_drop:
                 groups[name, 1] |= self.task_inputs(name, batch, self.config.swap_pairs)
             if name in self.config.mlm:
-                sentences, *masked[name] = self.mask(name, batch, seed)
-                groups[name, MASKED] = {"first": [(ids, len(ids)) for ids in sentences]}
+                groups[name, MASKED], masked[name] = self.mask(name, batch, seed)
         parts, sequences = self.arrange(groups)
         masked = self.locate(masked, parts, sequences)
         return Prepared(batches, labels, keys, parts, sequences, masked)
 
     def forward(self, batches):
-        """Losses of one training step.
+        """Every loss of the batches.
 
         `batches` are `Prepared`, or what `prepare` takes. Returns a dict of scalars: `<task>` for
         each that has a head, and if configured `simcse_<task>`, `simcse_para_supervised`,
@@ -202,8 +200,8 @@ class MultitaskBERT(nn.Module):
         roles, groups = self.config.roles(name), {}
         if "pair" in roles:
             sides = (batch.second, batch.first) if is_swapped else (batch.first, batch.second)
-            joined = zip(*sides, strict=True)
-            groups["pair"] = [join_pair(*ab, self.config.max_length) for ab in joined]
+            pairs = zip(*sides, strict=True)
+            groups["pair"] = [join_pair(*ab, self.config.max_length) for ab in pairs]
         return groups | (single_sentences(batch) if "first" in roles else {})
 
     def has_simcse(self, name):
@@ -221,8 +219,8 @@ class MultitaskBERT(nn.Module):
         """Lay out `{(task, pass): {role: sequences}}` for the encoder.
 
         Returns the parts in order, each (task and pass, role, number of sequences), and their
-        sequences: a `bert.Packed`, of a frozen encoder a list. The groups of a task follow each
-        other; with PALs, no row has sequences of two tasks.
+        sequences: a `bert.Packed`, of a frozen encoder a list. The groups of one task must stand
+        together in `groups`: with PALs, no row has sequences of two tasks.
         """
         parts, sequences = [], defaultdict(list)
         for group, roles in groups.items():
@@ -236,9 +234,9 @@ class MultitaskBERT(nn.Module):
 
     def pack(self, sequences):
         """Sequences, each (ids, start of segment 1), in rows on the device: a `bert.Packed`."""
-        ids, starts = zip(*sequences, strict=True)
+        ids, segment_starts = zip(*sequences, strict=True)
         self.bert.check_length(max(map(len, ids)))
-        return pack(ids, starts, self.pad_id, self.device)
+        return pack(ids, segment_starts, self.pad_id, self.device)
 
     def encode(self, packed):
         """Vectors (sequences, hidden) fp32 of packed sequences."""
@@ -287,11 +285,16 @@ class MultitaskBERT(nn.Module):
 
     # ------------------------------------------------------------------- masked language modelling
 
-    def mask(self, name, batch, seed):
-        """The task's sentences with masked tokens, and what these were: see `mask_tokens`."""
+    def mask(self, name, batch, seed, first_row=None):
+        """The task's sentences by role, with masked tokens, and what these were: see `mask_tokens`.
+
+        `first_row` None: the batch is this process's share of one.
+        """
         sentences = [ids for row in zip(*batch.columns().values(), strict=True) for ids in row]
-        seed, first_row = (*seed, list(TASKS).index(name)), rank() * len(sentences)
-        return mask_tokens(sentences, self.tokenizer, self.config.max_length, seed, first_row)
+        first_row = rank() * len(sentences) if first_row is None else first_row
+        settings = self.config.max_length, (*seed, list(TASKS).index(name)), first_row
+        sentences, *masked = mask_tokens(sentences, self.tokenizer, *settings)
+        return {"first": [(ids, len(ids)) for ids in sentences]}, masked
 
     def locate(self, masked, parts, packed):
         """The places of masked tokens in what `arrange` returned, and their ids, by task."""

@@ -51,9 +51,9 @@ def weighted_sum(losses, plan):
 
 
 def prepare_step(model, batches, step, plan):
-    """What each pass of a step takes, on the device: a list of `multitask_bert.Prepared`.
+    """The micro-batches of a step, on the device: a list of `multitask_bert.Prepared`.
 
-    A step has one pass, `--accumulate` passes, or with surgery between tasks one for each task.
+    A step has one, `--accumulate` of them, or with surgery between tasks one for each task.
     """
     count, seed = plan.flags.accumulate, plan.flags.seed
     if plan.flags.gradient_surgery not in (None, "main"):
@@ -61,34 +61,34 @@ def prepare_step(model, batches, step, plan):
     return [model.prepare(batches[i], (seed, i)) for i in range(step * count, (step + 1) * count)]
 
 
-def compute_gradients(model, passes, step, plan, compute):
+def compute_gradients(model, micro_batches, step, plan, compute):
     """Run forward and backward of a step; the gradients are in the parameters' `.grad`.
 
-    `model` is the `MultitaskBERT`, or its `DistributedDataParallel`; `passes` are those of
+    `model` is the `MultitaskBERT`, or its `DistributedDataParallel`; `micro_batches` come from
     `prepare_step`. Returns each loss as a detached scalar, and a dict of other scalars to log.
     """
     if plan.flags.gradient_surgery:
-        return backward_with_surgery(model, passes, step, plan, compute)
-    return backward(model, passes, step, plan, compute), {}
+        return backward_with_surgery(model, micro_batches, step, plan, compute)
+    return backward(model, micro_batches, step, plan, compute), {}
 
 
-def backward(model, passes, step, plan, compute):
+def backward(model, micro_batches, step, plan, compute):
     """The gradients of the weighted sum of all losses; returns each loss."""
     losses = defaultdict(float)
-    for number, prepared in enumerate(passes):
+    for number, prepared in enumerate(micro_batches):
         seed_everything(plan.flags.seed, step, number, distributed.rank())
-        is_synced = number == len(passes) - 1 or distributed.world_size() == 1
-        with nullcontext() if is_synced else model.no_sync():  # DDP averages in the last pass
+        is_synced = number == len(micro_batches) - 1 or distributed.world_size() == 1
+        with nullcontext() if is_synced else model.no_sync():  # DDP averages in the last one
             with compute.autocast():
                 batch_losses = model(prepared)
             total = weighted_sum(batch_losses, plan)
-            compute.scaler.scale(total / len(passes)).backward()
+            compute.scaler.scale(total / len(micro_batches)).backward()
         for name, loss in batch_losses.items():
-            losses[name] += loss.detach() / len(passes)
+            losses[name] += loss.detach() / len(micro_batches)
     return losses
 
 
-def backward_with_surgery(model, passes, step, plan, compute):
+def backward_with_surgery(model, micro_batches, step, plan, compute):
     """As `backward`, group by group of the losses, with surgery on the encoder's gradients.
 
     Gradients are averaged over the processes here. Returns each loss, and the share of conflicts
@@ -96,7 +96,7 @@ def backward_with_surgery(model, passes, step, plan, compute):
     """
     shared = [p for p in model.bert.parameters() if p.requires_grad]
     losses, gradients = {}, {}
-    for number, prepared in enumerate(passes):
+    for number, prepared in enumerate(micro_batches):
         seed_everything(plan.flags.seed, step, number, distributed.rank())
         with compute.autocast():
             batch_losses = model(prepared)
@@ -104,8 +104,7 @@ def backward_with_surgery(model, passes, step, plan, compute):
             total = compute.scaler.scale(weighted_sum(group, plan))
             total.backward(retain_graph=name == "main")
             gradients[name] = mean_over_processes(torch.cat([p.grad.flatten() for p in shared]))
-            for parameter in shared:
-                parameter.grad = None
+            model.bert.zero_grad()
         losses |= {key: loss.detach() for key, loss in batch_losses.items()}
     order = random.Random(f"{plan.flags.seed} {step}")
     surgery = combine(plan.flags.gradient_surgery, gradients, order, compute.cosine_targets)
@@ -121,7 +120,7 @@ def backward_with_surgery(model, passes, step, plan, compute):
 
 
 def loss_groups(losses, prepared, plan):
-    """The losses of a pass in groups, each of which gives one gradient.
+    """The losses of a micro-batch in groups, each of which gives one gradient.
 
     With "main" these are the main losses, then the auxiliary ones; else all losses of the one task.
     """
@@ -159,7 +158,7 @@ def set_learning_rate(optimizer, step, plan):
     """Linear rise over the first `--warmup` share of all steps, then linear decay to 0."""
     total = plan.total_steps
     rising = round(plan.flags.warmup * total)
-    factor = (step + 1) / rising if step < rising else (total - step) / max(1, total - rising)
+    factor = (step + 1) / rising if step < rising else (total - step) / (total - rising)
     for group in optimizer.param_groups:
         group["lr"] = group["peak_lr"] * factor
 
@@ -176,7 +175,8 @@ def train(run, model, optimizer, data, plan, compute):
 
     `data` maps a task and a split to a `TaskDataset`. Evaluates after each epoch and keeps the best
     model and the last checkpoints in `run`, a `RunFolder`. Raises `NotFinite` instead of a step
-    with a loss or gradient that is not finite, `Stopped` after the step in which a signal came.
+    with a loss or gradient that is not finite (fp16 first skips steps with such a gradient), and
+    `Stopped` after the step in which a signal came.
     """
     flags, progress, scaler = plan.flags, run.progress, compute.scaler
     batches = make_batches(data, plan)
@@ -192,15 +192,15 @@ def train(run, model, optimizer, data, plan, compute):
                 check_stop()
                 continue
 
-            # ---- fetch
-            step, passes = progress.step, upcoming
+            # ---- begin
+            step, micro_batches = progress.step, upcoming
             meter.start()
             model.train()
             model.encoded_sequences = model.encoded_tokens = 0
             set_learning_rate(optimizer, step, plan)
 
             # ---- forward and backward
-            losses, extra = compute_gradients(replica, passes, step, plan, compute)
+            losses, extra = compute_gradients(replica, micro_batches, step, plan, compute)
 
             # ---- clip and step
             scaler.unscale_(optimizer)
@@ -214,7 +214,7 @@ def train(run, model, optimizer, data, plan, compute):
             done = read_back(numbers, losses, extra)
             if not done.is_finite(scaler):
                 save_checkpoint(run, model, optimizer, compute)
-                raise not_finite(model, done.losses, passes, step, plan, compute)
+                raise not_finite(model, done.losses, micro_batches, step, plan, compute)
             scaler.update()
 
             # ---- log and save
@@ -230,13 +230,13 @@ def train(run, model, optimizer, data, plan, compute):
 
 def clip_gradients(model, limit):
     """Clip the norm of all gradients together to `limit`, 0 for none; returns the norm before."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    return torch.nn.utils.clip_grad_norm_(trained, limit or float("inf"))
+    return torch.nn.utils.clip_grad_norm_(model.parameters(), limit or float("inf"))
 
 
 def step_if_finite(optimizer, numbers, losses):
-    """Step the optimiser if the losses and the norm are finite, without waiting for a GPU."""
-    is_bad = (~numbers[: len(losses) + 1].isfinite()).any().float()
+    """Step the optimiser if the losses and the norm are finite; CUDA is not waited for."""
+    losses_and_norm = numbers[: len(losses) + 1]
+    is_bad = (~losses_and_norm.isfinite()).any().float()
     if optimizer.defaults["fused"]:
         optimizer.found_inf = is_bad  # where it is 1, the fused kernel changes nothing
         optimizer.step()
@@ -299,19 +299,19 @@ def predict_and_write(run, model, data, plan, compute):
     All files are written together at the end: if the disk is full, the old files remain.
     """
     load_weights(model, plan.lora, undamaged_best(run))
-    files, texts, folder = {}, {}, run.path / "predictions"
+    course_files, run_files, folder = {}, {}, run.path / "predictions"
     data = {name: data[name] for name in plan.tasks}
     for split in ("dev", "test"):
         scores = evaluate(model, of_split(data, split), compute)
         paths = {name: data_files.output_path(plan.flags, name, split) for name in scores}
-        files |= results.prediction_files(plan.flags.predictions_dir, scores, split, paths)
-        texts |= results.prediction_files(folder, scores, split)
-        texts |= results.score_files(folder, scores, split)
+        course_files |= results.prediction_files(plan.flags.predictions_dir, scores, split, paths)
+        run_files |= results.prediction_files(folder, scores, split)
+        run_files |= results.score_files(folder, scores, split)
         if split == "dev":
             say(f"\n{run.describe_best()}:\n{results.format_table(scores)}")
     if distributed.rank() == 0:
-        write_files(files | texts)
-        say("\n".join(f"wrote {path}" for path in files))
+        write_files(course_files | run_files)
+        say("\n".join(f"wrote {path}" for path in course_files))
 
 
 def main(argv=None):
@@ -340,6 +340,8 @@ def fine_tune(command, device):
     encoder, tokenizer = setup.find_encoder(run, flags, earlier)
     setup.check_fit(plan, encoder, tokenizer)
     description = setup.describe_run(command, encoder, files, compute)
+    if earlier:  # this call may leave flags out
+        description |= {name: earlier.get(name) for name in ("command", "expanded_command")}
     with distributed.first_process_first():
         tensors = setup.open_run(run, flags.resume, description)
     setup.check_same_everywhere(description, run.progress.step)

@@ -67,10 +67,10 @@ class PALLayer(BertLayer):
 
     def projected(self, hidden_states, rows):
         """TS_t(h), (N, D) -> (N, D): the rows of each task by its own PAL."""
-        groups = {task: list(of_task) for task, of_task in groupby(rows, lambda r: r.group)}
-        sizes = [sum(r.input_ids.numel() for r in of_task) for of_task in groups.values()]
+        groups = {task: list(of_task) for task, of_task in groupby(rows, lambda one: one.group)}
+        sizes = [sum(one.input_ids.numel() for one in of_task) for of_task in groups.values()]
         parts = zip(groups.items(), hidden_states.split(sizes), strict=True)
-        return torch.cat([self.pals[t](part, r, self.number) for (t, r), part in parts])
+        return torch.cat([self.pals[task](x, of, self.number) for (task, of), x in parts])
 
 
 def apply_pals(bert, config, tasks):

@@ -1,4 +1,4 @@
-"""The contrastive losses of SimCSE (Gao et al. 2021), as pure functions of embeddings."""
+"""The contrastive losses of SimCSE (Gao et al. 2021), and which sentences are copies."""
 
 from hashlib import blake2b
 
@@ -57,13 +57,13 @@ def sentence_keys(sentences):
     return torch.from_numpy(np.frombuffer(b"".join(digests), dtype=np.int64).copy())
 
 
-def copies_of(candidates, offset, *anchors):
+def copies_of(candidate_keys, offset, *anchor_keys):
     """Which candidates are copies of an anchor's sentence, and so not its negatives.
 
-    `candidates` (C,) and each of `anchors` (A,) are keys of `sentence_keys`. A candidate is a copy
-    if its key equals any key of the anchor. Returns (A, C) bool, False at the anchor's own
+    `candidate_keys` (C,) and each of `anchor_keys` (A,) come from `sentence_keys`. A candidate is a
+    copy if its key equals any key of the anchor. Returns (A, C) bool, False at the anchor's own
     candidate: `offset` + i for anchor i.
     """
-    copies = torch.stack([keys[:, None] == candidates for keys in anchors]).any(0)
+    copies = torch.stack([keys[:, None] == candidate_keys for keys in anchor_keys]).any(0)
     copies.diagonal(offset).fill_(False)
     return copies

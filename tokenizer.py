@@ -20,8 +20,8 @@ from config import UserError
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 # A longer text is cut before it is tokenised, for speed: 512 tokens are some 3,000 characters.
 MAX_CHARACTERS = 100_000
-# `transformers` builds the first of these from the vocabulary and `tokenizer_config.json`; for the
-# others it takes `tokenizer.json` as it is.
+# `transformers` builds BERT_CLASSES from the vocabulary and `tokenizer_config.json`; for
+# COMPLETE_CLASSES it takes `tokenizer.json` as it is.
 BERT_CLASSES = ("BertTokenizer", "BertTokenizerFast")
 COMPLETE_CLASSES = ("PreTrainedTokenizerFast", "TokenizersBackend")
 
@@ -149,9 +149,10 @@ def _read_pipeline(folder, name, settings, complete):
     if vocab is None or path.is_file():
         lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
         listed = {piece: number for number, piece in enumerate(lines)}
-        if vocab not in (None, listed):
+        pieces = {piece: number for piece, number in listed.items() if piece}  # "": see `vocab`
+        if vocab not in (None, listed, pieces):
             raise UserError("the vocabularies of vocab.txt and tokenizer.json differ")
-        vocab = listed
+        vocab = vocab or listed
     if name in COMPLETE_CLASSES:
         parts = dict.fromkeys(("truncation", "padding", "post_processor"))
         return Tokenizer.from_str(json.dumps(complete | parts | {"added_tokens": []}))
@@ -188,7 +189,7 @@ def _added_tokens(settings, complete, added):
 def _add_tokens(pipeline, tokens):
     """Add tokens by text to a pipeline, in the order of their ids. Raises `UserError`.
 
-    Special ones are found in texts like the others; only BERT's own five are read as plain text.
+    All are found in texts, special ones too; only BERT's own five markers are not.
     """
     last = pipeline.get_vocab_size() + len(tokens)
     for text, (number, token) in sorted(tokens.items(), key=lambda item: item[1][0] or last):
@@ -200,7 +201,7 @@ def _add_tokens(pipeline, tokens):
 def join_pair(first, second, max_length):
     """One sequence `[CLS] a [SEP] b [SEP]` from two of `[CLS] … [SEP]`, the longer cut first.
 
-    Returns at most `max_length` ids, and how many of them, from the first, are segment 0.
+    Returns at most `max_length` ids, and the number of leading ids that are segment 0.
     """
     room = max_length - 3
     a, b = len(first) - 2, len(second) - 2

@@ -102,8 +102,10 @@ def average_results(runs):
     runs that have it. Raises `UserError` where ids or labels differ.
     """
     averaged = {}
-    for name in [name for name in TASKS if any(name in found for found in runs.values())]:
+    for name in TASKS:
         members = {run: found[name] for run, found in runs.items() if name in found}
+        if not members:
+            continue
         (first_run, first), *others = members.items()
         for run, result in others:
             if result.ids != first.ids:
@@ -132,6 +134,8 @@ def evaluate_ensemble(paths, predictions_dir):
             raise UserError(
                 f"{name}: no test predictions for {', '.join(missing)}, which other runs have"
             )
+    for name in [name for name in averaged["dev"] if name not in averaged["test"]]:
+        say(f"warning: no run has test predictions for {name}")
     for run in runs.values():
         print_caveats(run)
     counts = Counter(task for found in dev.values() for task in found)

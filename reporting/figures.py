@@ -1,7 +1,7 @@
 """The report's figures, as PNG and PDF.
 
-Figures 1 to 4 are the paper's losses in training and on dev. Two are new: similarity predicted
-against true, and the cosines of the tasks' gradients. A run here is an `ensemble.FinishedRun`.
+The paper's figures are the losses in training and on dev. Two are new: similarity predicted against
+true, and the cosines of the tasks' gradients. A run here is an `ensemble.FinishedRun`.
 """
 
 from collections.abc import Callable
@@ -102,14 +102,14 @@ def smoothed_curve(name, look, steps, values, dev=((), ())):
 
 
 def loss_pictures(runs):
-    """Figures 1 to 4: the summed loss of the tasks that all runs have, then each task's."""
+    """The paper's figures: the summed loss of the tasks that all runs have, then each task's."""
     tasks = [name for name in PAPERS_ORDER if any(name in run.dev for run in runs)]
     shared = [name for name in tasks if all(name in run.dev for run in runs)]
     groups = ({"overall": shared} if shared else {}) | {name: [name] for name in tasks}
     pictures = []
     for name, summed in groups.items():
         having = [run for run in runs if set(summed) <= set(run.dev)]
-        title = f"Sum of the task losses ({', '.join(summed)}; without SimCSE and R-Drop)"
+        title = f"Sum of the task losses ({', '.join(summed)}; without auxiliary losses)"
         unit = "sum of the task losses"
         if name in TASKS:
             title = f"{TASKS[name].title.capitalize()} loss ({name})"
@@ -192,7 +192,7 @@ def loss_curves(run, tasks):
 
 
 def scatter_picture(run, name):
-    """Figure 5: predicted against true scores of one run."""
+    """Predicted against true scores of one run."""
     task, result, metrics = TASKS[name], run.dev[name], run.dev[name].metrics
     random = np.random.default_rng(0)  # spreads equal labels, to show their number
     labels = result.labels + random.uniform(-0.06, 0.06, len(result.labels))
@@ -218,11 +218,11 @@ def scatter_picture(run, name):
 
 
 def cosine_pictures(runs):
-    """Figure 6, if a run has gradient surgery: how far the tasks' gradients conflict."""
-    runs = [run for run in runs if run.logged("conflicts")]
+    """If a run has gradient surgery: how far the tasks' gradients conflict."""
+    keys = sorted({key for run in runs for line in run.lines for key in line if "cosine" in key})
+    runs = [run for run in runs if any(map(run.logged, keys))]
     if not runs:
         return []
-    keys = sorted({key for run in runs for line in run.lines for key in line if "cosine" in key})
     panels = [cosine_panel(run, keys) for run in runs]
 
     def draw(figure):

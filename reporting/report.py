@@ -2,9 +2,9 @@
 
     python evaluation.py --report runs/LoRA runs/full-model
 
-Writes report/report.md with the paper's tables 1 to 5, its figures 1 to 4 and two new ones, and
-report.html, which also lists every dev error and compares two runs. Scores come from a run's
-`predictions/`, times and losses from `metrics.jsonl`, the rest from `run.json`.
+Writes report/report.md with the paper's tables and figures and some more, and report.html, which
+also lists every dev error and compares two runs. Scores come from a run's `predictions/`, times and
+losses from `metrics.jsonl`, the rest from `run.json`.
 """
 
 import argparse
@@ -336,7 +336,7 @@ def write_report(runs, folder):
     numbered = enumerate((table for section in tables.values() for table in section), start=1)
     scores, cost, *errors = (format_table(*pair) for pair in numbered)
     images = [format_picture(number, p, runs) for number, p in enumerate(pictures, start=1)]
-    names = ", ".join(dict.fromkeys(f"`{run.name}`" for run in best.values()))
+    best_names = ", ".join(dict.fromkeys(f"`{run.name}`" for run in best.values()))
     command = shlex.join(["python", "evaluation.py", "--report", *(run.path for run in runs)])
     commands = [run.description["expanded_command"] or run.description["command"] for run in runs]
     parts = [
@@ -346,7 +346,7 @@ def write_report(runs, folder):
         f"## Cost\n\n{cost}",
         "## Figures\n",
         *images,
-        f"## Errors\n\nErrors of the run with the best overall dev score: {names}.\n",
+        f"## Errors\n\nOf each task's run with the best overall dev score: {best_names}.\n",
         *errors,
     ]
     about = {"command": command, "commands": commands, "provenance": provenance(runs)}

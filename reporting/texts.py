@@ -19,14 +19,14 @@ def read_chunks(path):
     or `sentence1` and `sentence2`, these columns are read. In any other file each line is a
     sentence, or two with a tab between. Raises `UserError` with file and line.
     """
-    texts = _read_texts("standard input" if path == "-" else path, _lines(path))
+    name = "standard input" if path == "-" else path
+    texts = _read_texts(name, _lines(path, name))
     while chunk := list(itertools.islice(texts, CHUNK_ROWS)):
         yield chunk
 
 
-def _lines(path):
+def _lines(path, name):
     """Yield the lines of a file as text, one after the other."""
-    name = "standard input" if path == "-" else path
     try:
         source = contextlib.nullcontext(sys.stdin.buffer) if path == "-" else open(path, "rb")  # noqa: SIM115
         with source as file:
@@ -47,6 +47,8 @@ def _read_texts(name, lines):
     first = next(lines, None)
     if first is None:
         raise UserError(f"{name}: an empty file; expected a sentence on each line")
+    if "\r" in first.removesuffix("\n").removesuffix("\r"):
+        raise UserError(f"{name}:1: a carriage return inside the line; expected \\n at line ends")
     for delimiter in "\t,":
         header = [field.strip().lower() for field in next(csv_reader([first], delimiter), [])]
         for columns in (PAIR, SENTENCE):

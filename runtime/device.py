@@ -88,9 +88,9 @@ def select_precision(asked, device):
             return "bf16", None
         return ("fp16" if device.type == "cuda" else "fp32"), None
     if asked == "bf16" and not has_bf16:
-        return "fp32", f"--precision bf16: this {device.type} has no bf16; computing in fp32"
+        return "fp32", f"precision bf16: this {device.type} has no bf16; computing in fp32"
     if asked == "fp16" and device.type != "cuda":
-        return "fp32", f"--precision fp16: only on CUDA GPUs, not on {device.type}; using fp32"
+        return "fp32", f"precision fp16: only on CUDA GPUs, not on {device.type}; using fp32"
     return asked, None
 
 

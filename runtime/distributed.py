@@ -3,7 +3,7 @@
     torchrun --standalone --nproc_per_node=2 multitask_classifier.py --fine-tune-mode=LoRA
 
 Each process takes its share of the same global batch; `DistributedDataParallel` averages the
-gradients. With one process every function here does nothing.
+gradients. With one process nothing is exchanged.
 """
 
 import contextlib
@@ -52,7 +52,7 @@ def joined_processes(device):
         if isinstance(error, dist.DistError) or any(sign in str(error) for sign in signs):
             raise LostProcess(
                 f"rank {rank()} lost the connection to the other processes: one of them has ended; "
-                f"torchrun names its rank; continue with --resume"
+                f"torchrun names its rank; start again, a training run with --resume"
             ) from error
         raise
     dist.destroy_process_group()
@@ -97,9 +97,9 @@ class _GatherRows(torch.autograd.Function):
 def gather_rows(rows):
     """The rows of all processes, with gradients, and where this process's begin.
 
-    (batch, hidden) -> (processes * batch, hidden) fp32, int. Every process has as many rows. They
-    travel in fp32 under autocast too, so that their gradients are summed in fp32. Integers stay
-    integers.
+    (batch, hidden) -> (processes * batch, hidden), int. Every process has as many rows. They travel
+    in fp32 under autocast too, so that their gradients are summed in fp32. Integers stay integers,
+    and the rows of one process as they are.
     """
     if world_size() == 1:
         return rows, 0

@@ -1,6 +1,7 @@
 """Files that appear whole or not at all: written beside their names, flushed to disk, renamed."""
 
 import contextlib
+import errno
 import hashlib
 import os
 import shutil
@@ -49,7 +50,7 @@ def flush_to_disk(path):
 
 
 def remove(places):
-    """Remove files and folders. A folder is renamed first: under its own name it is whole."""
+    """Remove files and folders. A folder is renamed first, and is never seen half removed."""
     for place in list(places):
         if place.is_symlink() or not place.is_dir():
             place.unlink(missing_ok=True)
@@ -85,6 +86,8 @@ def open_whole(path):
     try:
         with output_errors(path):
             target.parent.mkdir(parents=True, exist_ok=True)
+            if target.is_dir() and not target.is_symlink():  # else the renaming would fail
+                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
             _remove_leftovers(target.parent)
             file = open(temporary, "w", encoding="utf-8", newline="")  # noqa: SIM115
         try:

@@ -22,7 +22,7 @@ ALIASES = {
     "all-MiniLM-L6-v2": BUNDLED_ENCODER,
     "bundled": BUNDLED_ENCODER,
 }
-# Published revisions and the SHA-256 of their model.safetensors: what is loaded is what was meant.
+# Published revisions, and the SHA-256 of their model.safetensors: no other file is accepted.
 REVISIONS = {
     DEFAULT_ENCODER: "86b5e0934494bd15c9632b12f734a8a67f723594",
     BUNDLED_ENCODER: "1110a243fdf4706b3f48f1d95db1a4f5529b4d41",
@@ -102,7 +102,7 @@ def _bundled_folder():
 
 
 def checked_encoder(folder, name=None, substituted=False):
-    """The `Encoder` in `folder`, a `Path`; `name` is that on the hub, where it comes from there.
+    """The `Encoder` in `folder`, a `Path`; `name` is its published name, None for other folders.
 
     Raises `UserError` where a file is missing, or is not the published one of that name.
     """

@@ -125,7 +125,7 @@ def is_first_here():
 
 
 def launch_command(script):
-    """The words that start `script`, a file name, from here in the way this process was started."""
+    """The words that start `script`, a file name, as this process was started: python, torchrun."""
     started = Path(sys.argv[0])
     if started.name == script and started.resolve().parent != Path.cwd().resolve():
         script = sys.argv[0]

@@ -4,10 +4,10 @@
 
 Reads FOLDER/jobs.json: the jobs of all processes `together`, then those of the first one `alone`. A
 job has a `name`, the training script's `argv`, and optionally `copy` (output of an earlier job, to
-resume), `stop_at` (before this step ends, the last process gets `signal`, or SIGTERM) and `fault`
-(a key of `FAULTS`). Every rank writes FOLDER/together/<name>.rank<N>.safetensors, or those of
-FOLDER/alone/: the exit `code`, and `gradients` and `weights` (steps, trained numbers) before and
-after each step.
+resume), `stop_at` (before this step ends, the last process gets `signal`, or SIGTERM),
+`batch_tokens` (of evaluation) and `fault` (a key of `FAULTS`). Every rank writes
+FOLDER/together/<name>.rank<N>.safetensors, or those of FOLDER/alone/: the exit `code`, and
+`gradients` and `weights` (steps, trained numbers) before and after each step.
 """
 
 import json
@@ -25,6 +25,7 @@ from safetensors.torch import save_file
 import multitask_bert
 import multitask_classifier
 from runtime import distributed
+from runtime.device import BATCH_TOKENS
 from runtime.distributed import rank, world_size
 from runtime.script import run_script
 from training import setup
@@ -92,6 +93,7 @@ def run(job, folder):
         shutil.copytree(job["copy"], folder / job["name"], symlinks=True)
     with ExitStack() as patches:
         patches.enter_context(patch.object(setup, "make_optimizer", recorder.make_optimizer))
+        patches.enter_context(patch.dict(BATCH_TOKENS, cpu=job.get("batch_tokens", 4096)))
         if "fault" in job:
             patches.enter_context(patch.object(*FAULTS[job["fault"]]))
         code = run_script(multitask_classifier.main, job["argv"])

@@ -180,7 +180,10 @@ def assert_same_files(one, other, count):
 @pytest.fixture(scope="module")
 def quick(bench):
     """Folders of records of one process and of two, with the jobs of the quick suite."""
-    jobs = [job(*named) for named in COMPARED.items()] + [job("untrained", "--epochs 0")]
+    jobs = [job(*named) for named in COMPARED.items()]
+    # With batches so small, each dev set has several.
+    jobs += [job("untrained", "--epochs 0", batch_tokens=150)]
+    jobs += [job("masked", f"{COMPARED_SLOWLY['mlm_alone']} --epochs 0", batch_tokens=150)]
     one_step = f"{SIMCSE} --steps_per_epoch 1"
     faults = [job(fault, one_step, fault=fault) for fault in ("wrapper", "gather", "copies")]
     folder = bench.do_jobs("quick", 2, jobs + faults, alone=jobs)
@@ -224,6 +227,12 @@ def test_predictions_and_scores_are_the_same_files_and_written_once(quick):
     assert [line["dev"] for line in one.log("eval")] == [line["dev"] for line in two.log("eval")]
     assert two.run.description()["processes"] == 2
     assert not list(two.run.path.rglob(".tmp-*"))
+
+
+def test_the_masked_loss_on_dev_is_that_of_one_process(quick):
+    """The same tokens are masked, whichever process has the batch."""
+    one, two = (Record(folder, "masked").log("eval")[0]["overall"] for folder in quick)
+    assert two == pytest.approx(one, rel=1e-5)
 
 
 def test_fault_53_torch_warns_of_nothing(quick):

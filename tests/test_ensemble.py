@@ -134,6 +134,14 @@ def test_a_run_without_all_scores_is_refused(runs, tmp_path, splits, message):
     assert not (tmp_path / "out").exists()
 
 
+def test_runs_without_test_files_write_dev_files_alone_and_say_so(tmp_path, capsys):
+    runs = [make_run(tmp_path / f"run{seed}", seed, splits=("dev",)) for seed in (1, 2)]
+    ensemble(runs, tmp_path / "out")
+    said = capsys.readouterr().out
+    assert all(f"no run has test predictions for {name}" in said for name in TASK_NAMES)
+    assert len(list((tmp_path / "out").iterdir())) == 3
+
+
 def test_a_run_named_twice_is_refused(runs, tmp_path):
     with pytest.raises(UserError, match="twice"):
         ensemble([runs[0], runs[1], f"{runs[0]}/"], tmp_path / "out")

@@ -198,5 +198,5 @@ def test_flags_that_do_not_go_together_are_refused(words, message):
 
 
 def test_without_a_run_there_is_nothing_to_evaluate():
-    with pytest.raises(UserError, match="nowhere/: no finished run"):
-        evaluation.main(["--runs_dir", "nowhere"])
+    with pytest.raises(UserError, match=r"^nowhere/: no trained run"):
+        evaluation.main(["--runs_dir", "nowhere/"])

@@ -606,6 +606,15 @@ def test_36_unfinished_files_of_dead_processes_alone_are_removed(tmp_path):
     assert names == sorted([living.name, ".tmp-mine", "file", "other"])
 
 
+def test_36_a_folder_in_the_place_of_one_file_leaves_all_others_as_they_were(tmp_path):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "first").write_text("earlier")
+    with pytest.raises(OutputError, match="folder: not written: Is a directory"):
+        write_files({tmp_path / "first": "new", tmp_path / "folder": "", tmp_path / "last": ""})
+    assert (tmp_path / "first").read_text() == "earlier"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["first", "folder"]
+
+
 def refusing(code):
     """A function of the system that fails with an error."""
     return mock.Mock(side_effect=OSError(code, os.strerror(code)))

@@ -223,6 +223,7 @@ REFUSED = {
     f"01 {FROZEN} --supervised_simcse": "the encoder is frozen",
     f"01 {FROZEN} --gradient_surgery": "the encoder is frozen",
     "01 --gradient_surgery main": "main: no auxiliary loss; add SimCSE or --main_tasks",
+    "01 --gradient_surgery main --tasks sst --mlm sst --loss_weights sst=0": "no main task has a",
     f"01 {SIMCSE} --main_tasks sst": "--main_tasks: only with --gradient_surgery main",
     f"01 {SIMCSE} --gradient_surgery main --main_tasks cfimdb": "cfimdb: not among --tasks sst",
     "01 --sampling annealed --task_batch_sizes para=9": "--task_batch_sizes: not with --sampling",
@@ -419,7 +420,7 @@ def main(write_encoder, cut_sample):
 @pytest.mark.parametrize(
     ("flags", "pattern"),
     [
-        ("--max_length 41", "--max_length 41: this encoder has 40 positions"),
+        ("--max_length 41", "--max_length 41: this encoder takes at most 40 tokens"),
         (f"{LORA} --LoRA_r 33 --overwrite", "--LoRA_r is 33; .*1 to 32"),
         ("--use_gpu", "--use_gpu: no GPU here; the only device is cpu"),
     ],
@@ -444,7 +445,7 @@ def test_03_06_no_epochs_only_evaluate_and_without_bf16_in_fp32(main, monkeypatc
         predictions.append({p.name: p.read_bytes() for p in Path("predictions").iterdir()})
     assert predictions[0] == predictions[1] and len(predictions[0]) == 6
     description, printed = run.description(), capsys.readouterr().out
-    assert "warning: --precision bf16: this cpu has no bf16" in printed
+    assert "warning: precision bf16: this cpu has no bf16" in printed
     assert description["precision"] == "fp32"
     assert "--sst_head linear" in description["expanded_command"]
     assert f"--recipe cosine is: {description['expanded_command']}" in printed

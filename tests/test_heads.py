@@ -1,5 +1,7 @@
 """The heads and their losses, by hand."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -44,6 +46,12 @@ def test_head_kinds(name, kind, roles, expected):
     assert type(head).__name__ == expected
     assert (getattr(head, "dense", None) is not None) == (kind == "ffn")
     assert head(*torch.randn(len(roles), 3, 16)).shape == (3, TASKS[name].num_classes)
+
+
+def test_a_head_without_a_branch_is_an_error():
+    """Of a new name in `TASKS`: else another head would be trained without a word."""
+    with pytest.raises(ValueError, match="no branch for the head 'new' of para"):
+        make_head(replace(TASKS["para"], heads=("new",)), "new", PAIR_ROLES, 16, 0.0)
 
 
 @pytest.mark.parametrize("roles", [("pair",), PAIR_ROLES, ("pair", *PAIR_ROLES)])

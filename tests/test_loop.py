@@ -77,16 +77,16 @@ def gradients(model, compute):
     return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
 
-def passes_of(model, step_batches, plan):
-    """What the passes of the step take that has these batches."""
+def micro_batches_of(model, step_batches, plan):
+    """The micro-batches, prepared, of the step that has these batches."""
     first = STEP * plan.flags.accumulate
     return prepare_step(model, dict(enumerate(step_batches, first)), STEP, plan)
 
 
 def of_step(model, step_batches, plan):
     """The gradients of a step."""
-    passes = passes_of(model, step_batches, plan)
-    return gradients(model, lambda: compute_gradients(model, passes, STEP, plan, CPU))
+    micro_batches = micro_batches_of(model, step_batches, plan)
+    return gradients(model, lambda: compute_gradients(model, micro_batches, STEP, plan, CPU))
 
 
 def of_task(model, batches, name):
@@ -103,8 +103,8 @@ def test_the_gradient_is_that_of_the_weighted_sum(build, batches):
         expected = sum(w * parts[t][name] for t, w in WEIGHTS.items() if name in parts[t])
         torch.testing.assert_close(value, expected, rtol=1e-4, atol=1e-6, msg=name)
     assert not any(value.any() for name, value in found.items() if name.startswith("heads.para"))
-    passes = passes_of(model, [batches], plan_of())
-    losses, _ = compute_gradients(model, passes, STEP, plan_of(), CPU)
+    micro_batches = micro_batches_of(model, [batches], plan_of())
+    losses, _ = compute_gradients(model, micro_batches, STEP, plan_of(), CPU)
     for name, loss in model(batches).items():
         assert float(losses[name]) == pytest.approx(loss.item(), rel=1e-5)
 
@@ -171,9 +171,9 @@ def test_the_auxiliary_gradient_is_projected_off_the_encoders_main_one(
 def test_the_vaccines_averages_pass_from_step_to_step(build, batches):
     """The second step of the same batches differs from the first: the averages have moved."""
     model, plan = build(), plan_of("--gradient_surgery vaccine", WEIGHTS | {"para": 1.0})
-    compute, passes = Compute("cpu", "fp32"), passes_of(model, [batches], plan)
+    compute, micro_batches = Compute("cpu", "fp32"), micro_batches_of(model, [batches], plan)
     first, again, second = (
-        gradients(model, lambda c=c: compute_gradients(model, passes, STEP, plan, c))
+        gradients(model, lambda c=c: compute_gradients(model, micro_batches, STEP, plan, c))
         for c in (compute, Compute("cpu", "fp32"), compute)
     )
     assert all(torch.equal(first[name], again[name]) for name in first)
@@ -196,8 +196,8 @@ def test_the_loss_with_a_gradient_that_is_not_finite_is_named(build, batches, fl
 
     model.register_forward_hook(break_gradient)
     values, plan = {name: loss.item() for name, loss in losses.items()}, plan_of(flags)
-    passes = passes_of(model, [batches], plan)
-    error = str(not_finite(model, values, passes, STEP, plan, CPU))
+    micro_batches = micro_batches_of(model, [batches], plan)
+    error = str(not_finite(model, values, micro_batches, STEP, plan, CPU))
     assert f"step {STEP + 1}: gradient of the loss para is not finite" in error
     assert error.endswith("batch para: para0 para1 para2 para3")
 
@@ -207,10 +207,10 @@ def test_the_diagnosis_computes_the_losses_of_the_step_again(build, batches, fla
     """Under the same dropout masks; surgery encodes task by task, each pass with its own masks."""
     model, plan, found = build(dropout=0.5), plan_of(flags), []
     model.register_forward_hook(lambda *call: found.append(call[-1]))
-    passes = passes_of(model, [batches], plan)
+    micro_batches = micro_batches_of(model, [batches], plan)
     for step in (STEP, STEP + 1):
-        compute_gradients(model, passes, step, plan, CPU)
-    not_finite(model, dict.fromkeys(WEIGHTS, 0.0), passes, STEP, plan, CPU)
+        compute_gradients(model, micro_batches, step, plan, CPU)
+    not_finite(model, dict.fromkeys(WEIGHTS, 0.0), micro_batches, STEP, plan, CPU)
     values = [{name: loss.item() for name, loss in losses.items()} for losses in found]
     third = len(values) // 3
     assert values[:third] == values[-third:] != values[third : 2 * third]

@@ -41,6 +41,13 @@ def test_the_card_has_the_runs_scores_and_flags_and_names_no_path(tiny_folder, t
     assert "SentenceTransformer(FOLDER)" in text and "peft" not in text
 
 
+def test_the_card_of_masked_language_modelling_alone_names_what_can_be_done_with_it():
+    description = {"args": default_flags(), "data": {}, "encoder": {"name": "some/encoder"}}
+    text = model_card(description, {"mlm_sst": {"loss": 2.5}}, 512, is_adapter=False)
+    assert "fine-tuned on mlm_sst" in text and "| `mlm_sst` | loss | 2.500 |" in text
+    assert "multitask_classifier.py --start_from RUN" in text and "--predict" not in text
+
+
 def test_the_card_of_a_run_on_the_courses_data_has_the_hubs_metadata():
     """Each score is a result that the hub shows; the data and the base model are linked."""
     description = {"args": default_flags(), "data": {"sst": {"dev": {"path": "data/x.csv"}}}}

@@ -333,8 +333,8 @@ def padded_and_masked(model, batches):
     """The masked sentences of a step as `transformers` takes them: padded, with labels."""
     rows, labels = [], []
     for name, batch in batches.items():
-        masked, owners, positions, ids = model.mask(name, batch, (0,))
-        for number, sentence in enumerate(masked):
+        masked, (owners, positions, ids) = model.mask(name, batch, (0,))
+        for number, (sentence, _) in enumerate(masked["first"]):
             rows.append((sentence, len(sentence)))
             labels.append(torch.full((len(sentence),), -100))
             labels[-1][positions[owners == number]] = torch.from_numpy(ids[owners == number])

@@ -1,7 +1,9 @@
 """Prediction of a user's own texts, and the export of a run's best model."""
 
 import csv
+import errno
 import io
+import os
 import shutil
 import sys
 import tracemalloc
@@ -88,6 +90,7 @@ def test_a_header_names_the_columns_and_other_lines_are_texts(tmp_path, content,
         (b'id,sentence\n1,a\n2,"b\n3,c\n', "x:4: unexpected end of data"),
         (b"a\nb\xe9\n", "x:2: byte 0xe9 is not UTF-8"),
         (b"PK\x03\x04...", "x: a zip or Excel file"),
+        (b"a\rb\rc", "x:1: a carriage return inside the line"),
         (None, "x: not readable: No such file"),
     ],
 )
@@ -154,6 +157,26 @@ def test_out_appears_whole_or_not_at_all(run, tmp_path, capsysbinary):
     assert not list(tmp_path.rglob(".tmp-*"))
     with pytest.raises(OutputError, match=r"out\.tsv/x: not written: "):
         evaluation.main(["--predict", "x", "--out", "out.tsv/x"])
+
+
+def test_a_file_of_a_header_alone_is_named(run, tmp_path):
+    (tmp_path / "x").write_text("sentence\n\n")
+    with pytest.raises(UserError, match="x: only a header"):
+        evaluation.main(["--predict", "x"])
+
+
+def test_a_full_disk_that_shows_in_the_last_flush_is_named(run, tmp_path, monkeypatch):
+    class Full(io.StringIO):
+        def reconfigure(self, **_):
+            pass
+
+        def flush(self):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(sys, "stdout", Full())
+    (tmp_path / "x").write_text("good\n")
+    with pytest.raises(OutputError, match="output: not written: No space left on device"):
+        evaluation.main(["--predict", "x"])
 
 
 def test_a_reader_that_closes_standard_output_ends_it_quietly(run, tmp_path, monkeypatch):

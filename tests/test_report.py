@@ -75,6 +75,13 @@ def test_a_substituted_encoder_and_real_data_are_named_so(runs, tmp_path):
     assert text.count("ids are shown instead of texts") == 3
 
 
+def test_surgery_on_one_task_has_no_cosines_to_draw(runs):
+    """It has no pair of gradients, and logs that no pair conflicts."""
+    run = finished_run(RunFolder(runs / "full-model-surgery"))
+    run.lines = [{n: v for n, v in line.items() if "cosine" not in n} for line in run.lines]
+    assert run.logged("conflicts") and figures.cosine_pictures([run]) == []
+
+
 def test_texts_cannot_break_a_table(written, runs, monkeypatch, tmp_path):
     """A pipe, a star or a tag in a sentence would end the cell, or vanish."""
     nasty = "a | b * c `d` <br> [x](y) $1 \\ " + "long " * 60

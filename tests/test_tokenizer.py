@@ -148,6 +148,13 @@ def test_row_50_a_tokenizer_that_transformers_reads_otherwise_is_refused(
         BertTokenizer.from_pretrained(tmp_path)
 
 
+def test_a_vocabulary_that_lists_a_piece_twice_is_saved_and_read_again(toy_vocab, tmp_path):
+    (tmp_path / "vocab.txt").write_text("\n".join([*toy_vocab, toy_vocab[9]]) + "\n")
+    first = BertTokenizer.from_pretrained(tmp_path)
+    first.save_pretrained(tmp_path)
+    assert BertTokenizer.from_pretrained(tmp_path).describe() == first.describe()
+
+
 def test_two_vocabularies_that_differ_are_refused(toy_vocab, tmp_path):
     BertTokenizer(pipeline_of(toy_vocab)).save_pretrained(tmp_path)
     (tmp_path / "vocab.txt").write_text("\n".join([*toy_vocab, "new"]) + "\n")

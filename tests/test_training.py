@@ -740,8 +740,28 @@ def test_a_resumed_run_of_the_sample_says_so(train, capsys):
     shutil.copytree("data", "data/sample")
     train("--epochs 0 --data_dir data/sample")
     capsys.readouterr()
-    multitask_classifier.main(["--resume"])
+    new = shutil.copy(Path("data") / TASKS["sst"].file_name("test"), "new.csv")
+    multitask_classifier.main(["--resume", "--sst_test", new])  # the other files are the run's own
     assert "warning: the data is the small generated sample" in capsys.readouterr().out
+
+
+def test_resuming_a_finished_run_without_its_checkpoints_removes_nothing(train):
+    """They are the largest files, so they may have been removed to save room."""
+    run = train("--epochs 0")
+    shutil.rmtree(run.path / "state")
+    with pytest.raises(UserError, match="a finished run whose checkpoints"):
+        train("--epochs 0 --resume")
+    assert run.best.exists() and prediction_files(run.path / "predictions")
+
+
+def test_a_run_that_starts_over_keeps_the_command_that_began_it(train):
+    """Killed before its first checkpoint; the second call leaves out a flag of the first."""
+    run = train(f"{LORA} 4 --epochs 0")
+    for name in ("state", "predictions"):
+        shutil.rmtree(run.path / name)
+    train("--fine-tune-mode LoRA --epochs 0 --resume")
+    description = run.description()
+    assert description["args"]["LoRA_r"] == 4 and "--LoRA_r 4" in description["command"]
 
 
 def test_a_resumed_run_keeps_the_encoder_that_it_fell_back_to(
@@ -854,7 +874,9 @@ def test_heads_of_another_shape_and_of_other_tasks_start_anew(train, capsys):
     capsys.readouterr()
     flags = "--start_from runs/full-model-one --sst_head linear --model_file_suffix two"
     train(f"{flags} --epochs 0")
-    assert "best model of step 0: taken: encoder, para\n" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "warning: keep runs/full-model-one as it is until this run is finished" in said
+    assert "best model of step 0: taken: encoder, para\n" in said
 
 
 def test_one_run_after_another_after_a_third(train):
@@ -936,19 +958,25 @@ def test_the_newest_run_of_a_folder_is_the_one_evaluated(train, capsys):
         assert f"run mine/{name}, " in capsys.readouterr().out
 
 
-def test_a_run_is_evaluated_on_its_own_files_wherever_they_are(train):
+def test_a_run_is_evaluated_on_its_own_files_wherever_they_are(train, monkeypatch):
     """Moved ones are named by their folder; changed ones are refused."""
     before = prediction_files(train("--epochs 0").path / "predictions")
     Path("data").rename("moved")
-    with pytest.raises(UserError, match=r"ids-sst-dev.csv: no such file.*--data_dir"):
-        evaluation.main([])
     argv = ["--data_dir", "moved", "--predictions_dir", "again"]
     evaluation.main(argv)
     assert prediction_files("again") == before
-    dev = Path("moved") / TASKS["sst"].file_name("dev")
-    content = dev.read_bytes()
-    dev.write_bytes(content.replace(b"\t2\n", b"\t3\n"))
-    assert dev.read_bytes() != content
+    monkeypatch.setattr(evaluation, "load_run", None)  # the files are checked before weights load
+    with pytest.raises(UserError, match=r"ids-sst-dev.csv: no such file.*--data_dir"):
+        evaluation.main([])
+    test = Path("moved") / TASKS["sts"].file_name("test")
+    test.rename(test.with_suffix(".away"))
+    test.symlink_to("nowhere")
+    with pytest.raises(UserError, match="a dangling link to nowhere"):
+        evaluation.main(argv)
+    test.with_suffix(".away").rename(test)
+    content = test.read_bytes()
+    test.write_bytes(content.replace(b" a ", b" the "))
+    assert test.read_bytes() != content
     with pytest.raises(UserError, match="changed since"):
         evaluation.main(argv)
 
@@ -972,13 +1000,18 @@ def test_a_run_that_still_trains_is_evaluated_as_one_model(train, monkeypatch):
     torch.testing.assert_close(found, wanted, rtol=0, atol=0)
 
 
-def test_a_copy_whose_best_is_a_folder_is_evaluated(train, capsys):
+def test_a_copy_whose_best_is_a_folder_is_evaluated_and_resumed(train, capsys):
     """`cp -rL` and some archives follow the link."""
-    shutil.copytree(train("--epochs 0").path, "runs/copy")
-    assert not Path("runs/copy/best").is_symlink()
+    run = train("--epochs 0")
+    shutil.copytree(run.path, "copy")
+    shutil.rmtree(run.path)
+    shutil.move("copy", run.path)
+    assert not run.best.is_symlink()
     capsys.readouterr()
-    evaluation.main(["--checkpoint", "runs/copy", "--sentence", "x"])
+    evaluation.main(["--sentence", "x"])
     assert "best model, cpu" in capsys.readouterr().out
+    train("--epochs 0 --resume")
+    assert run.best.is_symlink() and run.describe_best() == "best model of step 0"
 
 
 # ----------------------------------------------------------------- slow: the bundled encoder learns

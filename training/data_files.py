@@ -15,7 +15,8 @@ NOT_FOUND = "no such file; name the folder of the run's data files with --data_d
 def data_paths(flags):
     """Path of every file, `{task: {split: Path}}`.
 
-    If no file of the data folder exists and none was named, all are the sample's, and this says so.
+    If neither a file nor --data_dir was named and none of the course's files is in data/, all are
+    the sample's, and this says so.
     """
     folder = Path(flags.data_dir or "data")
     named = any(getattr(flags, f"{name}_{split}") for name in flags.tasks for split in SPLITS)
@@ -41,7 +42,7 @@ def data_paths(flags):
 def paths_of_run(description):
     """As `data_paths`, for the values of a run's `run.json`.
 
-    If the run has no test file, the path is the one beside its dev file: it may have come since.
+    If the run has no test file, the path is beside its dev file: one may have been added later.
     """
     paths = {}
     for name, files in description["data"].items():
@@ -57,11 +58,13 @@ def find_data(command, earlier):
     unless the command names others.
     """
     flags = command.flags
-    names = {"data_dir", *(f"{name}_{split}" for name in flags.tasks for split in SPLITS)}
-    if earlier is None or command.given & names:
+    if earlier is None or "data_dir" in command.given:
         paths = data_paths(flags)
     else:
         paths = paths_of_run(earlier)
+        for name, split in ((name, split) for name in paths for split in SPLITS):
+            if f"{name}_{split}" in command.given:
+                paths[name][split] = Path(getattr(flags, f"{name}_{split}"))
         for path in (paths[name][split] for name in paths for split in earlier["data"][name]):
             if not os.path.lexists(path):
                 raise UserError(f"{path}: {NOT_FOUND}")

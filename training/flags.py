@@ -133,7 +133,7 @@ def make_parser():
 
     add = parser.add_argument_group("projected attention layers (PALs)").add_argument
     add("--pals", action="store_true", help="full-model: train each task's own projected attention "
-        "layers too; --fine-tune-mode PAL trains them over a frozen encoder")
+        "layers too; --fine-tune-mode PAL trains them with a frozen encoder, but its LayerNorms")
     add("--PAL_size", type=positive, metavar="S", help="dimensions of their attention, a multiple "
         "of --PAL_heads (default: 204 for bert-base, in proportion for other encoders)")
     add("--PAL_heads", type=positive, default=PALConfig.heads, metavar="H",
@@ -184,17 +184,17 @@ def make_parser():
     add("--task_batch_sizes", nargs="+", default=[], metavar="TASK=N",
         help="other sizes for single tasks, such as para=64")
     add("--sampling", choices=("equal", "proportional", "annealed"), default="equal",
-        help="share out a batch, as large as before, to the tasks: equally (default), in "
-        "proportion to their training examples N, or to N^a with a from 1 in the first epoch to "
-        "0.2 in the last (annealed)")
+        help="how many of a batch's examples each task gets; their total stays the same: equally "
+        "many (default), in proportion to its training examples N, or to N^a with a from 1 in the "
+        "first epoch to 0.2 in the last (annealed)")
     add("--accumulate", type=positive, default=1, metavar="N",
         help="batches per optimiser step; in-batch negatives stay those of one batch "
         "(default: %(default)s)")
     add("--lr", type=rate, help="peak learning rate of the encoder (heads in last-linear-layer; "
         f"default: {', '.join(f'{m} {r[0] or r[1]:g}' for m, r in LEARNING_RATES.items())})")
     add("--head_lr", type=rate, help="peak learning rate of what is new, heads and PALs (default: "
-        f"{LEARNING_RATES['full-model'][1]:g} beside a trained encoder, "
-        f"{LEARNING_RATES['last-linear-layer'][1]:g} beside a frozen one)")
+        f"{LEARNING_RATES['full-model'][1]:g}, in last-linear-layer "
+        f"{LEARNING_RATES['last-linear-layer'][1]:g})")
     add("--layer_decay", type=number(float, 0.01, 1), default=1.0, metavar="D",
         help="each encoder layer learns at D times the rate of the layer above it, the embeddings "
         "at D times that of the lowest (default: %(default)g)")
@@ -219,7 +219,8 @@ def make_parser():
         help="seed of initial weights, data order and dropout (default: %(default)s)")
 
     add = parser.add_argument_group("the run").add_argument
-    add("--model_file_suffix", metavar="NAME", help="the run is runs/<mode>-NAME")
+    add("--model_file_suffix", metavar="NAME",
+        help="the run is runs/<mode>-NAME (default: the recipe's name, if there is one)")
     add("--runs_dir", default="runs", metavar="DIR",
         help="folder of all runs (default: %(default)s)")
     add("--predictions_dir", default="predictions", metavar="DIR",
@@ -239,7 +240,7 @@ def make_parser():
     add("--use_gpu", action="store_true",
         help="fail without a GPU; by default the best available device is used")
     add("--precision", choices=PRECISIONS, default="auto",
-        help="%(default)s (default): bf16 if the hardware has it")
+        help="%(default)s (default): bf16 if the hardware has it, fp16 on older CUDA GPUs")
     add("--deterministic", action="store_true", help="the same bits on every run on CUDA; slower")
 
     add = parser.add_argument_group("data").add_argument
@@ -271,7 +272,10 @@ def flag_words(name, value):
 
 @dataclass(frozen=True)
 class Command:
-    """A checked command line: every flag, the words typed, and the names of the flags in them."""
+    """A checked command line: every flag, the words typed, and the names of the flags in them.
+
+    When a run is resumed, `given` has only those flags that may differ from the run's.
+    """
 
     flags: argparse.Namespace
     argv: list

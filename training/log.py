@@ -1,7 +1,6 @@
 """Training metrics, and diagnosis of losses that are not finite."""
 
 import math
-import re
 import sys
 import time
 from typing import NamedTuple
@@ -95,9 +94,8 @@ class Meter:
 def progress_bar(run, plan):
     """tqdm's bar over the steps of the run; hidden in other processes, or without a terminal."""
     is_hidden = distributed.rank() > 0 or not sys.stderr.isatty()
-    done, total = run.progress.step, plan.total_steps
-    sizes = {"smoothing": 0.1, **bar_size()}
-    return tqdm(total=total, initial=done, unit="step", disable=is_hidden, **sizes)
+    steps = {"initial": run.progress.step, "total": plan.total_steps, "unit": "step"}
+    return tqdm(**steps, smoothing=0.1, disable=is_hidden, **bar_size())
 
 
 def log_step(bar, run, meter, optimizer, plan, compute):
@@ -124,18 +122,18 @@ def log_step(bar, run, meter, optimizer, plan, compute):
 # ------------------------------------------------------------------------------------- diagnosis
 
 
-def not_finite(model, losses, passes, step, plan, compute):
+def not_finite(model, losses, micro_batches, step, plan, compute):
     """The `NotFinite` of a step: which loss or whose gradient, and the ids of its task's batch."""
     bad = [name for name, value in losses.items() if not math.isfinite(value)]
     what = f"loss {', '.join(bad)}"
     if not bad:
-        bad = bad_gradients(model, passes, step, plan, compute)
+        bad = bad_gradients(model, micro_batches, step, plan, compute)
         bad = sorted(set(" ".join(distributed.gather_texts(" ".join(bad))).split())) or list(losses)
         what = f"gradient of the loss {', '.join(bad)}"
-    tasks = {re.sub("^(simcse|r_drop|mlm)_|_supervised$", "", name) for name in bad}
+    tasks = {word for name in bad for word in name.split("_")}
     ids = "; ".join(
         f"{name}: {' '.join(distributed.gather_texts(' '.join(batch.ids)))}"
-        for prepared in passes
+        for prepared in micro_batches
         for name, batch in prepared.batches.items()
         if name in tasks
     )
@@ -145,10 +143,10 @@ def not_finite(model, losses, passes, step, plan, compute):
     )
 
 
-def bad_gradients(model, passes, step, plan, compute):
+def bad_gradients(model, micro_batches, step, plan, compute):
     """Names of the losses with a gradient that is not finite; each is computed again, alone."""
     bad = set()
-    for number, prepared in enumerate(passes):
+    for number, prepared in enumerate(micro_batches):
         seed_everything(plan.flags.seed, step, number, distributed.rank())
         with compute.autocast():
             losses = model(prepared)

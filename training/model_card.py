@@ -54,9 +54,9 @@ The dev set also chose the epoch, so the scores are a little too high.{data}
 FOLDER is this folder, or the model's name on the hub.
 
 {load}
-The {heads} in `heads.safetensors`. To predict with them, in the project's folder:
+The {heads} in `heads.safetensors`. To {use[0]}, in the project's folder:
 
-    python evaluation.py --checkpoint RUN --predict FILE
+    python {use[1]}
 
 ## How it was trained
 
@@ -84,12 +84,18 @@ def model_card(description, dev, max_length, is_adapter, has_pals=False):
         f"| {TASKS[name].title} (`{name}`) | {metric} | {value:.3f} |"
         for name, metric, value in measured(dev)
     ]
+    masked = {name: found["loss"] for name, found in dev.items() if name not in TASKS}
+    scores += [f"| `{name}` | loss | {loss:.3f} |" for name, loss in masked.items()]
+    use = "predict with them", "evaluation.py --checkpoint RUN --predict FILE"
+    if masked:  # a run has these scores only where it has no others
+        use = "train tasks from this model", "multitask_classifier.py --start_from RUN"
     name = run_name(argparse.Namespace(**description["args"]))
     sample = " The data was the project's small generated sample: a try, not a result."
     text = TEXT.format(
         name=name,
         what="A LoRA adapter of a BERT encoder" if is_adapter else "A BERT encoder",
         heads="heads and these layers are" if has_pals else "heads are",
+        use=use,
         titles=", ".join(TASKS[name].title if name in TASKS else name for name in dev),
         base=f"`{base}`" if on_hub else "a local encoder, ENCODER below",
         scores="\n".join(scores),
@@ -135,7 +141,7 @@ def metadata(name, dev, settings):
 
 
 def training_command(description, encoder):
-    """The words of a command that trains the model again, with every flag that has no default."""
+    """The words of a command that trains the model again: flags that are not at their defaults."""
     defaults = default_flags()
     start = [] if description["args"].get("start_from") else ["--pretrained", encoder]
     words = ["python", "multitask_classifier.py", *start]

@@ -60,8 +60,8 @@ class Plan:
     joint: tuple  # pair tasks encoded as one sequence
     both: tuple  # pair tasks encoded as one sequence and as two
     tasks: list  # those with a head; with --mlm a task of weight 0 has none
-    batch_sizes: dict  # task -> examples in a batch, over all processes
-    epoch_sizes: list  # the same for each epoch, by --sampling; the last for all later ones
+    batch_sizes: dict  # task -> examples in a batch before --sampling, over all processes
+    epoch_sizes: list  # for each epoch such a dict after --sampling; the last for all later ones
     simcse_tasks: tuple  # tasks with unsupervised SimCSE
     loss_weights: dict  # every loss of the run -> its weight in the sum
     encoder_lr: float  # peak learning rates
@@ -101,23 +101,23 @@ class Plan:
 def make_plan(flags, examples, processes=1):
     """Derive the `Plan`. `examples` maps a task to the number of its training examples.
 
-    Where it is empty, --sampling is ignored. Raises `UserError` for a value that names no task or
-    loss of the run, or is invalid.
+    Where it is empty, --sampling is ignored, and --steps_per_epoch is 1 by default. Raises
+    `UserError` for a value that names no task or loss of the run, or is invalid.
     """
     pairs = [name for name in flags.tasks if TASKS[name].is_pair]
     encodings = dict.fromkeys(pairs, "separate")
     expected = "separate, joint or both, or TASK=… with TASK of"
     encodings |= keyed_values(flags, "pair_encoding", pairs, pair_encoding, expected)
     sizes = dict.fromkeys(flags.tasks, flags.batch_size)
-    size = number(int, 1, 10**7 - 1)
-    sizes |= keyed_values(flags, "task_batch_sizes", flags.tasks, size, "TASK=N with TASK of")
+    count = number(int, 1, 10**7 - 1)
+    sizes |= keyed_values(flags, "task_batch_sizes", flags.tasks, count, "TASK=N with TASK of")
     simcse_tasks = (flags.simcse_tasks or flags.tasks) if flags.unsupervised_simcse else ()
     contrasted = [*simcse_tasks, *["para"] * flags.supervised_simcse]
     epoch_sizes = sample_sizes(flags, sizes, examples, contrasted, processes)
     batches = max([math.ceil(n / epoch_sizes[0][name]) for name, n in examples.items()], default=1)
     encoder_lr, head_lr = LEARNING_RATES[flags.fine_tune_mode]
     is_frozen = flags.fine_tune_mode == "last-linear-layer"
-    most = min(MOST_STEPS, math.ceil(batches / flags.accumulate))
+    steps = flags.steps_per_epoch or min(MOST_STEPS, math.ceil(batches / flags.accumulate))
     weights = loss_weights(flags, simcse_tasks)
     return Plan(
         flags=flags,
@@ -129,9 +129,9 @@ def make_plan(flags, examples, processes=1):
         simcse_tasks=tuple(simcse_tasks),
         loss_weights=weights,
         encoder_lr=0.0 if is_frozen else flags.lr or encoder_lr,
-        head_lr=flags.head_lr or (flags.lr if is_frozen else None) or head_lr,
-        steps_per_epoch=flags.steps_per_epoch or most,
-        total_steps=flags.epochs * (flags.steps_per_epoch or most),
+        head_lr=flags.head_lr or (is_frozen and flags.lr) or head_lr,
+        steps_per_epoch=steps,
+        total_steps=flags.epochs * steps,
     )
 
 
@@ -235,6 +235,8 @@ def check_flags(flags, given):
     plan = make_plan(flags, {})
     if flags.gradient_surgery == "main" and plan.loss_weights.keys() <= set(plan.main_tasks):
         raise UserError("--gradient_surgery main: no auxiliary loss; add SimCSE or --main_tasks")
+    if flags.gradient_surgery == "main" and not set(plan.main_tasks) & set(plan.tasks):
+        raise UserError("--gradient_surgery main: no main task has a head (--loss_weights, --mlm)")
     for name in plan.joint:
         if f"{name}_head" in given and getattr(flags, f"{name}_head") != "linear":
             raise UserError(

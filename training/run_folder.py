@@ -7,9 +7,10 @@
         state/step-<step>-<hash>.safetensors   the last two checkpoints to resume from
         predictions/                           prediction files, and the scores behind them
 
-Every file is written atomically: it appears complete or not at all. So is the link exchanged. A
-checkpoint has its SHA-256 in its name; a best model has a manifest with those of its files. A best
-model is kept while any checkpoint refers to it. Nothing here needs torch until tensors are written.
+Every file but the log is written atomically: it appears complete or not at all. So is the link
+exchanged. A checkpoint has its SHA-256 in its name; a best model has a manifest with those of its
+files. A best model is kept while any checkpoint refers to it. Torch is imported only to read or
+write tensors.
 """
 
 import contextlib
@@ -86,9 +87,10 @@ def run_path(flags):
 
 def newest_run(folder):
     """The run in a folder whose best model is newest. Raises `UserError` where there is none."""
-    found = [best for best in Path(folder).glob("*/best") if best.exists()]
+    folder = Path(folder)
+    found = [best for best in folder.glob("*/best") if best.exists()]
     if not found:
-        raise UserError(f"{folder}/: no finished run; train one: python multitask_classifier.py")
+        raise UserError(f"{folder}/: no trained run; train one: python multitask_classifier.py")
     return max(found, key=lambda best: best.stat().st_mtime).parent
 
 
@@ -124,7 +126,7 @@ def only_first_process(method):
 
 
 class RunFolder:
-    """One run's folder, locked while the run lives. `progress` is how far the run has come."""
+    """One run's folder; `open` locks it. `progress` is how far the run has come."""
 
     def __init__(self, path):
         self.path = Path(path)
@@ -296,9 +298,9 @@ class RunFolder:
         """Exchange the link `best` for one to the folder `name`, in one step."""
         with output_errors(self.best):
             link = self.path / f"{TEMPORARY}best"
-            link.symlink_to(name)
             if not self.best.is_symlink():  # a folder, where a copy of the run followed the link
                 remove([self.best])
+            link.symlink_to(name)
             os.replace(link, self.best)
             flush_to_disk(self.path)
         self.progress.best = name

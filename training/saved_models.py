@@ -85,7 +85,7 @@ def _write_sentence_transformers_files(folder, model):
 
 
 def load_weights(model, lora, folder):
-    """Read what `save_model` wrote into a model of the same shape; `undamaged_best` comes first.
+    """Read what `save_model` wrote into a model of the same shape; see also `undamaged_best`.
 
     Raises `UserError` for a missing, unexpected or differently shaped tensor.
     """
@@ -126,7 +126,7 @@ def export_run(run, folder):
 def plan_of(run, predicts=False):
     """The `Plan` of a `RunFolder`; flags that an older version did not have are the defaults.
 
-    Raises `UserError` if it `predicts` and has no task to predict.
+    With `predicts`, raises `UserError` if the run has no task to predict.
     """
     plan = make_plan(argparse.Namespace(**default_flags() | run.description()["args"]), {})
     if predicts and not plan.tasks:
@@ -179,10 +179,10 @@ def encoder_of_best(run):
 
 
 def start_from(model, lora, run):
-    """Copy a run's adapters, merged without `lora`, and its heads into a model.
+    """Copy the adapters and heads of a run's best model into one built on `encoder_of_best`.
 
-    The model is built on `encoder_of_best`. Only heads of the same shape are copied; returns their
-    names. Raises `UserError` for other adapters.
+    If `lora` is None, the adapters are merged into the encoder. Heads, projections and PALs are
+    copied if they have the same shapes; returns their names. Raises `UserError` for other adapters.
     """
     source, _ = load_run(run, "cpu")
     if not lora:

@@ -79,10 +79,10 @@ def identity(description):
 
 
 def check_same_run(earlier, now):
-    """Raise `UserError` if a run would be resumed with other data, encoder or precision.
+    """Raise `UserError` if a run would be resumed with another `identity`.
 
-    A test file added later is allowed: training does not depend on it. Another number
-    of threads is only warned of.
+    A test file added later is allowed: training does not depend on it. Another number of threads is
+    only warned of.
     """
     values = identity(now)
     differences = [
@@ -108,6 +108,11 @@ def open_run(run, is_resumed, description):
         return None
     check_same_run(run.description(), description)
     tensors = run.load_checkpoint()
+    if tensors is None and (run.path / "predictions").exists():
+        raise UserError(
+            f"{run.path}: a finished run whose checkpoints (state/) are gone; --overwrite removes "
+            "it and starts at step 0"
+        )
     if tensors is None:
         say(f"{run.path}: no checkpoint was ever completed; starting at step 0")
     else:
@@ -130,6 +135,11 @@ def find_encoder(run, flags, earlier):
         encoder, tokenizer = load_encoder_of_run(run.path, earlier)
     elif flags.start_from:
         encoder, tokenizer = encoder_of_best(RunFolder(flags.start_from))
+        until = "" if flags.fine_tune_mode == "LoRA" else " until this run is finished"
+        say(
+            f"warning: keep {flags.start_from} as it is{until}: do not resume, overwrite or remove "
+            "it; this run needs its best model"
+        )
     else:
         encoder, tokenizer = load_encoder(flags.pretrained)
     if encoder.substituted:
@@ -146,8 +156,8 @@ def check_fit(plan, encoder, tokenizer):
         distributed.share(size, name)
     config = BertConfig.from_file(encoder.folder / "config.json")
     length, limit = plan.flags.max_length, tokenizer.model_max_length
-    if length and length > limit:  # which `load_encoder` holds to the encoder's positions
-        raise UserError(f"--max_length {length}: this encoder has {limit} positions")
+    if length and length > limit:  # `load_encoder` lowers it to the encoder's positions
+        raise UserError(f"--max_length {length}: this encoder takes at most {limit} tokens")
     if plan.joint + plan.both and config.type_vocab_size < 2:
         raise UserError("--pair_encoding: this encoder has one segment; expected separate")
     if plan.lora:
@@ -185,13 +195,13 @@ def build_model(plan, encoder, tokenizer):
     )
     if plan.lora:
         apply_lora(bert, plan.lora)
-    model, taken = MultitaskBERT(bert, config, tokenizer, plan.is_frozen), []
+    model = MultitaskBERT(bert, config, tokenizer, plan.is_frozen)
     if plan.pals:
         model.pals = apply_pals(bert, plan.pals, flags.tasks)
     if flags.fine_tune_mode == "PAL":
         train_layer_norms_only(bert)
-    if flags.start_from:
-        taken = start_from(model, plan.lora, RunFolder(flags.start_from))
+    source = flags.start_from
+    taken = start_from(model, plan.lora, RunFolder(source)) if source else []
     if flags.mlm and "mlm" not in taken:
         load_mlm_head(model.mlm, encoder.folder / "model.safetensors")
     return model
@@ -317,7 +327,8 @@ def describe_sizes(sizes):
 
 def describe_load(data, plan):
     """A step's load on the memory, and how to make it smaller, in words."""
+    as_large = "" if plan.flags.gradient_surgery else " (with --accumulate the step stays as large)"
     longest = max(of_task["train"].longest() for of_task in data.values())
     largest = max(max(sizes.values()) for sizes in plan.epoch_sizes)
-    load = f"batches of {largest} × up to {longest} tokens"
-    return load, "lower --batch_size (with --accumulate the step stays as large) or --max_length"
+    load = f"batches of {largest} × sentences of up to {longest} tokens"
+    return load, f"lower --batch_size{as_large} or --max_length"
