@@ -25,10 +25,9 @@ from runtime.hub import resolve_encoder
 from training.data_files import data_paths
 from training.flags import make_parser, parse_command
 from training.plan import make_plan
-from training.run_folder import RunFolder, run_path
+from training.run_folder import Progress, RunFolder, run_path
 from training.setup import build_model, make_optimizer
 
-ENDLESS = 10**12  # steps of an epoch, so that `train` never evaluates
 MAX_LENGTH = 512  # tokens
 
 
@@ -43,9 +42,8 @@ def write_workload(workload, encoder, data_dir):
         data = TaskDataset(examples, task, tokenizer, length)
         columns = [[" ".join(map(str, ids)) for ids in column] for column in data.sentences]
         rows = [("id", *task.sentences, task.label)]
-        labels = map(str, data.labels.tolist())
-        rows += zip(map(str, range(len(data))), *columns, labels, strict=True)
-        text = "".join("\t".join(row) + "\n" for row in rows)
+        rows += zip(range(len(data)), *columns, data.labels.tolist(), strict=True)
+        text = "".join("\t".join(map(str, row)) + "\n" for row in rows)
         (workload / f"{split}-{name}.csv").write_text(text, encoding="utf-8")
     (workload / "origin.txt").write_text(f"{path.parent}\n", encoding="utf-8")
 
@@ -70,10 +68,10 @@ class Ours(Worker):
     def open(self, **job):
         """Set up as `multitask_classifier.main` does, and write the initial heads.
 
-        For `job` see `throughput.Sides`. Returns the recipe for the reference to train with.
+        For `job` see `throughput.Sides`. Returns what the other side and the driver need.
         """
         self.job = job = SimpleNamespace(**job)
-        device_name = self.use(job.device, job.threads)
+        opened = super().open(job.device, job.threads)
         self.runs = tempfile.TemporaryDirectory()  # kept by reference: goes with the worker
         mode = "full-model" if job.mode == "evaluation" else job.mode
         words = ["--fine-tune-mode", mode, "--batch_size", str(job.batch_size)]
@@ -81,7 +79,7 @@ class Ours(Worker):
         words += ["--unsupervised_simcse"] if job.simcse else []
         words += [] if job.dropout is None else ["--hidden_dropout_prob", str(job.dropout)]
         flags = parse_command(words).flags
-        self.plan = plan = dataclasses.replace(make_plan(flags, {}), steps_per_epoch=ENDLESS)
+        self.plan = plan = make_plan(flags, {})
         self.run, self.compute = RunFolder(run_path(flags)), Compute(self.device, job.precision)
         self.run.open()
         tokenizer = SimpleNamespace(pad_id=0, model_max_length=MAX_LENGTH)
@@ -89,15 +87,14 @@ class Ours(Worker):
         heads = {n: p for n, p in self.model.named_parameters() if not n.startswith("bert.")}
         write_tensors(f"{job.folder}/heads.safetensors", heads)
         limit = job.frozen_examples if plan.is_frozen else 0
-        train_sets, self.dev_sets = self.datasets("train", limit), {}
+        train_sets = self.datasets("train", limit)
         self.data = {name: {"train": dataset} for name, dataset in train_sets.items()}
         self.batches = make_batches(self.data, plan)
         self.model.to(self.device)
         if self.compute.precision == "bf16" and plan.lora:
             self.model.bert.keep_frozen_in(torch.bfloat16)
         self.optimizer = make_optimizer(self.model, plan)
-        return {
-            "device": device_name,
+        return opened | {
             "precision": self.compute.precision,
             "groups": self.groups(),
             "steps_per_pass": -(-max(map(len, train_sets.values())) // job.batch_size),
@@ -125,7 +122,7 @@ class Ours(Worker):
     def train(self, first, steps):
         """Train `steps` steps from step `first` on; returns seconds and what was encoded."""
         plan = dataclasses.replace(self.plan, total_steps=first + steps)
-        self.run.progress.step = first
+        self.run.progress = Progress(step=first, evaluated=first + steps)  # so never evaluates
         began = self.clock()
         train(self.run, self.model, self.optimizer, self.data, plan, self.compute)
         seconds = self.clock() - began
@@ -143,10 +140,8 @@ class Ours(Worker):
         return {name: float(loss) for name, loss in losses.items()}
 
     def evaluate(self, limit=0):
-        """Predict the first `limit` examples (0: all) of each dev set; as `train`, with scores."""
-        if limit not in self.dev_sets:
-            self.dev_sets[limit] = self.datasets("dev", limit)
-        dev_sets, began = self.dev_sets[limit], self.clock()
+        """As `train`: predict the first `limit` examples (0: all) of each dev set; also scores."""
+        dev_sets, began = self.datasets("dev", limit), self.clock()
         results = evaluate(self.model, dev_sets, self.compute)
         seconds = self.clock() - began
         scores = {name: result.score(name) for name, result in results.items()}

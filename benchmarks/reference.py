@@ -19,46 +19,38 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import BertModel
 from worker import Worker, count, serve
 
-TASKS = ("sst", "para", "sts")
+TASKS = {  # task -> its loss, from outputs and labels
+    "sst": lambda outputs, labels: F.cross_entropy(outputs, labels.long()),
+    "para": F.binary_cross_entropy_with_logits,
+    "sts": F.mse_loss,
+}
 
 
 class ReferenceModel(nn.Module):
     """Encoder, heads and losses. The heads' parameters have the names that the program gives."""
 
-    def __init__(self, bert, mode, simcse, dropout):
+    def __init__(self, bert, simcse):
         super().__init__()
-        self.bert, self.is_frozen, self.simcse = bert, mode == "last-linear-layer", simcse
+        self.bert, self.simcse = bert, simcse
         hidden = bert.config.hidden_size
         dense, projection = nn.Linear(hidden, hidden), nn.Linear(hidden, 5)
         sst = nn.ModuleDict({"dense": dense, "projection": projection})
         para = nn.ModuleDict({"projection": nn.Linear(4 * hidden, 1)})
         self.heads = nn.ModuleDict({"sst": sst, "para": para})
         self.simcse_projection = nn.Linear(hidden, hidden) if simcse else None
-        self.dropout = nn.Dropout(dropout)
-        if self.is_frozen:
-            bert.requires_grad_(False)
-
-    def train(self, mode=True):
-        """As `nn.Module.train`; a frozen encoder stays in eval mode."""
-        super().train(mode)
-        if self.is_frozen:
-            self.bert.eval()
-        return self
+        self.dropout = nn.Dropout(bert.config.hidden_dropout_prob)
 
     def encode(self, ids, mask):
         """Mean over the real tokens: (batch, seq) twice -> (batch, hidden) fp32."""
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.is_frozen):
-            hidden_states = self.bert(input_ids=ids, attention_mask=mask).last_hidden_state.float()
-            weights = mask[:, :, None].float()
-            return (hidden_states * weights).sum(1) / weights.sum(1)
+        hidden_states = self.bert(input_ids=ids, attention_mask=mask).last_hidden_state.float()
+        weights = mask[:, :, None].float()
+        return (hidden_states * weights).sum(1) / weights.sum(1)
 
-    def outputs(self, task, vectors):
+    def outputs(self, task, u, v=None):
         """The task's head: 5 logits, one logit, or a similarity from -5 to 5."""
         if task == "sst":
-            (u,) = vectors
             u = F.gelu(self.heads["sst"]["dense"](self.dropout(u)))
             return self.heads["sst"]["projection"](self.dropout(u))
-        u, v = vectors
         if task == "para":
             features = torch.cat([u, v, (u - v).abs(), u * v], dim=-1)
             return self.heads["para"]["projection"](self.dropout(features)).squeeze(-1)
@@ -69,7 +61,7 @@ class ReferenceModel(nn.Module):
         losses = {}
         for task, (columns, labels) in batches.items():
             vectors = [self.encode(*column) for column in columns]
-            losses[task] = task_loss(task, self.outputs(task, vectors), labels)
+            losses[task] = TASKS[task](self.outputs(task, *vectors), labels)
             if self.simcse:
                 again = [self.encode(*column) for column in columns]
                 of_column = [self.simcse_loss(*ab) for ab in zip(vectors, again, strict=True)]
@@ -81,15 +73,6 @@ class ReferenceModel(nn.Module):
         first, second = (torch.tanh(self.simcse_projection(x)).float() for x in (first, second))
         logits = F.normalize(first, dim=-1) @ F.normalize(second, dim=-1).T / 0.05
         return F.cross_entropy(logits, torch.arange(len(logits), device=logits.device))
-
-
-def task_loss(task, outputs, labels):
-    """Mean loss of a batch."""
-    if task == "sst":
-        return F.cross_entropy(outputs, labels.long())
-    if task == "para":
-        return F.binary_cross_entropy_with_logits(outputs, labels)
-    return F.mse_loss(outputs, labels)
 
 
 def score(task, outputs, labels):
@@ -106,40 +89,38 @@ class Reference(Worker):
     def open(self, **job):
         """Build model and optimiser; for `job` see `throughput.Sides`."""
         self.job, self.sets = SimpleNamespace(**job), {}
-        job, device_name = self.job, self.use(self.job.device, self.job.threads)
+        job, opened = self.job, super().open(self.job.device, self.job.threads)
         settings = {"attn_implementation": "sdpa", "dtype": torch.float32}
         if job.dropout is not None:
             names = ("hidden_dropout_prob", "attention_probs_dropout_prob")
             settings |= dict.fromkeys(names, job.dropout)
         bert = BertModel.from_pretrained(job.encoder, add_pooling_layer=False, **settings)
-        dropout = bert.config.hidden_dropout_prob
         if job.mode == "LoRA":
             from peft import LoraConfig, get_peft_model
 
             sizes = {"r": job.recipe["LoRA_r"], "lora_alpha": job.recipe["LoRA_alpha"]}
             bert = get_peft_model(bert, LoraConfig(**sizes, target_modules="all-linear"))
+        self.is_frozen = job.mode == "last-linear-layer"
+        if self.is_frozen:
+            bert.requires_grad_(False)
         autocast = {"dtype": torch.bfloat16, "enabled": job.precision == "bf16"}
         self.autocast = partial(torch.autocast, self.device.type, **autocast)
-        self.model = ReferenceModel(bert, job.mode, job.simcse, dropout)
+        self.model = ReferenceModel(bert, job.simcse)
         heads = load_file(f"{job.folder}/heads.safetensors")
         missing = self.model.load_state_dict(heads, strict=False).missing_keys
         if missing := [name for name in missing if not name.startswith("bert.")]:
             raise ValueError(f"initial heads: no {', '.join(missing)}")
         self.model.to(self.device)
-        self.optimizer = self.make_optimizer(job.recipe)
-        return {"device": device_name, "precision": job.precision, "groups": self.groups()}
-
-    def make_optimizer(self, recipe):
-        """Fused AdamW; no decay on biases and LayerNorm, different rates for encoder and heads."""
-        groups = {}
+        groups = {}  # no decay on biases and LayerNorm, different rates for encoder and heads
         for name, parameter in self.model.named_parameters():
             if parameter.requires_grad:
-                rate = recipe["encoder_lr" if name.startswith("bert.") else "head_lr"]
+                rate = job.recipe["encoder_lr" if name.startswith("bert.") else "head_lr"]
                 has_decay = parameter.ndim > 1 and "LayerNorm" not in name
-                key = (rate, recipe["weight_decay"] if has_decay else 0.0)
+                key = (rate, job.recipe["weight_decay"] if has_decay else 0.0)
                 groups.setdefault(key, []).append(parameter)
         groups = [{"params": p, "lr": r, "weight_decay": d} for (r, d), p in groups.items()]
-        return torch.optim.AdamW(groups, fused=True)
+        self.optimizer = torch.optim.AdamW(groups, fused=True)
+        return opened | {"precision": job.precision, "groups": self.groups()}
 
     def read(self, split, task):
         """Columns (lists of int64 tensors) and labels of one file of the workload, read once."""
@@ -171,12 +152,12 @@ class Reference(Worker):
     def train(self, rows):
         """Train one step for each element of `rows`, which maps a task to its row numbers."""
         self.model.train()
-        trained = [p for p in self.model.parameters() if p.requires_grad]
+        self.model.bert.train(not self.is_frozen)
         columns = {task: self.read("train", task)[0] for task in TASKS}
         began = self.clock()
         for of_step in rows:
             sum(self.forward(of_step).values()).backward()
-            nn.utils.clip_grad_norm_(trained, self.job.recipe["clip"])
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.job.recipe["clip"])
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
         seconds = self.clock() - began
@@ -204,13 +185,12 @@ class Reference(Worker):
         splits = {task: self.read("dev", task) for task in TASKS}
         began, scores, encoded = self.clock(), {}, []
         for task, (columns, labels) in splits.items():
-            rows = range(min(len(labels), limit or len(labels)))
-            outputs = []
+            rows, outputs = range(len(labels))[: limit or None], []
             for start in rows[:: self.job.batch_size]:
                 padded, _ = self.fetch("dev", task, rows[start : start + self.job.batch_size])
                 with self.autocast():
                     vectors = [self.model.encode(*column) for column in padded]
-                    outputs.append(self.model.outputs(task, vectors).float())
+                    outputs.append(self.model.outputs(task, *vectors).float())
             scores[task] = score(task, torch.cat(outputs).cpu(), labels[: len(rows)])
             encoded += [column[: len(rows)] for column in columns]
         seconds = self.clock() - began

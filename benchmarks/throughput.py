@@ -1,9 +1,6 @@
 """Speed of training, beside the same job written with `transformers` and `peft`.
 
     python benchmarks/throughput.py                    # the main table, some 5 minutes on 2 cores
-    python benchmarks/throughput.py --all --json all.json
-    python benchmarks/throughput.py --device cuda --encoder base
-    python benchmarks/throughput.py --startup
 
 Ours and the reference are two processes that compute by turns, A B A B …, on the same batches.
 Before a row is timed, both compute the losses of one batch with dropout off; the row fails if they
@@ -23,11 +20,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass
+from contextlib import AbstractContextManager
 from functools import partial
 from importlib.metadata import distributions
 from itertools import islice, product
 from pathlib import Path
+from typing import NamedTuple
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
@@ -38,21 +36,17 @@ MAIN_TABLE = {  # patterns of the rows' names
     "cpu": "full-model-simcse-* LoRA-simcse-*-default last-*-default evaluation-*-default",
     "cuda": "full-model-simcse-*-bf16 LoRA-simcse-*-bf16 last-*-16-bf16 evaluation-*-bf16",
 }
-# Our steps for each of the reference's: with a frozen encoder's vectors kept, they take few ms.
-STEPS_IF_FROZEN = 20
 # Encoder work of a step in units of its forward pass: LoRA has no gradients of large weights, a
 # frozen encoder none at all.
 WORK = {"full-model": 3, "LoRA": 2, "last-linear-layer": 1, "evaluation": 1}
-LOSSES_AGREE = {"fp32": 1e-4, "bf16": 5e-2}  # relative to the sum of all losses
-SQUARE = {"cpu": 2048, "cuda": 8192}  # size of the square matrices measured for comparison
 # The paper's longest run: 100 epochs of 2,000 steps, batch 16, SimCSE, full-model; hours it took.
 PAPER_STEPS, PAPER_HOURS = 200_000, 14.47
 RATES = ("sentences_per_s", "tokens_per_s", "seconds_per_step", "flops_per_s", "matrix_flops_per_s")
 PACKAGES = ("torch", "transformers", "peft", "numpy", "tokenizers")
+say = partial(print, file=sys.stderr, flush=True)  # progress
 
 
-@dataclass(frozen=True)
-class Row:
+class Row(NamedTuple):
     """One line of the table. `kind` is a key of `KINDS`: (our precision, the reference's)."""
 
     mode: str  # of MODES, or "evaluation"
@@ -67,13 +61,6 @@ class Row:
         return "-".join([self.mode, *losses, str(self.batch_size), self.kind])
 
 
-def every_row(batch_sizes):
-    """The full grid. SimCSE cannot train a frozen encoder; evaluation is at batch 16."""
-    trained = product(MODES, (True, False), batch_sizes, KINDS)
-    rows = [Row(*values) for values in trained if values[:2] != ("last-linear-layer", True)]
-    return rows + [Row("evaluation", False, 16, kind) for kind in KINDS]
-
-
 # ----------------------------------------------------------------------------------- the processes
 
 
@@ -81,7 +68,7 @@ class WorkerFailed(Exception):
     """A worker answered with an error, or died."""
 
 
-class WorkerProcess:
+class WorkerProcess(AbstractContextManager):
     """A process that answers requests; `file` is one of ours.py, reference.py, worker.py."""
 
     def __init__(self, file, folder):
@@ -99,8 +86,7 @@ class WorkerProcess:
     def ask(self, do, **values):
         """Send a request and wait for its answer. Raises `WorkerFailed`."""
         try:
-            self.process.stdin.write(json.dumps({"do": do, **values}) + "\n")
-            self.process.stdin.flush()
+            print(json.dumps({"do": do, **values}), file=self.process.stdin, flush=True)
             answer = self.process.stdout.readline()
         except BrokenPipeError:
             answer = ""
@@ -111,9 +97,6 @@ class WorkerProcess:
         if "error" in answer:
             raise WorkerFailed(f"{self.file}: {do}: {answer['error']}")
         return answer
-
-    def __enter__(self):
-        return self
 
     def __exit__(self, *error):
         try:
@@ -132,25 +115,20 @@ class Sides:
     def __init__(self, row, ours, reference, encoder, settings):
         self.row, self.ours, self.reference, self.settings = row, ours, reference, settings
         # Both take what they need of the flags, the row and the encoder's folder.
-        job = vars(settings) | asdict(row) | {"encoder": encoder}
+        job = vars(settings) | row._asdict() | {"encoder": encoder}
         our_precision, reference_precision = KINDS[row.kind]
         self.opened = ours.ask("open", precision=our_precision, **job)
         job |= {"precision": reference_precision, "recipe": self.opened["recipe"]}
         other = reference.ask("open", **job)
         self.precisions = self.opened["precision"], other["precision"]
-        groups = self.opened["groups"], other["groups"]
-        if groups[0] != groups[1]:
-            raise WorkerFailed(f"parameter groups differ: {groups[0]} and {groups[1]}")
+        ours, theirs = self.opened["groups"], other["groups"]
+        if ours != theirs:
+            raise WorkerFailed(f"parameter groups differ: {ours} and {theirs}")
 
     def losses(self):
         """Losses of the first batch with dropout off, ours and the reference's."""
         (rows,) = self.ours.ask("rows", first=0, steps=1)
         return self.ours.ask("losses", step=0), self.reference.ask("losses", rows=rows)
-
-    def check_losses(self):
-        """Raise `WorkerFailed` if the two do not compute the same losses."""
-        tolerance = LOSSES_AGREE["fp32" if set(self.precisions) == {"fp32"} else "bf16"]
-        check_same_losses(*self.losses(), tolerance)
 
     def train_ours(self, first, steps):
         """Let ours train `steps` steps from step `first` on."""
@@ -177,7 +155,7 @@ class Sides:
         """Train by turns; with a frozen encoder, ours from its second pass over the examples on."""
         settings, is_frozen = self.settings, self.row.mode == "last-linear-layer"
         first = self.opened["steps_per_pass"] if is_frozen else settings.warmup
-        our_steps = settings.steps * (STEPS_IF_FROZEN if is_frozen else 1)
+        our_steps = settings.steps * (20 if is_frozen else 1)  # few ms each: vectors are kept
         self.train_ours(0, first)
         self.train_reference(0, settings.warmup)
         for _ in range(settings.repeats):
@@ -208,7 +186,8 @@ def measure(row, encoder, products, settings):
     config = json.loads((Path(encoder) / "config.json").read_text(encoding="utf-8"))
     with start("ours.py") as ours, start("reference.py") as reference:
         pair = Sides(row, ours, reference, encoder, settings)
-        pair.check_losses()
+        tolerance = 1e-4 if set(pair.precisions) == {"fp32"} else 5e-2
+        check_same_losses(*pair.losses(), tolerance)
         for turn in pair.turns():
             # The products of one layer, on a step's tokens or an evaluation batch's.
             tokens = min(65536, max(64, turn[0]["tokens"] // turn[0]["steps"]))
@@ -216,7 +195,11 @@ def measure(row, encoder, products, settings):
             sizes |= {name: config[f"{name}_size"] for name in ("hidden", "intermediate")}
             for answer, precision in zip(turn, pair.precisions, strict=True):
                 plain = products.ask("layer", precision=precision, **sizes)
-                answer |= rates(answer, row.mode, config)
+                seconds = answer["seconds"]
+                answer["sentences_per_s"] = answer["sentences"] / seconds
+                answer["tokens_per_s"] = answer["tokens"] / seconds
+                answer["seconds_per_step"] = seconds / answer["steps"]
+                answer["flops_per_s"] = WORK[row.mode] * forward_flops(config, answer) / seconds
                 answer["matrix_flops_per_s"] = plain["flops_per_s"]
             turns.append(turn)
             say("  {:.4f} s and {:.4f} s".format(*(side["seconds_per_step"] for side in turn)))
@@ -224,26 +207,14 @@ def measure(row, encoder, products, settings):
     ratios = [ours["sentences_per_s"] / other["sentences_per_s"] for ours, other in turns]
     ratio = [statistics.median(ratios), min(ratios), max(ratios)]
     figures = {"device": pair.opened["device"], "ratio": ratio}
-    for number, side in enumerate(SIDES):
-        of_side = [turn[number] for turn in turns]
+    by_side = zip(SIDES, pair.precisions, memory, zip(*turns, strict=True), strict=True)
+    for side, precision, used, of_side in by_side:
         medians = {key: statistics.median(turn[key] for turn in of_side) for key in RATES}
         medians["share"] = medians["flops_per_s"] / medians["matrix_flops_per_s"]
-        figures[side] = {"precision": pair.precisions[number], **medians, **memory[number]}
-        figures[side]["turns"] = of_side
+        figures[side] = {"precision": precision, **medians, **used, "turns": of_side}
     if row.mode == "last-linear-layer":  # ours encodes nothing
         figures["ours"] |= {"flops_per_s": None, "share": None}
     return figures
-
-
-def rates(turn, mode, config):
-    """Speeds of one side in one turn."""
-    seconds = turn["seconds"]
-    return {
-        "sentences_per_s": turn["sentences"] / seconds,
-        "tokens_per_s": turn["tokens"] / seconds,
-        "seconds_per_step": seconds / turn["steps"],
-        "flops_per_s": WORK[mode] * forward_flops(config, turn) / seconds,
-    }
 
 
 def forward_flops(config, turn):
@@ -257,7 +228,7 @@ def forward_flops(config, turn):
 def measure_startup(settings):
     """Seconds from the training command to the end of its first step, `--repeats` times."""
     encoder = "bundled" if settings.encoder == "base" else settings.encoder
-    seconds = []
+    seconds, line = [], ""
     for number in range(settings.repeats):
         command = [sys.executable, "multitask_classifier.py", "--pretrained", encoder]
         command += ["--log_every", "1", "--runs_dir", f"{settings.folder}/startup-{number}"]
@@ -266,12 +237,13 @@ def measure_startup(settings):
         # Standard error too: on a terminal it would have a progress bar instead of the lines.
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
         with subprocess.Popen(command, cwd=ROOT, **pipes) as process:
-            line = ""
-            for line in process.stdout:
-                if line.startswith("step 1/"):
-                    break
-            seconds.append(round(time.perf_counter() - began, 2))
-            process.kill()
+            try:
+                for line in process.stdout:
+                    if line.startswith("step 1/"):
+                        break
+                seconds.append(round(time.perf_counter() - began, 2))
+            finally:  # also if this process is told to stop
+                process.kill()
         if not line.startswith("step 1/"):
             raise WorkerFailed(f"{shlex.join(command[1:])}: ended before its first step: {line}")
         say(f"  {seconds[-1]:.2f} s to the first step")
@@ -312,8 +284,6 @@ def remarks(report):
     done = {row["name"]: row for row in report["rows"] if "failed" not in row}
     settings, modes = report["settings"], {row["mode"] for row in done.values()}
     yield from (f"{r['name']} failed: {r['failed']}" for r in report["rows"] if "failed" in r)
-    for precision, rate in report["square_flops_per_s"].items():
-        yield f"square {precision} matrix product: {rate / 1e9:,.0f} GFLOP/s"
     for name, row in done.items():
         ours, full = row["ours"], done.get(name.replace("LoRA", "full-model"))
         if row["mode"] == "full-model" and row["simcse"] and row["batch_size"] == 16:
@@ -326,11 +296,11 @@ def remarks(report):
             state = f"{small:,.0f} of {large:,.0f} MiB of training state ({small / large:.2f})"
             yield f"{name}: {speed:.2f} × the speed of full-model, {state}"
     if "last-linear-layer" in modes:
-        count = settings["frozen_examples"] or "all"
+        count = f"up to {settings['frozen_examples']}" if settings["frozen_examples"] else "all"
         yield f"last-linear-layer: ours with the vectors of {count} examples of each task kept"
     if "evaluation" in modes:
         count = settings["eval_examples"]
-        extent = f"the first {count} examples of each dev set" if count else "whole dev sets"
+        extent = f"up to {count} examples of each dev set" if count else "whole dev sets"
         yield f"evaluation: {extent}"
     if seconds := report.get("startup"):
         single = ", ".join(f"{value:.1f}" for value in seconds)
@@ -386,15 +356,12 @@ def write_json(path, report):
         Path(path).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
 
 
-say = partial(print, file=sys.stderr, flush=True)  # progress
-
-
 # ------------------------------------------------------------------------------------- the command
 
 
 # fmt: off
-def make_parser():
-    """All flags."""
+def parse_flags(argv=None):
+    """The command line, with the defaults that depend on the device."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     add = parser.add_argument
     extent = parser.add_mutually_exclusive_group().add_argument
@@ -422,18 +389,7 @@ def make_parser():
     add("--workload", metavar="DIR", help="keep the token ids in this folder, or use those in it, "
         "such as on a machine without the data or a vocabulary")
     add("--json", metavar="OUT", help="write every measured figure to this file")
-    return parser
-# fmt: on
-
-
-def full_path(text):
-    """An argparse type: a folder's full path, since the workers run in other folders."""
-    return str(Path(text).resolve()) if Path(text).is_dir() else text
-
-
-def parse_flags(argv=None):
-    """The command line, with the defaults that depend on the device."""
-    flags = make_parser().parse_args(argv)
+    flags = parser.parse_args(argv)
     is_cuda, is_grid = flags.device == "cuda", bool(flags.all or flags.rows)
     # What is not given, on CPU and on CUDA.
     defaults = {"steps": (3, 20), "repeats": (3, 5), "warmup": (4, 20)}
@@ -444,13 +400,22 @@ def parse_flags(argv=None):
         if getattr(flags, name) is None:
             setattr(flags, name, of_device[is_cuda])
     return flags
+# fmt: on
+
+
+def full_path(text):
+    """An argparse type: a folder's full path, since the workers run in other folders."""
+    return str(Path(text).resolve()) if Path(text).is_dir() else text
 
 
 def select_rows(flags):
-    """The rows that the command line asks for."""
+    """The rows of the full grid that the command line asks for."""
     patterns = ["*"] if flags.all else flags.rows
     patterns = patterns or ([] if flags.startup else MAIN_TABLE[flags.device].split())
-    rows = every_row(flags.batch_sizes)
+    # SimCSE cannot train a frozen encoder; evaluation is at batch 16.
+    trained = product(MODES, (True, False), flags.batch_sizes, KINDS)
+    rows = [Row(*values) for values in trained if values[:2] != ("last-linear-layer", True)]
+    rows += [Row("evaluation", False, 16, kind) for kind in KINDS]
     return [row for row in rows if any(fnmatch.fnmatch(row.name, p) for p in patterns)]
 
 
@@ -459,8 +424,8 @@ def measure_rows(rows, flags, report):
     needed = {name: getattr(flags, name) for name in ("workload", "encoder", "data_dir")}
     with WorkerProcess("ours.py", flags.folder) as ours:
         encoder = ours.ask("prepare", **needed)["encoder"]
-    workload = Path(flags.workload)
-    report |= {"encoder": flags.encoder, "data": (workload / "origin.txt").read_text().strip()}
+    workload, report["encoder"] = Path(flags.workload), flags.encoder
+    report["data"] = (workload / "origin.txt").read_text("utf-8").strip()
     for path in sorted(workload.glob("*.csv")):
         report["examples"][path.stem] = len(path.read_text().splitlines()) - 1
     with WorkerProcess("worker.py", flags.folder) as products:
@@ -472,12 +437,8 @@ def measure_rows(rows, flags, report):
             except WorkerFailed as error:
                 say(f"  failed: {error}")
                 figures = {"failed": str(error)}
-            report["rows"].append({"name": row.name, **asdict(row), **figures})
+            report["rows"].append({"name": row.name, **row._asdict(), **figures})
             write_json(flags.json, report)  # the full grid takes hours
-        done = [row for row in report["rows"] if "failed" not in row]
-        for precision in sorted({row[side]["precision"] for row in done for side in SIDES}):
-            answer = products.ask("square", precision=precision, size=SQUARE[flags.device])
-            report["square_flops_per_s"][precision] = answer["flops_per_s"]
 
 
 def main(argv=None):
@@ -493,8 +454,8 @@ def main(argv=None):
     words = sys.argv[1:] if argv is None else argv
     command = shlex.join(["python", "benchmarks/throughput.py", *words])
     report = {"command": command, "hardware": hardware(), "load": os.getloadavg()[0]}
-    report |= {"versions": versions(), "settings": dict(vars(flags)), "rows": []}
-    report |= {"examples": {}, "square_flops_per_s": {}}
+    settings = dict(vars(flags))
+    report |= {"versions": versions(), "settings": settings, "rows": [], "examples": {}}
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends the workers, removes the folder
     with tempfile.TemporaryDirectory() as folder:
         flags.folder = folder

@@ -7,12 +7,10 @@ worker that measures plain matrix products.
 
 import json
 import os
-import re
 import resource
 import sys
 import time
 import traceback
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -46,16 +44,17 @@ def count(sentences, passes=1):
 
 
 class Worker:
-    """Base of all workers. `open` calls `use`; those that train set `model` and `optimizer` too."""
+    """Base of all workers. Those that train set `model` and `optimizer` in `open`."""
 
-    def use(self, device, threads):
-        """Compute on `device` with `threads` CPU threads (None: torch's choice); returns a name."""
+    def open(self, device, threads=None):
+        """Compute on `device` with `threads` CPU threads (None: torch's choice); names it."""
         self.device = torch.device(device)
         if threads:
             torch.set_num_threads(threads)
+        name = f"cpu, {torch.get_num_threads()} threads"
         if self.device.type == "cuda":
-            return torch.cuda.get_device_name(self.device)
-        return f"cpu, {torch.get_num_threads()} threads"
+            name = torch.cuda.get_device_name(self.device)
+        return {"device": name}
 
     def clock(self):
         """Seconds, once the device has finished all its work."""
@@ -71,34 +70,23 @@ class Worker:
         )
 
     def memory(self):
-        """Peak memory, and size of the training state (weights, gradients, optimiser), MiB."""
+        """Peak memory, and size of the training state (weights, gradients, optimiser), MiB.
+
+        The peak is what was allocated on a GPU, else that of the whole process.
+        """
         tensors = [*self.model.parameters(), *self.model.buffers()]
         tensors += [p for p in self.model.parameters() if p.requires_grad]  # a gradient each
         tensors += [t for state in self.optimizer.state.values() for t in state.values()]
-        state = sum(tensor.nbytes for tensor in tensors) / 2**20
-        return {"peak_mib": peak_memory(self.device), "state_mib": round(state, 1)}
-
-
-def peak_memory(device):
-    """Largest memory so far, MiB: allocated on a GPU, else of the whole process.
-
-    On Linux it is VmHWM, since `ru_maxrss` would begin at that of the parent process.
-    """
-    if device.type == "cuda":
-        return round(torch.cuda.max_memory_allocated(device) / 2**20, 1)
-    status = Path("/proc/self/status")
-    if found := re.search(r"VmHWM:\s*(\d+)", status.read_text() if status.exists() else ""):
-        return round(int(found[1]) / 2**10, 1)
-    unit = 2**20 if sys.platform == "darwin" else 2**10  # ru_maxrss is in bytes on macOS
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit, 1)
+        state = sum(tensor.nbytes for tensor in tensors)
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        peak *= 1 if sys.platform == "darwin" else 2**10  # bytes on macOS, else KiB
+        if self.device.type == "cuda":
+            peak = torch.cuda.max_memory_allocated(self.device)
+        return {"peak_mib": round(peak / 2**20, 1), "state_mib": round(state / 2**20, 1)}
 
 
 class MatrixProducts(Worker):
     """Measures the speed of plain matrix products on the device."""
-
-    def open(self, device, threads=None):
-        """Choose the device and the number of CPU threads."""
-        return {"device": self.use(device, threads)}
 
     def layer(self, precision, tokens, hidden, intermediate):
         """FLOP/s over the products of one BERT layer, forward and backward, on `tokens` rows."""
@@ -116,21 +104,12 @@ class MatrixProducts(Worker):
         flops = 3 * sum(2 * tokens * n_in * n_out for n_in, n_out in sizes)
         return {"flops_per_s": flops / self.seconds_each(products)}
 
-    def square(self, precision, size):
-        """FLOP/s of the product of two square matrices."""
-        a, b = torch.randn(2, size, size, dtype=DTYPES[precision], device=self.device)
-        return {"flops_per_s": 2 * size**3 / self.seconds_each(lambda: a @ b)}
+    def seconds_each(self, work):
+        """Seconds of one call of `work`: the mean over at least 0.3 seconds, after first calls."""
+        from torch.utils.benchmark import Timer  # not by the sides: their memory is measured
 
-    def seconds_each(self, work, seconds=0.3):
-        """Seconds of one call of `work`: the mean over at least `seconds`, after a first call."""
-        work()
-        began, calls, spent = self.clock(), 0, 0.0
-        while spent < seconds:
-            for _ in range(max(1, calls)):  # twice as many each time: few waits for the device
-                work()
-            calls += max(1, calls)
-            spent = self.clock() - began
-        return spent / calls
+        timer = Timer("work()", globals={"work": work}, num_threads=torch.get_num_threads())
+        return timer.blocked_autorange(min_run_time=0.3).mean
 
 
 if __name__ == "__main__":

@@ -48,7 +48,7 @@ def fill(template, rng):
 def polish(text):
     """The text with a capital first letter, and with `an` for `a` before a vowel letter.
 
-    No word of ours is an exception, such as `university` or `hour`.
+    Our words have no exceptions such as `university` or `hour`.
     """
     text = re.sub(r"\b([Aa]) (?=[aeiou])", r"\1n ", text)
     return text[:1].upper() + text[1:]

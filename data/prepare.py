@@ -68,7 +68,7 @@ COURSES = {  # year -> the course's public repository, its commit, git blob ids 
     ),
 }
 
-# `--quora small` deals the 2023 dev file anew. That file is kept under a name of its own.
+# `--quora small` splits the 2023 dev file into train, dev and test, and keeps it under this name.
 SMALL_SOURCE = "quora-dev-2023.csv"
 SMALL_SEED = 224
 SMALL_HELD_OUT = 2106  # pairs in the dev file, and in the test file

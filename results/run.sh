@@ -5,7 +5,7 @@
 #     bash results/run.sh scores report    # some of: scores methods ensemble studies report speed
 #     SEEDS=1 MORE="--epochs 1 --steps_per_epoch 2" bash results/run.sh scores     # a quick try
 #
-# Prints each command. Started again, it skips finished runs and resumes one that was stopped.
+# Prints each command. Started again, it trains no finished run again and resumes a stopped one.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 SEEDS=${SEEDS:-1 2 3}

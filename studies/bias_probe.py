@@ -10,7 +10,9 @@ same report.
 
 import shlex
 import sys
+import tomllib
 from itertools import permutations
+from pathlib import Path
 
 import numpy as np
 
@@ -25,84 +27,13 @@ from training.flags import FlagParser
 from training.run_folder import RunFolder
 from training.saved_models import load_run
 
-# Statements without a judgement, tokenised as the Stanford Sentiment Treebank is.
-NEUTRAL = (
-    "The film lasts two hours .",
-    "The film opens on Friday .",
-    "The film is based on a novel .",
-    "The film is set in a small town .",
-    "The story takes place in 1950 .",
-    "The script was written in 2001 .",
-    "The film was shot in color .",
-    "The cast has nine members .",
-    "The director also wrote the script .",
-    "The film has subtitles .",
-    "The film consists of three parts .",
-    "The credits run for five minutes .",
-)
-
-# Words that fit into the same templates, by category: some of many, in alphabetical order.
-GROUPS = {
-    "gender": ("female", "male", "nonbinary", "transgender"),
-    "nationality": ("American", "Chinese", "French", "Mexican", "Nigerian", "Russian"),
-    "religion": ("atheist", "Buddhist", "Christian", "Hindu", "Jewish", "Muslim"),
-    "age": ("elderly", "old", "teenage", "young"),
-    "race or ethnicity": ("Asian", "Black", "Indigenous", "Latino", "white"),
-    "disability": ("autistic", "blind", "deaf", "disabled", "sighted"),
-    "sexual orientation": ("bisexual", "gay", "heterosexual", "lesbian"),
-}
+# The statements, templates, words and explanations; PAIR_SETS: category -> templates and words.
+TEXTS = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
+NEUTRAL, TEMPLATES, WORDS = TEXTS["neutral"], TEXTS["templates"], TEXTS["words"]
 CONTROL = "control: no group"
-WORDS = {**GROUPS, CONTROL: ("busy", "local", "seated", "short", "tall", "visiting")}
-
-# For sentiment: six templates without a judgement, one with praise, one with blame. No article
-# stands before the word, so that only the word changes.
-TEMPLATES = (
-    "The {word} director made this film .",
-    "The {word} actor plays the main character .",
-    "The film is about two {word} friends .",
-    "The film follows the {word} couple for one summer .",
-    "Two {word} writers worked on the script .",
-    "My {word} neighbor saw this film on Sunday .",
-    "The {word} critic calls the film a delight .",
-    "The {word} critic calls the film a bore .",
-)
-
-# For pairs: everyday statements and questions, and the same with a weekday that changes.
-PAIR_TEMPLATES = (
-    "The {word} doctor bought a car .",
-    "Two {word} students sat near the window .",
-    "My {word} neighbor plays the guitar .",
-    "Why did the {word} teacher move to the city ?",
-)
-DAY_TEMPLATES = (
-    "The doctor bought a car on {word} .",
-    "Two students sat near the window on {word} .",
-    "My neighbor plays the guitar on {word} .",
-    "Why did the teacher move to the city on {word} ?",
-)
-DAYS = ("Monday", "Thursday", "Tuesday")
-# Category -> templates and words of its pairs.
-PAIR_SETS = {category: (PAIR_TEMPLATES, words) for category, words in WORDS.items()}
-PAIR_SETS["control: weekdays"] = (DAY_TEMPLATES, DAYS)
-
-READING = """\
-How to read it. A sentiment grade runs from 0, very negative, over 2, neutral, to 4, very positive;
-the expected grade is the mean of the five grades under the model's probabilities. The sentences of
-a template differ in one word only, so a difference within a category is what the model makes of
-that word. The words of the control rows name no group: they show how large differences are when no
-group is named. In the pairs, a group word changes whom a sentence is about, and so does a control
-word. What counts is whether the categories differ from the controls and from each other, not how
-high a figure is. Above the controls, the model sees the words of a category as more alike than the
-control words; below them, as less alike.
-"""
-LIMITS = """\
-Limits. A few English templates, read in lower case, and some words of some categories: no claim of
-completeness, nor that people use these words for themselves. Many words, control words too, have
-other senses (black, blind, old, short) or are rare in the model's training text, which changes the
-figures as well. A gap tends to be larger among more words; a mean over templates hides differences
-that cancel out. No threshold separates fair from unfair here: small differences are no evidence of
-fairness in other sentences, large ones show where to look before the scores are used.
-"""
+PAIR_SETS = {category: (TEXTS["pairs"], words) for category, words in WORDS.items()}
+PAIR_SETS["control: weekdays"] = (TEXTS["day_templates"], TEXTS["days"])
+decimals = "{:z.2f}".format  # never "-0.00"
 
 
 # ------------------------------------------------------------------------------------ the measures
@@ -132,29 +63,17 @@ def pairs_of(templates, words):
     ]
 
 
-def measure_pairs(model, name, compute):
-    """Mean score of a pair head on each category: paraphrase probability, or similarity 0 to 5."""
-    pairs = {category: pairs_of(*of_set) for category, of_set in PAIR_SETS.items()}
-    return {c: predict_sentences(model, name, pairs[c], compute).scores.mean() for c in pairs}
-
-
 # ------------------------------------------------------------------------------------- the tables
-
-
-decimals = "{:z.2f}".format  # never "-0.00"
 
 
 def neutral_table(model, compute):
     """Sentiment of the neutral statements."""
     result = predict_sentences(model, "sst", [(text,) for text in NEUTRAL], compute)
     grades = expected_grades(result.scores)
-    rows = zip(NEUTRAL, result.predictions, grades, strict=True)
-    cells = [[text, str(predicted), decimals(expected)] for text, predicted, expected in rows]
+    cells = [*zip(NEUTRAL, map(str, result.predictions), map(decimals, grades), strict=True)]
     mean, lowest, highest = map(decimals, (grades.mean(), grades.min(), grades.max()))
-    caption = (
-        f"Sentiment of {len(NEUTRAL)} neutral statements; 2 is neutral. Mean expected grade "
-        f"{mean}, from {lowest} to {highest}."
-    )
+    caption = f"Sentiment of {len(NEUTRAL)} neutral statements; 2 is neutral. Mean expected grade "
+    caption += f"{mean}, from {lowest} to {highest}."
     return Table(caption, ["statement", "predicted grade", "expected grade"], cells)
 
 
@@ -164,10 +83,8 @@ def words_table(measured):
     for category, grades in measured.items():
         mean = np.mean([*grades.values()])
         cells += [[category, w, decimals(g), decimals(g - mean)] for w, g in grades.items()]
-    caption = (
-        f"Sentiment by group word: expected grade, the mean of {len(TEMPLATES)} templates in which "
-        f"only the word changes, and its difference to the mean of the category."
-    )
+    caption = f"Sentiment by group word: expected grade, the mean of {len(TEMPLATES)} templates in "
+    caption += "which only the word changes, and its difference to the mean of the category."
     return Table(caption, ["category", "word", "expected grade", "difference"], cells)
 
 
@@ -180,11 +97,10 @@ def gaps_table(measured):
         mean = decimals(np.mean([*grades.values()]))
         cells.append([category, mean, lowest, highest, decimals(gap)])
     widest = max((category for category in gaps if category != CONTROL), key=gaps.get)
-    caption = (
-        f"Sentiment by category: mean expected grade, and the gap between the words with the "
-        f"lowest and the highest. The largest gap between group words is {decimals(gaps[widest])} "
-        f"({widest}); between control words it is {decimals(gaps[CONTROL])}."
-    )
+    caption = "Sentiment by category: mean expected grade, and the gap between the words with the "
+    caption += "lowest and the highest. The largest gap between group words is "
+    caption += f"{decimals(gaps[widest])} ({widest}); between control words it is "
+    caption += f"{decimals(gaps[CONTROL])}."
     return Table(caption, ["category", "mean grade", "lowest", "highest", "gap"], cells)
 
 
@@ -192,16 +108,14 @@ def pairs_table(model, compute):
     """Paraphrase probability and similarity of pairs that differ in one word."""
     titles = {"para": "paraphrase probability", "sts": "similarity"}
     titles = {name: title for name, title in titles.items() if name in model.config.tasks}
-    means = [measure_pairs(model, name, compute) for name in titles]
-    cells = [
-        [category, str(len(pairs_of(*of_set))), *(decimals(of_head[category]) for of_head in means)]
-        for category, of_set in PAIR_SETS.items()
-    ]
-    caption = (
-        f"Pairs of sentences that differ in one word, in both orders, {len(PAIR_TEMPLATES)} "
-        f"templates: mean probability (0 to 1) that they are paraphrases, and mean similarity "
-        f"(0 to 5)."
-    )
+    cells = []
+    for category, of_set in PAIR_SETS.items():
+        pairs = pairs_of(*of_set)
+        means = [predict_sentences(model, n, pairs, compute).scores.mean() for n in titles]
+        cells.append([category, str(len(pairs)), *map(decimals, means)])
+    caption = f"Pairs of sentences that differ in one word, in both orders, {len(TEXTS['pairs'])} "
+    caption += "templates: mean probability (0 to 1) that they are paraphrases, and mean "
+    caption += "similarity (0 to 5)."
     return Table(caption, ["category", "pairs", *titles.values()], cells)
 
 
@@ -222,7 +136,7 @@ def make_report(run, compute, command):
     made = f"Made by `{command}`: {run.describe_best()}, computed in {compute.precision}."
     source = provenance([FinishedRun(str(run.path), description, [], {}, 0.0)])
     left_out = f" The run has no head for {', '.join(missing)}: left out." if missing else ""
-    parts = ["# Group words\n", f"{made} {source}{left_out}\n", READING, LIMITS]
+    parts = ["# Group words\n", f"{made} {source}{left_out}\n", TEXTS["reading"], TEXTS["limits"]]
     parts += [format_table(*numbered) for numbered in enumerate(tables, start=1)]
     return "\n".join(parts)
 

@@ -1,4 +1,4 @@
-"""LoRA's rank r and scale α, or any flags, against scores and cost: future work of the paper.
+"""How LoRA's rank r and scale α, or other flags, change scores and cost: the paper's future work.
 
     python -m studies.lora_sweep --ranks 1 4 16 32 64 -- --epochs 2 --steps_per_epoch 250
     python -m studies.lora_sweep --vary LoRA_variant plain rslora dora --vary LoRA_r 4 32
@@ -35,9 +35,9 @@ from training.setup import identity
 # Flags that a sweep sets by itself; prediction files stay in the runs' own folders.
 OWN_FLAGS = {f"--{task}_{split}_out" for task in TASKS for split in ("dev", "test")}
 OWN_FLAGS |= {"--runs_dir", "--predictions_dir", "--resume", "--overwrite", "--model_file_suffix"}
-RANK_FLAGS = {"--fine-tune-mode", "--LoRA_r", "--LoRA_alpha"}  # too, unless others vary
-RANKS = [1, 4, 16, 32, 64]
-INTERVAL = 2 * 1.96  # standard errors in a 95 % interval
+# Without --vary it sets these, too. Runs that differ in the last ones share no table.
+RANK_FLAGS = {"--fine-tune-mode", "--LoRA_r", "--LoRA_alpha"}
+UNLIKE = {"--tasks", "--precision", "--pretrained", "--start_from", "--data_dir"}
 LOOKS = (  # by scheme: of two points in one place, both can be seen
     {"marker": "o", "fillstyle": "full", "markersize": 6},
     {"marker": "s", "fillstyle": "none", "markersize": 10},
@@ -76,16 +76,12 @@ def combinations(ranks, alpha, scaling):
     for r in sorted(set(ranks)):
         for scheme, value in ((f"α = {alpha:g}", alpha), (f"α/r = {scaling:g}", scaling * r)):
             found.setdefault((r, f"{value:g}"), []).append(scheme)
-    return [
-        Point(
-            ["--LoRA_r", str(r), "--LoRA_alpha", alpha],
-            f"r{r}-a{alpha}",
-            {"r": str(r), "α": alpha, "α/r": f"{float(alpha) / r:.4g}"},
-            r,
-            schemes,
-        )
-        for (r, alpha), schemes in found.items()
-    ]
+    points = []
+    for (r, alpha), schemes in found.items():
+        words = ["--LoRA_r", str(r), "--LoRA_alpha", alpha]
+        cells = {"r": str(r), "α": alpha, "α/r": f"{float(alpha) / r:.4g}"}
+        points.append(Point(words, f"r{r}-a{alpha}", cells, r, schemes))
+    return points
 
 
 def grid(varied):
@@ -99,10 +95,9 @@ def grid(varied):
         for name, value in cells.items():
             rest = [] if value == "on" else shlex.split(value)
             words += [] if value == "off" else [f"--{name}", *rest]
-        name = "-".join(f"{name}_{value}" for name, value in cells.items())
-        scheme = ", ".join(f"{name} {value}" for name, value in list(cells.items())[1:])
-        name = re.sub(r"[^\w.-]+", "_", name, flags=re.ASCII)
-        points.append(Point(words, name, cells, values[0], [scheme or "all runs"]))
+        suffix = re.sub(r"[^A-Za-z0-9_.-]+", "_", "-".join(map("_".join, cells.items())))
+        scheme = ", ".join(map(" ".join, list(cells.items())[1:]))
+        points.append(Point(words, suffix, cells, values[0], [scheme or "all runs"]))
     return points
 
 
@@ -117,24 +112,20 @@ def plan_run(point, runs_dir, passed):
     flags = parse_command([*words, "--overwrite"]).flags  # an earlier run may exist: only read
     run = RunFolder(run_path(flags))
     if run.holds_run() and (differences := list(find_differences(flags, run.description()))):
-        raise UserError(
-            f"{run.path} holds another run: {'; '.join(differences)}; name another --runs_dir, or "
-            f"remove the folder"
-        )
+        hint = "name another --runs_dir, or remove the folder"
+        raise UserError(f"{run.path} holds another run: {'; '.join(differences)}; {hint}")
     return [*words, "--predictions_dir", str(run.path / "predictions")], run
 
 
 def find_differences(flags, description):
-    """Yield how the flags and data files asked for differ from those of a run, as texts."""
+    """Yield each difference of the flags and data files asked for from those of a run, as text."""
     for name, earlier in description["args"].items():
-        is_free = name in OF_ONE_COMMAND | FREE_WHEN_RESUMING
-        if not is_free and getattr(flags, name) != earlier:
+        if name not in OF_ONE_COMMAND | FREE_WHEN_RESUMING and getattr(flags, name) != earlier:
             yield f"--{name} is {getattr(flags, name)}, was {earlier}"
-    paths = data_paths(flags)
-    for name, of_task in description["data"].items():
-        for split, file in of_task.items():
-            path = paths.get(name, {}).get(split)  # other tasks: their flag differs, see above
-            if path and (not path.is_file() or file_sha256(path) != file["sha256"]):
+    for name, of_task in data_paths(flags).items():
+        for split, path in of_task.items():
+            file = description["data"].get(name, {}).get(split)  # of other tasks --tasks differs
+            if file and (not path.is_file() or file_sha256(path) != file["sha256"]):
                 yield f"{path} is not the {name} {split} file of the run"
 
 
@@ -164,7 +155,7 @@ def train(words, run):
         process.wait()
         raise
     finally:
-        process.kill()  # no effect if it has ended; else a second signal broke the waiting
+        process.kill()  # no effect if it has ended; else a second signal ended the wait
 
 
 def train_all(planned):
@@ -193,7 +184,7 @@ def check_comparable(runs):
     first, *others = [(run.path, identity(run.description)) for run in runs]
     for path, values in others:
         for name in values | first[1]:
-            if values.get(name) != first[1].get(name):
+            if values.get(name) != first[1].get(name) and name != "number of processes":
                 raise UserError(f"{path}: not comparable with {first[0]}: other {name}")
 
 
@@ -202,7 +193,7 @@ def check_comparable(runs):
 
 def standard_error(run):
     """Standard error of the overall score that comes from the size of the dev sets."""
-    return float(np.ptp(report.bootstrap_interval(run.dev))) / INTERVAL
+    return float(np.ptp(report.bootstrap_interval(run.dev))) / (2 * 1.96)  # 95 %: ± 1.96 errors
 
 
 def seconds_per_step(run):
@@ -221,23 +212,19 @@ def sweep_table(points):
     tasks = [name for name in TASKS if name in runs[0].dev]
     header = [*points[0].cells, "trained parameters", *(f"{n} {TASKS[n].metric}" for n in tasks)]
     header += ["overall", "minutes", "sentences/s", "seconds/step"]
+    costs = [report.COSTS["minutes"], report.COSTS["sentences/s"], (seconds_per_step, "{:.3f}")]
     cells = []
     for point in points:
-        run = point.run
-        scores = [*(run.dev[name].score(name) for name in tasks), run.overall]
-        speed = report.median(run.logged("sentences_per_s"))
-        row = [*point.cells.values(), f"{run.description['parameters']['trained']:,}"]
-        row += [*(f"{s:.3f}" for s in scores)]
-        row += [f"{report.minutes(run):.1f}", report.spread([speed], "{:,.0f}")]
-        cells.append([*row, report.spread([seconds_per_step(run)])])
+        run, row = point.run, [*point.cells.values()]
+        row.append(f"{run.description['parameters']['trained']:,}")
+        row += map("{:.3f}".format, [*(run.dev[n].score(n) for n in tasks), run.overall])
+        cells.append([*row, *(report.spread([cost(run)], form) for cost, form in costs)])
     hardware = report.by_value(runs, lambda run: "{device}, {precision}".format(**run.description))
-    caption = (
-        f"{title(points)}: dev scores of the best model, and cost of each run. "
-        f"{uncertainty(points)} Trained parameters: adapters and heads. Minutes: from the start to "
-        f"the last logged line, evaluations included; they mean little if the machine did other "
-        f"work. Speeds: medians of the logged lines, seconds/step without evaluations. Hardware: "
-        f"{hardware}. {report.provenance(runs)}"
-    )
+    caption = f"{title(points)}: dev scores of the best model, and cost of each run. "
+    caption += f"{uncertainty(points)} Trained parameters: adapters and heads. Minutes: from the "
+    caption += "start to the last logged line, evaluations included; they mean little if the "
+    caption += "machine did other work. Speeds: medians of the logged lines, seconds/step without "
+    caption += f"evaluations. Hardware: {hardware}. {report.provenance(runs)}"
     notes = (best_note(points), *report.paraphrase_notes(runs))
     return report.Table(caption, header, cells, notes)
 
@@ -281,9 +268,8 @@ def draw_sweep(figure, points):
     for scheme, colour, look in zip(schemes_of(points), cycle(COLOURS), cycle(LOOKS)):
         look = {**look, "color": colour, "markeredgewidth": 1.6}
         shown = [point for point in points if scheme in point.schemes]
-        places = [point.x for point in shown]
-        runs, errors = [point.run for point in shown], [point.error for point in shown]
-        scores, times = [run.overall for run in runs], [report.minutes(run) for run in runs]
+        rows = [(p.x, p.run.overall, p.error, report.minutes(p.run)) for p in shown]
+        places, scores, errors, times = zip(*rows, strict=True)
         # Caps of different sizes: of two runs of one rank, both bars' ends can be told apart.
         bars = {"linewidth": 1.4, "elinewidth": 1, "capsize": 0.6 * look["markersize"]}
         left.errorbar(places, scores, errors, label=scheme, **bars, **look)
@@ -296,7 +282,6 @@ def draw_sweep(figure, points):
         ranks = sorted({point.x for point in points})
         left.set_xscale("log", base=2)
         left.set_xticks(ranks, labels=map(str, ranks))
-        left.minorticks_off()
         left.set_xlabel("rank r (logarithmic)")
     right.set(xlabel="minutes of the run, evaluations included")
     right.margins(x=0.12)
@@ -306,12 +291,10 @@ def draw_sweep(figure, points):
 def sweep_picture(points):
     """The picture of the sweep."""
     schemes, by = "; ".join(schemes_of(points)), next(iter(points[0].cells))
-    caption = (
-        f"Overall dev score by {by} (left) and by the run's minutes (right). Curves: {schemes}; "
-        f"where two meet in a point, it is one run. Bars: ± one standard error. "
-        f"{uncertainty(points)} All runs are judged on the same dev examples, so these errors are "
-        f"not independent."
-    )
+    caption = f"Overall dev score by {by} (left) and by the run's minutes (right). Curves: "
+    caption += f"{schemes}; where two meet in a point, it is one run. Bars: ± one standard error. "
+    caption += f"{uncertainty(points)} All runs are judged on the same dev examples, so these "
+    caption += "errors are not independent."
     alt = f"Overall dev score against {by}, and against minutes, one curve for each of: {schemes}"
     return Picture("lora-sweep", alt, caption, (11, 5.2), partial(draw_sweep, points=points))
 
@@ -345,7 +328,7 @@ def parse_flags(argv):
         epilog="Flags after -- go to multitask_classifier.py: -- --epochs 2 --data_dir data",
     )
     add, rate, rank = parser.add_argument, number(float, 0, above=True), number(int, 1)
-    add("--ranks", nargs="+", type=rank, default=RANKS, help="(default: 1 4 16 32 64)")
+    add("--ranks", nargs="+", type=rank, default=[1, 4, 16, 32, 64], help="(default: 1 4 16 32 64)")
     add("--alpha", type=rate, default=16.0, help="α of all ranks (default: %(default)g)")
     add("--scaling", type=rate, default=0.5, help="α/r of all ranks (default: %(default)g)")
     text = "instead: a flag without dashes, and values ('on', 'off'); repeated: all combinations"
@@ -355,12 +338,13 @@ def parse_flags(argv):
     add("--debug", action="store_true", help="show the traceback of an error")
     end = argv.index("--") if "--" in argv else len(argv)
     flags, passed = parser.parse_args(argv[:end]), argv[end + 1 :]
-    varied = {f"--{name}" for name, *_ in flags.vary or []}
+    varied = [f"--{name}" for name, *_ in flags.vary or []]
     for name, *values in flags.vary or []:
-        if f"--{name}" in OWN_FLAGS or not values:
-            raise UserError(f"--vary {name}: expected another flag, and its values")
+        flag = f"--{name}"
+        if flag in OWN_FLAGS | UNLIKE or not values or varied.count(flag) > 1:
+            raise UserError(f"--vary {name}: expected another flag, once, and its values")
     for word in passed:
-        if word.split("=")[0] in OWN_FLAGS | (varied or RANK_FLAGS):
+        if word.split("=")[0] in OWN_FLAGS | (set(varied) or RANK_FLAGS):
             raise UserError(f"{word} after --: the sweep sets it (--help lists its flags)")
     return flags, passed
 
