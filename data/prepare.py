@@ -26,7 +26,7 @@ import urllib.parse
 import urllib.request
 from http.client import HTTPException
 from pathlib import Path
-from ssl import SSLError
+from ssl import SSLCertVerificationError, SSLError
 from urllib.error import HTTPError, URLError
 
 HERE = Path(__file__).resolve().parent
@@ -177,6 +177,11 @@ def open_url(url, offset, timeout):
             raise
         message = f"{url}: the server answered {error.code} {error.reason}: check --base_url"
         raise PrepareError(message) from None
+    except URLError as error:
+        if not isinstance(error.reason, SSLCertVerificationError):
+            raise
+        hint = "name your network's certificates in SSL_CERT_FILE"
+        raise PrepareError(f"{url}: {error.reason}: {hint}") from None
 
 
 def download_rest(url, part, timeout):
@@ -211,7 +216,7 @@ def download(url, part, retries, timeout):
                     f"{url}: {reason} (attempt {attempt + 1} of {retries + 1}): check the"
                     " network, then run the same command again; it resumes where it stopped"
                 ) from None
-        wait = min(2.0**attempt, LONGEST_WAIT)
+        wait = min(2.0 ** min(attempt, 9), LONGEST_WAIT)
         print(f"{part.stem}: {reason}; next attempt in {wait:.0f} s", file=sys.stderr)
         time.sleep(wait)
 
@@ -317,6 +322,7 @@ def web_address(text):
         parts = urllib.parse.urlsplit(text)
         valid = parts.scheme in ("http", "https") and parts.hostname and text.split() == [text]
         valid = valid and parts.port != 0 and parts.hostname.encode("idna")
+        valid = valid and text.isascii() and not set("@?#") & set(text)
     except ValueError:  # a port or a host name that cannot be
         valid = False
     if not valid:

@@ -157,7 +157,8 @@ def draw_losses(figure, panel):
     axes, handles, steps = figure.subplots(), {}, {}
     for curve in panel.curves:
         label, last = curve.look[2], max([*curve.steps, *curve.dev[0]])
-        handles[label], steps[label] = plot_curve(axes, curve, panel.limits), last
+        handles[label] = plot_curve(axes, curve, panel.limits)
+        steps[label] = max(last, steps.get(label, 0))
     labels = [f"{label} ({steps[label]:,} steps)" for label in handles]
     keys = [axes.plot([], [], style, color="gray", markersize=4.5)[0] for style in ("-", "--o")]
     labels += ["training (raw: pale)", "dev"]

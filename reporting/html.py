@@ -7,7 +7,7 @@ import json
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
 
-from config import TASKS
+from config import TASKS, overall_tasks
 from reporting.ensemble import dev_texts
 from reporting.results import worst_errors
 
@@ -56,7 +56,8 @@ def run_data(run, examples):
             "errors": [(row, round(by, 6)) for row, by in worst_errors(TASKS[name], result)],
         }
         scores |= {f"{name} {metric}": value for metric, value in result.metrics.items()}
-    return {"name": run.name, "scores": scores | {"overall": run.overall}, "tasks": tasks}
+    scores["overall"], counted = run.overall, overall_tasks(run.dev)
+    return {"name": run.name, "scores": scores, "tasks": tasks, "counted": counted}
 
 
 def describe_examples(run, name):

@@ -9,6 +9,7 @@ losses from `metrics.jsonl`, the rest from `run.json`.
 
 import argparse
 import json
+import os
 import re
 import shlex
 from collections import Counter
@@ -74,8 +75,10 @@ def group_runs(runs):
     recipes = [recipe_of(group[0]) for group in groups.values()]
     rows = {}
     for group, recipe in zip(groups.values(), recipes, strict=True):
-        name = group[0].name
-        stem = re.sub(r"[-_.]?(seed|s)?\d+$", "", name) if len(group) > 1 else name
+        names = [run.name for run in group]
+        stems = {re.sub(r"[-_](seed|s)?\d+$", "", name) for name in names}
+        stem = names[0] if len(names) == 1 else stems.pop() if len(stems) == 1 else None
+        stem = stem or os.path.commonprefix(names).rstrip("-_.") or names[0]  # noqa: RUF071
         label = recipe if recipe and recipes.count(recipe) == 1 else stem
         label = group[0].path if label in rows else label
         rows[label] = group
@@ -100,6 +103,8 @@ def provenance(runs):
         about, how = run.description["encoder"], "as asked for"
         if about["substituted"]:
             how = "**substituted**, since bert-base-uncased could not be reached"
+        if start := run.args.get("start_from"):
+            how += f", then the best model of `{start}`"
         return f"`{about['name']}` ({how})"
 
     def data(run):
@@ -119,7 +124,7 @@ def paraphrase_notes(runs):
     few = " and ".join(f"{count:,}" for count in sorted(counts) if count < 200_000)
     if few:
         notes.append(f"Paraphrase: trained on {few} pairs; the paper had about 283,000.")
-    if any("MiniLM" in run.description["encoder"]["name"] for run in runs):
+    if any("all-MiniLM-L6-v2" in run.description["encoder"]["name"] for run in runs):
         notes.append(
             "all-MiniLM-L6-v2 was itself trained contrastively on Quora duplicates (its model "
             "card), which raises its paraphrase score by an unknown amount."
@@ -177,8 +182,8 @@ def scores_table(rows):
             paper = f"{recipe.paper:.3f}" if recipe.paper else "–"
             notes.append(f"*{escape(label)}*: {recipe.reading}.")
         cells.append([label, str(len(group)), *map(spread, scores), overall, interval, paper])
-    if len({tuple(overall_tasks(run.dev)) for run in runs}) > 1:
-        notes.append("Overall scores of rows with different tasks are not comparable.")
+    if len({dev_files(run) for run in runs}) > 1:
+        notes.append("Overall scores of rows with other tasks or dev files are not comparable.")
     metrics = [f"{name} {TASKS[name].metric}" for name in tasks]
     header = ["strategy", "runs", *metrics, "overall", "95 % interval", "paper's overall"]
     caption = (
@@ -188,6 +193,12 @@ def scores_table(rows):
         "the course's full training data; its best scores are 0.732 on dev and 0.740 on test. "
     )
     return Table(caption + provenance(runs), header, cells, tuple(notes))
+
+
+def dev_files(run):
+    """The tasks of the overall score, each with the hash of its dev file."""
+    data = run.description["data"]
+    return tuple((name, data[name]["dev"]["sha256"]) for name in overall_tasks(run.dev))
 
 
 def minutes(run):
@@ -225,11 +236,11 @@ def cost_table(rows):
     """Table 2: time, speed, memory and trained parameters."""
     runs, cells = [run for group in rows.values() for run in group], []
     for label, group in rows.items():
-        steps = max(line["step"] for line in group[0].lines)
+        steps = by_value(group, lambda run: f"{max(line['step'] for line in run.lines):,}")
         costs = [spread([cost(run) for run in group], form) for cost, form in COSTS.values()]
         parameters = [f"{group[0].description['parameters'][key]:,}" for key in ("trained", "all")]
         hardware = by_value(group, lambda run: "{device}, {precision}".format(**run.description))
-        cells.append([label, f"{steps:,}", batch_of(group[0]), *costs, *parameters, hardware])
+        cells.append([label, steps, batch_of(group[0]), *costs, *parameters, hardware])
     header = ["strategy", "steps", "batch", *COSTS, "trained parameters", "of all", "hardware"]
     caption = (
         "Cost of training. Batch: examples of each task in an optimiser step, of the first epoch "
@@ -337,7 +348,9 @@ def write_report(runs, folder):
     scores, cost, *errors = (format_table(*pair) for pair in numbered)
     images = [format_picture(number, p, runs) for number, p in enumerate(pictures, start=1)]
     best_names = ", ".join(dict.fromkeys(f"`{run.name}`" for run in best.values()))
-    command = shlex.join(["python", "evaluation.py", "--report", *(run.path for run in runs)])
+    words = ["--report", *(run.path for run in runs)]
+    words += [] if folder == Path("report") else ["--report_dir", str(folder)]
+    command = shlex.join(["python", "evaluation.py", *words])
     commands = [run.description["expanded_command"] or run.description["command"] for run in runs]
     parts = [
         f"# Report\n\nMade by `{command}`. Each picture links to its PDF.\n",

