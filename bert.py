@@ -123,7 +123,11 @@ class BertSelfAttention(nn.Module):
         if dropout and query.device.type != "cuda":
             context = self.attend_with_dropout(q, k, v, mask)
         else:
-            context = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
+            size = q.size(-1)
+            if size % 8:  # CUDA's fused kernels need a multiple of 8
+                q, k, v = (F.pad(x, (0, -size % 8)) for x in (q, k, v))
+            settings = {"attn_mask": mask, "dropout_p": dropout, "scale": 1 / math.sqrt(size)}
+            context = F.scaled_dot_product_attention(q, k, v, **settings)[..., :size]
         return context.transpose(1, 2).reshape(B * T, -1)
 
     def attend_with_dropout(self, q, k, v, mask):

@@ -42,7 +42,7 @@ from reporting.ensemble import evaluate_ensemble, finished_run, print_caveats
 from reporting.report import write_report
 from reporting.texts import read_chunks, table_header, table_rows
 from runtime import distributed
-from runtime.device import Compute, memory_errors, select_device
+from runtime.device import Compute, is_memory_error, memory_errors, select_device
 from runtime.files import file_sha256, open_whole, output_errors
 from training.data_files import NOT_FOUND, of_split, paths_of_run, tokenize_data
 from training.run_folder import RunFolder, newest_run
@@ -92,8 +92,8 @@ def predict_in_parts(model, dataset, rows, batch):
     """`model.predict` of the batch at `rows`; one too large for a GPU's memory is halved."""
     try:
         return model.predict(dataset.task.name, batch)
-    except torch.OutOfMemoryError:
-        if len(rows) == 1:
+    except RuntimeError as error:
+        if len(rows) == 1 or not is_memory_error(error):
             raise
     halves = [(half, dataset.batch(half)) for half in np.array_split(rows, 2)]
     return torch.cat([predict_in_parts(model, dataset, *half) for half in halves])
@@ -356,7 +356,9 @@ def main(argv=None):
             say(f"wrote {flags.export}")
             return
         with distributed.joined_processes(select_device(flags.use_gpu)) as device:
-            compute = Compute(device, flags.precision or run.description()["precision"])
+            description = run.description()
+            precision = flags.precision or description["precision"]
+            compute = Compute(device, precision, description["args"].get("deterministic"))
             with memory_errors(device, "the model"):
                 use_run(run, compute, flags)
 

@@ -52,7 +52,9 @@ class Worker:
         if threads:
             torch.set_num_threads(threads)
         name = f"cpu, {torch.get_num_threads()} threads"
-        if self.device.type == "cuda":
+        if self.device.type == "cuda":  # as `Compute` sets it, on both sides: TF32, no cuDNN
+            torch.set_float32_matmul_precision("high")
+            torch.backends.cuda.enable_cudnn_sdp(False)
             name = torch.cuda.get_device_name(self.device)
         return {"device": name}
 

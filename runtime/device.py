@@ -24,7 +24,7 @@ class OutOfMemory(Exception):
 class Compute:
     """How a run computes: device, precision, autocast and gradient scaler.
 
-    `precision` is one of `config.PRECISIONS`; `warning` says if the hardware lacks it, else None.
+    `precision` is one of `config.PRECISIONS`; `warning` says what the hardware lacks, else None.
     """
 
     def __init__(self, device, precision="auto", deterministic=False):
@@ -34,9 +34,15 @@ class Compute:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
         self.cosine_targets = None  # state of GradVac, (tasks, tasks), on the device
         keep_freed_memory()
-        if self.device.type == "cuda" and self.precision == "fp32":  # TF32 where the GPU has it
-            torch.set_float32_matmul_precision("highest" if deterministic else "high")
-        if deterministic:
+        if self.device.type == "cuda":
+            # cuDNN's attention plans anew for each shape, rounds the dropout rate to sixteenths and
+            # has NaN gradients at rows of 64 tokens (pytorch#196678).
+            torch.backends.cuda.enable_cudnn_sdp(False)
+            if self.precision == "fp32":  # TF32 where the GPU has it
+                torch.set_float32_matmul_precision("highest" if deterministic else "high")
+        if deterministic and self.device.type == "mps":  # some operations would be refused
+            self.warning = self.warning or "--deterministic: no effect on mps"
+        elif deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True)
 
@@ -118,14 +124,20 @@ def peak_memory_mib(device):
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit)
 
 
+def is_memory_error(error):
+    """Whether an exception says that memory ran out; most of torch's are plain `RuntimeError`s."""
+    signs = ("out of memory", "allocate memory", "not enough memory", "unable to mmap")
+    signs += ("alloc_failed",)  # cuBLAS
+    return isinstance(error, MemoryError) or any(sign in str(error).lower() for sign in signs)
+
+
 @contextlib.contextmanager
 def memory_errors(device, load, remedy="close other programs on it, or choose another device"):
     """Turn exhausted memory into an `OutOfMemory` that names the load and the remedy."""
     try:
         yield
-    except (MemoryError, RuntimeError) as error:  # torch's CPU allocator: a plain RuntimeError
-        signs = ("out of memory", "allocate memory", "not enough memory", "unable to mmap")
-        if not isinstance(error, MemoryError) and not any(s in str(error).lower() for s in signs):
+    except (MemoryError, RuntimeError) as error:
+        if not is_memory_error(error):
             raise
         raise OutOfMemory(
             f"out of memory on {device} with {load}; peak {peak_memory_mib(device):,} MiB; {remedy}"

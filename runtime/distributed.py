@@ -42,7 +42,7 @@ def joined_processes(device):
         torch.cuda.set_device(device)
     else:  # several processes cannot share an Apple GPU
         device = torch.device("cpu")
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     if rank() > 0:
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
     try:
@@ -127,8 +127,7 @@ def largest(number):
     """Largest of the processes' integers, the same on every process."""
     if world_size() == 1:
         return number
-    device = "cuda" if dist.get_backend() == "nccl" else "cpu"  # NCCL handles GPU tensors only
-    tensor = torch.tensor(number, device=device)
+    tensor = torch.tensor(number)  # on the CPU: no GPU is waited for
     dist.all_reduce(tensor, dist.ReduceOp.MAX)
     return int(tensor)
 

@@ -8,6 +8,7 @@ import atexit
 import contextlib
 import json
 import os
+import platform
 import signal
 import sys
 import time
@@ -18,7 +19,9 @@ from tqdm import tqdm
 
 # What torch reads when it is imported, unless the user has set it. Batches of different lengths
 # would leave gaps in a GPU's memory that are too small for the next ones.
-if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # the older name
+# Not on WSL, where the first allocation may fail (pytorch#192330).
+is_wsl = "microsoft" in platform.release().lower()
+if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ and not is_wsl:  # the older name
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 # A thread that waits for the others would spin so long that two runs on the same cores take four
 # times as long, not twice.

@@ -62,13 +62,20 @@ def test_the_best_device_and_its_precisions(
 def test_fp32_on_a_gpu_is_tf32_unless_deterministic(
     monkeypatch, device, precision, deterministic, expected
 ):
-    settings = []
+    settings, cudnn = [], []
     monkeypatch.setattr("runtime.device.select_precision", lambda *_: (precision, None))
     monkeypatch.setattr(torch, "set_float32_matmul_precision", settings.append)
     monkeypatch.setattr(torch, "use_deterministic_algorithms", lambda _: None)
+    monkeypatch.setattr(torch.backends.cuda, "enable_cudnn_sdp", cudnn.append)
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     Compute(device, precision, deterministic)
     assert settings == expected
+    assert cudnn == [False] * (device == "cuda")
+
+
+def test_deterministic_is_warned_of_where_it_would_refuse_operations(monkeypatch):
+    monkeypatch.setattr(torch, "use_deterministic_algorithms", None)
+    assert Compute("mps", "fp32", True).warning == "--deterministic: no effect on mps"
 
 
 MEMORY = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")

@@ -981,6 +981,15 @@ def test_a_run_is_evaluated_on_its_own_files_wherever_they_are(train, monkeypatc
         evaluation.main(argv)
 
 
+def test_a_deterministic_run_is_evaluated_so(train):
+    """Else its predictions would not be those that it wrote, on a GPU."""
+    train("--epochs 0 --deterministic")
+    torch.use_deterministic_algorithms(False)
+    evaluation.main([])
+    assert torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(False)
+
+
 def test_a_run_that_still_trains_is_evaluated_as_one_model(train, monkeypatch):
     """The link to the best model may be exchanged between the reading of two files."""
     run = train("--epochs 1 --steps_per_epoch 1")
