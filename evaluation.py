@@ -298,8 +298,9 @@ def make_parser():
         "table: with columns 'sentence' or 'sentence1' and 'sentence2' (tabs or commas), else one "
         "sentence a line, or two with a tab between; '-': standard input")
     add("--out", metavar="FILE", help="of --predict: the table (default: standard output)")
-    add("--export", metavar="DIR", help="write the best model as one plain encoder (LoRA merged) "
-        "with pooling files and heads: for transformers, sentence-transformers and --pretrained")
+    add("--export", metavar="DIR", help="write the best model, if it has no PALs, into a new "
+        "folder as one plain encoder (LoRA merged) with pooling files and heads: for transformers, "
+        "sentence-transformers and --pretrained")
     add("--predictions_dir", default="predictions", metavar="DIR",
         help="folder of the prediction files (default: %(default)s)")
     add("--data_dir", metavar="DIR", help="where the run's data files lie now (default: where "

@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
-# All runs, tables and pictures of RESULTS.md. Many hours on two CPU cores.
+# Runs as in RESULTS.md, but all of seeds 1 to 3, and without "bf16 against fp32". Many hours on two
+# CPU cores. First: python data/prepare.py --quora small (else all of it is of the sample).
 #
 #     bash results/run.sh                  # everything, into runs/ and report/
 #     bash results/run.sh scores report    # some of: scores methods ensemble studies report speed
-#     SEEDS=1 MORE="--epochs 1 --steps_per_epoch 2" bash results/run.sh scores     # a quick try
+#     SEEDS=1 MORE="--epochs 1 --steps_per_epoch 2 --runs_dir /tmp/r" bash results/run.sh scores  # try
 #
 # Prints each command. Started again, it trains no finished run again and resumes a stopped one.
 set -euo pipefail

@@ -328,7 +328,14 @@ def parse_flags(argv):
         epilog="Flags after -- go to multitask_classifier.py: -- --epochs 2 --data_dir data",
     )
     add, rate, rank = parser.add_argument, number(float, 0, above=True), number(int, 1)
-    add("--ranks", nargs="+", type=rank, default=[1, 4, 16, 32, 64], help="(default: 1 4 16 32 64)")
+    add(
+        "--ranks",
+        nargs="+",
+        type=rank,
+        default=[1, 4, 16, 32, 64],
+        help="each is trained "
+        "with --alpha and with --scaling times the rank (default: 1 4 16 32 64)",
+    )
     add("--alpha", type=rate, default=16.0, help="α of all ranks (default: %(default)g)")
     add("--scaling", type=rate, default=0.5, help="α/r of all ranks (default: %(default)g)")
     text = "instead: a flag without dashes, and values ('on', 'off'); repeated: all combinations"

@@ -102,7 +102,8 @@ def make_parser():
 
     add = parser.add_argument_group("what is trained").add_argument
     add("--recipe", choices=RECIPES, metavar="NAME", help="preset flags, a row of the paper's "
-        f"Table 1 or ours, 'best': {', '.join(RECIPES)}; a flag given beside it overrides it")
+        f"Table 1 or ours, 'best': {', '.join(RECIPES)}; a flag given beside it replaces its "
+        "whole value; another --fine-tune-mode drops its --lr and --freeze_word_embeddings")
     add("--fine-tune-mode", choices=MODES, default="full-model", help="what is trained: the heads "
         "alone, everything, LoRA adapters and the heads, or projected attention layers, LayerNorms "
         "and the heads (default: %(default)s)")
@@ -111,8 +112,9 @@ def make_parser():
         help=f"of {', '.join(TASKS)} (default: all but cfimdb)")
     add("--pretrained", metavar="ENCODER", help="folder, hub name, or 'bundled' (default: "
         "bert-base-uncased; if the hub is out of reach, the bundled MiniLM)")
-    add("--start_from", metavar="RUN", help="start from the best model of this run, not from "
-        "--pretrained: its encoder, its adapters if both runs use LoRA, and the heads that fit")
+    add("--start_from", metavar="RUN", help="start from the best model of this run, not with "
+        "--pretrained: its encoder, its adapters (merged unless both runs use LoRA), and the heads "
+        "that fit")
 
     add = parser.add_argument_group("LoRA (only with --fine-tune-mode LoRA)").add_argument
     add("--LoRA_r", type=positive, default=LoRAConfig.r, metavar="R",
@@ -146,8 +148,8 @@ def make_parser():
     add("--pooling", choices=("mean", "cls"), default="mean",
         help="a sentence's vector: mean over its tokens (default) or the first token")
     add("--pair_encoding", nargs="+", default=["separate"], metavar="[TASK=]HOW",
-        help="'separate' (bi-encoder, default), 'joint' (cross-encoder: a pair is one sequence) or "
-        "'both', for all pair tasks or as para=both sts=separate")
+        help="'separate' (bi-encoder, default), 'joint' (cross-encoder: a pair is one sequence, "
+        "with a linear head) or 'both', for all pair tasks or as para=both sts=separate")
     add("--unsupervised_simcse", action="store_true", help="contrastive loss on sentences")
     add("--supervised_simcse", action="store_true", help="contrastive loss on paraphrase pairs")
     add("--simcse_tasks", nargs="+", choices=TASKS, metavar="TASK",
@@ -182,14 +184,14 @@ def make_parser():
     add("--batch_size", type=positive, default=8,
         help="examples of each task per batch, over all processes (default: %(default)s)")
     add("--task_batch_sizes", nargs="+", default=[], metavar="TASK=N",
-        help="other sizes for single tasks, such as para=64")
+        help="other sizes for single tasks, such as para=64; not with --sampling")
     add("--sampling", choices=("equal", "proportional", "annealed"), default="equal",
         help="how many of a batch's examples each task gets; their total stays the same: equally "
         "many (default), in proportion to its training examples N, or to N^a with a from 1 in the "
         "first epoch to 0.2 in the last (annealed)")
     add("--accumulate", type=positive, default=1, metavar="N",
-        help="batches per optimiser step; in-batch negatives stay those of one batch "
-        "(default: %(default)s)")
+        help="batches per optimiser step, not with --gradient_surgery; in-batch negatives stay "
+        "those of one batch (default: %(default)s)")
     add("--lr", type=rate, help="peak learning rate of the encoder (heads in last-linear-layer; "
         f"default: {', '.join(f'{m} {r[0] or r[1]:g}' for m, r in LEARNING_RATES.items())})")
     add("--head_lr", type=rate, help="peak learning rate of what is new, heads and PALs (default: "
@@ -225,7 +227,8 @@ def make_parser():
         help="folder of all runs (default: %(default)s)")
     add("--predictions_dir", default="predictions", metavar="DIR",
         help="folder of the prediction files (default: %(default)s)")
-    add("--resume", action="store_true", help="resume the run from its last checkpoint")
+    add("--resume", action="store_true", help="resume the run from its last checkpoint; its other "
+        "flags may be left out, and few may differ")
     add("--overwrite", action="store_true", help="remove an earlier run of the same name")
     add("--save_every", type=natural, default=0, metavar="N",
         help="also save a checkpoint every N steps; 0: after each epoch only "
@@ -240,7 +243,8 @@ def make_parser():
     add("--use_gpu", action="store_true",
         help="fail without a GPU; by default the best available device is used")
     add("--precision", choices=PRECISIONS, default="auto",
-        help="%(default)s (default): bf16 if the hardware has it, fp16 on older CUDA GPUs")
+        help="%(default)s (default): bf16 if the hardware has it, fp16 on older CUDA GPUs, else "
+        "fp32; on CUDA fp32 is TF32 unless --deterministic")
     add("--deterministic", action="store_true", help="the same bits on every run on CUDA; slower")
 
     add = parser.add_argument_group("data").add_argument
