@@ -140,7 +140,7 @@ def _decode(path):
 
 
 def csv_reader(lines, delimiter, strict=False):
-    """As `csv.reader`, which alone stops at fields of 131,072 characters."""
+    """As `csv.reader`, without its limit of 131,072 characters in a field."""
     csv.field_size_limit(2**31 - 1)
     return csv.reader(lines, delimiter=delimiter, strict=strict)
 
@@ -168,7 +168,8 @@ def _quote_left_open(raw, record, width):
     Such a quote reaches the end of the file, or ends at a quote of a later row. Its signs: csv's
     strict mode refuses the record; its number of fields is wrong; or a field of several lines has
     the tabs of rows: in one line as many as a whole row, in its first line as many as follow this
-    field, or in its last line as many as stand before it.
+    field, or in its last line as many as stand before it (of these two, one alone counts from two
+    tabs on).
     """
     fields = [(place, text.split("\n")) for place, text in enumerate(record) if "\n" in text]
     if not fields and raw.endswith("\n"):

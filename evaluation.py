@@ -89,7 +89,7 @@ def shared_batches(dataset, batch_tokens, rows=None):
 
 
 def predict_in_parts(model, dataset, rows, batch):
-    """`model.predict` of the batch at `rows`; one too large for a GPU's memory is halved."""
+    """`model.predict` of the batch at `rows`; one too large for the memory is halved."""
     try:
         return model.predict(dataset.task.name, batch)
     except RuntimeError as error:
@@ -325,13 +325,9 @@ def parse_flags(argv=None):
         parser.error("--out goes with --predict")
     if flags.out is not None and Path(flags.out).exists() and not Path(flags.out).is_file():
         parser.error(f"--out {flags.out}: expected the name of a file")
-    for name in ("sentence", "sentence2", "predict", "out", "export"):
-        text = getattr(flags, name)
-        if text is not None and not is_utf8(text):
-            parser.error(f"--{name} {text!a}: not UTF-8")
-    for path in [*(flags.report or []), *(flags.checkpoint or [])]:
-        if not is_utf8(path):
-            parser.error(f"{path!a}: not UTF-8")
+    for word in sys.argv[1:] if argv is None else argv:
+        if not is_utf8(word):
+            parser.error(f"{word!a}: not UTF-8")
     if uses == ["report"] and flags.checkpoint:
         parser.error("--report and --checkpoint exclude each other")
     if uses and len(flags.checkpoint or []) > 1:

@@ -47,7 +47,7 @@ def _read_texts(name, lines):
     first = next(lines, None)
     if first is None:
         raise UserError(f"{name}: an empty file; expected a sentence on each line")
-    if "\r" in first.removesuffix("\n").removesuffix("\r"):
+    if "\r" in first.rstrip("\r\n"):
         raise UserError(f"{name}:1: a carriage return inside the line; expected \\n at line ends")
     for delimiter in "\t,":
         header = [field.strip().lower() for field in next(csv_reader([first], delimiter), [])]

@@ -36,12 +36,12 @@ class Compute:
         keep_freed_memory()
         if self.device.type == "cuda":
             # cuDNN's attention plans anew for each shape, rounds the dropout rate to sixteenths and
-            # has NaN gradients at rows of 64 tokens (pytorch#196678).
+            # can have NaN gradients at rows of 64 tokens (pytorch#196678).
             torch.backends.cuda.enable_cudnn_sdp(False)
             if self.precision == "fp32":  # TF32 where the GPU has it
                 torch.set_float32_matmul_precision("highest" if deterministic else "high")
         if deterministic and self.device.type == "mps":  # some operations would be refused
-            self.warning = self.warning or "--deterministic: no effect on mps"
+            self.warning = self.warning or "deterministic: no effect on mps"
         elif deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True)

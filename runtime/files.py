@@ -2,7 +2,6 @@
 
 import contextlib
 import errno
-import glob
 import hashlib
 import os
 import shutil
@@ -12,7 +11,8 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 TEMPORARY = ".tmp-"  # how the names of unfinished files and folders begin
-HOST = socket.gethostname()  # a process id is of one machine, or container
+# A process id is of one machine, or container.
+HOST = hashlib.sha256(socket.gethostname().encode()).hexdigest()[:8]
 
 
 class OutputError(Exception):
@@ -75,7 +75,7 @@ def temporary_path(target):
 
 def _remove_leftovers(folder):
     """Remove what processes of this machine that no longer run left unfinished."""
-    for path in folder.glob(f"{TEMPORARY}[0-9]*-{glob.escape(HOST)}-*"):
+    for path in folder.glob(f"{TEMPORARY}[0-9]*-{HOST}-*"):
         with contextlib.suppress(ValueError, OSError):  # not ours to remove, or just removed
             try:
                 os.kill(int(path.name.split("-")[1]), 0)  # signal 0 only asks whether it runs

@@ -89,7 +89,7 @@ def resolve_encoder(name=None):
             f"with {', '.join(FILES)} and {' or '.join(VOCABULARIES)}, or OWNER/NAME of the hub"
         ) from error
     if folder and not _settings_known(repo) and _hub_reachable():
-        folder = None
+        _fetch_settings(repo, folder)
     elif folder is None and not _hub_reachable():
         if name is None and bundled:
             return checked_encoder(bundled, BUNDLED_ENCODER, substituted=True)
@@ -168,6 +168,15 @@ def _settings_known(repo):
 
     found = (try_to_load_from_cache(repo, f, revision=REVISIONS.get(repo)) for f in OPTIONAL)
     return None not in found
+
+
+def _fetch_settings(repo, folder):
+    """Complete the cached `folder` of `repo` by the optional files that the hub has of it."""
+    from huggingface_hub import hf_hub_download
+
+    for file in OPTIONAL:
+        with contextlib.suppress(Exception):  # the hub has none, or the cache must do
+            hf_hub_download(repo, file, revision=folder.name)
 
 
 def _hub_reachable():

@@ -1,7 +1,7 @@
 """Command-line behaviour: messages, signals, exit codes.
 
-Exit codes: 0 done; 1 output, memory or a bug; 2 call, data, encoder or hub; 3 numbers that are not
-finite; 128 + n ended by signal n. Exceptions carry theirs as `exit_code`; all others end with 1.
+Exit codes: 0 done; 1 output, memory, a lost process or a bug; 2 call, data, encoder or hub; 3 NaN
+or infinite values; 128 + n signal n. Exceptions carry theirs as `exit_code`; all others end with 1.
 """
 
 import atexit

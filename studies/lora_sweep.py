@@ -35,9 +35,10 @@ from training.setup import identity
 # Flags that a sweep sets by itself; prediction files stay in the runs' own folders.
 OWN_FLAGS = {f"--{task}_{split}_out" for task in TASKS for split in ("dev", "test")}
 OWN_FLAGS |= {"--runs_dir", "--predictions_dir", "--resume", "--overwrite", "--model_file_suffix"}
-# Without --vary it sets these, too. Runs that differ in the last ones share no table.
-RANK_FLAGS = {"--fine-tune-mode", "--LoRA_r", "--LoRA_alpha"}
-UNLIKE = {"--tasks", "--precision", "--pretrained", "--start_from", "--data_dir"}
+RANK_FLAGS = {"--fine-tune-mode", "--LoRA_r", "--LoRA_alpha"}  # without --vary these, too
+# Runs that differ in one of these cannot share a table.
+UNLIKE = {f"--{task}_{split}" for task in TASKS for split in ("train", "dev", "test")}
+UNLIKE |= {"--tasks", "--precision", "--pretrained", "--start_from", "--data_dir"}
 LOOKS = (  # by scheme: of two points in one place, both can be seen
     {"marker": "o", "fillstyle": "full", "markersize": 6},
     {"marker": "s", "fillstyle": "none", "markersize": 10},
@@ -112,8 +113,8 @@ def plan_run(point, runs_dir, passed):
     flags = parse_command([*words, "--overwrite"]).flags  # an earlier run may exist: only read
     run = RunFolder(run_path(flags))
     if run.holds_run() and (differences := list(find_differences(flags, run.description()))):
-        hint = "name another --runs_dir, or remove the folder"
-        raise UserError(f"{run.path} holds another run: {'; '.join(differences)}; {hint}")
+        hint = f"{'; '.join(differences)}; name another --runs_dir, or remove the folder"
+        raise UserError(f"{run.path} holds another run: {hint}")
     return [*words, "--predictions_dir", str(run.path / "predictions")], run
 
 
@@ -244,8 +245,8 @@ def uncertainty(points):
 
 def title(points):
     """What the sweep varies."""
-    is_of_ranks = isinstance(points[0].x, int)
-    return "LoRA's rank r and scale α" if is_of_ranks else ", ".join(points[0].cells)
+    varied = ", ".join(points[0].cells)
+    return "LoRA's rank r and scale α" if isinstance(points[0].x, int) else varied
 
 
 def best_note(points):
@@ -328,14 +329,8 @@ def parse_flags(argv):
         epilog="Flags after -- go to multitask_classifier.py: -- --epochs 2 --data_dir data",
     )
     add, rate, rank = parser.add_argument, number(float, 0, above=True), number(int, 1)
-    add(
-        "--ranks",
-        nargs="+",
-        type=rank,
-        default=[1, 4, 16, 32, 64],
-        help="each is trained "
-        "with --alpha and with --scaling times the rank (default: 1 4 16 32 64)",
-    )
+    text = "each is trained with --alpha and with --scaling times the rank (default: 1 4 16 32 64)"
+    add("--ranks", nargs="+", type=rank, default=[1, 4, 16, 32, 64], help=text)
     add("--alpha", type=rate, default=16.0, help="α of all ranks (default: %(default)g)")
     add("--scaling", type=rate, default=0.5, help="α/r of all ranks (default: %(default)g)")
     text = "instead: a flag without dashes, and values ('on', 'off'); repeated: all combinations"
@@ -360,15 +355,14 @@ def main(argv=None):
     """Train what is missing of a sweep, then write its table and picture."""
     argv = sys.argv[1:] if argv is None else argv
     flags, passed = parse_flags(argv)
-    by_rank = partial(combinations, flags.ranks, flags.alpha, flags.scaling)
-    wanted = grid(flags.vary) if flags.vary else by_rank()
+    ranks = flags.ranks, flags.alpha, flags.scaling
+    wanted = grid(flags.vary) if flags.vary else combinations(*ranks)
     planned = [(point, *plan_run(point, flags.runs_dir, passed)) for point in wanted]
     done = list(train_all(planned))
-    points = [point for point in done if point.run]
+    points, diverged = ([p for p in done if bool(p.run) == is_done] for is_done in (True, False))
     if not points:
         raise NotFinite("no run kept finite numbers; try a lower --lr")
     check_comparable([point.run for point in points])
-    diverged = [point for point in done if not point.run]
     command = shlex.join(["python", "-m", "studies.lora_sweep", *argv])
     print(f"wrote {write_sweep(points, diverged, flags.out, command)}")
 

@@ -75,7 +75,7 @@ def test_fp32_on_a_gpu_is_tf32_unless_deterministic(
 
 def test_deterministic_is_warned_of_where_it_would_refuse_operations(monkeypatch):
     monkeypatch.setattr(torch, "use_deterministic_algorithms", None)
-    assert Compute("mps", "fp32", True).warning == "--deterministic: no effect on mps"
+    assert Compute("mps", "fp32", True).warning == "deterministic: no effect on mps"
 
 
 MEMORY = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")

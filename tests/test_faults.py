@@ -669,12 +669,15 @@ def test_37_killed_while_overwriting(tmp_path):
     """At every call that writes: the new run's description is never beside an old checkpoint."""
     fill_run(tmp_path / "old", [1, 2])
     (tmp_path / "old/run.json").write_text('{"args": "old"}')
+    (tmp_path / "old/predictions").mkdir()
     seen = set()
     for number in itertools.count(1):
         folder = tmp_path / str(number)
         copy(tmp_path / "old", folder / "run")
         done = run(folder, [], partial(kill_at, number), main=start_again)
         args = json.loads((folder / "run/run.json").read_text())["args"]
+        # With predictions and no checkpoint it would be a finished run, which does not start anew.
+        assert (folder / "run/state").exists() or not (folder / "run/predictions").exists()
         seen.add((args, reopen(folder / "run")))
         if done.returncode != -signal.SIGKILL:
             break

@@ -61,6 +61,7 @@ def rows_of(path):
     [
         ("a b\nc, d\n\ne", [("a b",), ("c, d",), ("",), ("e",)]),
         ("a b\r\nc\r\n", [("a b",), ("c",)]),
+        ("a b\r\r\nc\r\r\n", [("a b",), ("c",)]),  # of Windows' text mode, written twice
         ("\ufeffa\0b\n", [("ab",)]),
         ('"a" b\n"c\n', [('"a" b',), ('"c',)]),  # plain lines: a quote is text
         ("a\u2028b\x85c\n", [("a\u2028b\x85c",)]),

@@ -254,6 +254,7 @@ def test_a_path_that_cannot_be_written_is_one_line(server, tmp_path, capsys):
 
 
 ADDRESSES = "file:///etc", "http://", "http://a b", "http://[::1", "http://a_b..c", "http://host:x"
+ADDRESSES += "http://user@host", "http://host/?x", "http://host/ü"
 
 
 @pytest.mark.parametrize(

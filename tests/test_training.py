@@ -879,12 +879,13 @@ def test_heads_of_another_shape_and_of_other_tasks_start_anew(train, capsys):
     assert "best model of step 0: taken: encoder, para\n" in said
 
 
-def test_one_run_after_another_after_a_third(train):
+def test_one_run_after_another_after_a_third(train, capsys):
     """Adapters on the encoder of a run of the whole model, and a run that begins with those."""
     train(f"{ALONE} --epochs 1 --steps_per_epoch 2 --model_file_suffix one")
     start = f"{LORA} 2 --epochs 1 --steps_per_epoch 2 --start_from runs"
     second = train(f"{start}/full-model-one --model_file_suffix two")
     third = train(f"{start}/LoRA-two --model_file_suffix three")
+    assert capsys.readouterr().out.count("runs/full-model-one as it is: do not resume") == 2
     best = str(Path("runs/full-model-one/best").resolve())
     for run in (second, third):
         settings = json.loads((run.best / "adapter_config.json").read_text(encoding="utf-8"))

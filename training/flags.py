@@ -135,7 +135,7 @@ def make_parser():
 
     add = parser.add_argument_group("projected attention layers (PALs)").add_argument
     add("--pals", action="store_true", help="full-model: train each task's own projected attention "
-        "layers too; --fine-tune-mode PAL trains them with a frozen encoder, but its LayerNorms")
+        "layers too; --fine-tune-mode PAL trains these and the LayerNorms of a frozen encoder")
     add("--PAL_size", type=positive, metavar="S", help="dimensions of their attention, a multiple "
         "of --PAL_heads (default: 204 for bert-base, in proportion for other encoders)")
     add("--PAL_heads", type=positive, default=PALConfig.heads, metavar="H",
@@ -186,9 +186,9 @@ def make_parser():
     add("--task_batch_sizes", nargs="+", default=[], metavar="TASK=N",
         help="other sizes for single tasks, such as para=64; not with --sampling")
     add("--sampling", choices=("equal", "proportional", "annealed"), default="equal",
-        help="how many of a batch's examples each task gets; their total stays the same: equally "
-        "many (default), in proportion to its training examples N, or to N^a with a from 1 in the "
-        "first epoch to 0.2 in the last (annealed)")
+        help="how a batch is shared between the tasks, its size staying the same: equal (default); "
+        "proportional to a task's N training examples; annealed: to N^a, a from 1 in the first "
+        "epoch to 0.2 in the last")
     add("--accumulate", type=positive, default=1, metavar="N",
         help="batches per optimiser step, not with --gradient_surgery; in-batch negatives stay "
         "those of one batch (default: %(default)s)")
@@ -227,8 +227,8 @@ def make_parser():
         help="folder of all runs (default: %(default)s)")
     add("--predictions_dir", default="predictions", metavar="DIR",
         help="folder of the prediction files (default: %(default)s)")
-    add("--resume", action="store_true", help="resume the run from its last checkpoint; its other "
-        "flags may be left out, and few may differ")
+    add("--resume", action="store_true", help="resume a run from its last checkpoint; its mode, "
+        "name and --runs_dir find it; other flags may be left out, only paths and logging differ")
     add("--overwrite", action="store_true", help="remove an earlier run of the same name")
     add("--save_every", type=natural, default=0, metavar="N",
         help="also save a checkpoint every N steps; 0: after each epoch only "

@@ -130,12 +130,11 @@ def not_finite(model, losses, micro_batches, step, plan, compute):
         bad = bad_gradients(model, micro_batches, step, plan, compute)
         bad = sorted(set(" ".join(distributed.gather_texts(" ".join(bad))).split())) or list(losses)
         what = f"gradient of the loss {', '.join(bad)}"
-    tasks = {word for name in bad for word in name.split("_")}
     ids = "; ".join(
         f"{name}: {' '.join(distributed.gather_texts(' '.join(batch.ids)))}"
         for prepared in micro_batches
         for name, batch in prepared.batches.items()
-        if name in tasks
+        if any(f"_{name}_" in f"_{loss}_" for loss in bad)
     )
     return NotFinite(
         f"step {step + 1}: {what} is not finite; the weights from before the step are saved; "

@@ -177,12 +177,12 @@ class RunFolder:
     def start(self, description):
         """Begin a run: write `run.json` and remove the files of an earlier run.
 
-        The checkpoints go first. After a kill in between, the new run starts at step 0.
+        Predictions and checkpoints go first. After a kill in between, the new run starts at step 0.
         """
         with output_errors(self.path):
-            remove([self.path / "state"])
+            remove([self.path / "predictions", self.path / "state"])
             write_file(self.path / "run.json", json.dumps(description, indent=2) + "\n")
-            for name in ("best", "best-*", "metrics.jsonl", "predictions", "tensorboard"):
+            for name in ("best", "best-*", "metrics.jsonl", "tensorboard"):
                 remove(self.path.glob(name))
 
     def description(self):

@@ -85,7 +85,7 @@ def _write_sentence_transformers_files(folder, model):
 
 
 def load_weights(model, lora, folder):
-    """Read what `save_model` wrote into a model of the same shape; see also `undamaged_best`.
+    """Read what `save_model` wrote into a model of its shape; `undamaged_best` checks it first.
 
     Raises `UserError` for a missing, unexpected or differently shaped tensor.
     """

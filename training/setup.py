@@ -5,6 +5,7 @@ import re
 import shlex
 import subprocess
 from importlib.metadata import version
+from pathlib import Path
 
 import torch
 
@@ -135,10 +136,12 @@ def find_encoder(run, flags, earlier):
         encoder, tokenizer = load_encoder_of_run(run.path, earlier)
     elif flags.start_from:
         encoder, tokenizer = encoder_of_best(RunFolder(flags.start_from))
-        until = "" if flags.fine_tune_mode == "LoRA" else " until this run is finished"
+        kept, until = flags.start_from, " until this run is finished"
+        if flags.fine_tune_mode == "LoRA" and encoder.best:
+            kept, until = Path(encoder.best).parent, ""
         say(
-            f"warning: keep {flags.start_from} as it is{until}: do not resume, overwrite or remove "
-            "it; this run needs its best model"
+            f"warning: keep {kept} as it is{until}: do not resume, overwrite or remove it; this "
+            "run needs its best model"
         )
     else:
         encoder, tokenizer = load_encoder(flags.pretrained)
