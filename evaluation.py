@@ -210,10 +210,12 @@ def evaluate_run(run, compute, data_dir=None):
 def files_to_predict(run, data_dir):
     """A run's dev and test files, checked: `{task: {split: TaskFile}}`."""
     description, files = run.description(), {}
+    paths = paths_of_run(description)
     for name in plan_of(run, predicts=True).tasks:
-        files[name], paths = {}, paths_of_run(description)[name]
+        files[name] = {}
         for split in ("dev", "test"):
-            path = Path(data_dir) / paths[split].name if data_dir else paths[split]
+            path = paths[name][split]
+            path = Path(data_dir) / path.name if data_dir else path
             if not os.path.lexists(path):
                 if split == "dev":
                     raise UserError(f"{path}: {NOT_FOUND}")

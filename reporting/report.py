@@ -76,9 +76,9 @@ def group_runs(runs):
     rows = {}
     for group, recipe in zip(groups.values(), recipes, strict=True):
         names = [run.name for run in group]
-        stems = {re.sub(r"[-_](seed|s)?\d+$", "", name) for name in names}
-        stem = names[0] if len(names) == 1 else stems.pop() if len(stems) == 1 else None
-        stem = stem or os.path.commonprefix(names).rstrip("-_.") or names[0]  # noqa: RUF071
+        stems = {re.sub(r"[-_](seed|s)?\d+$", "", n) for n in names} if len(names) > 1 else {*names}
+        prefix = os.path.commonprefix(names).rstrip("-_.") or names[0]  # noqa: RUF071
+        stem = (stems.pop() if len(stems) == 1 else "") or prefix
         label = recipe if recipe and recipes.count(recipe) == 1 else stem
         label = group[0].path if label in rows else label
         rows[label] = group
