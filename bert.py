@@ -2,9 +2,10 @@
 
 Shape legend: B rows, T tokens of a row, N tokens of all rows together, D hidden size, H heads.
 
-A row is one sentence with its padding, as usual, or several short ones side by side (`pack`). With
-one sentence a row, half of the computation would be padding. In attention a token sees only its own
-sentence. Everything else works on single tokens, on all N at once.
+A sequence is a sentence, or a pair of sentences encoded as one. A row is one sequence with its
+padding, as usual, or several short ones side by side (`pack`). With one sequence a row, half of the
+computation would be padding. In attention a token sees only its own sequence. Everything else works
+on single tokens, on all N at once.
 """
 
 import math
@@ -17,7 +18,7 @@ from torch import nn
 
 from base_bert import BertPreTrainedModel
 
-ROW_TOKENS = 64  # tokens of a row; rows of longer sentences have a multiple of it
+ROW_TOKENS = 64  # tokens of a row; rows of longer sequences have a multiple of it
 # Empty rows pad a step to a multiple of ROWS_MULTIPLE * ROW_TOKENS tokens. So there are few shapes:
 # oneDNN keeps a kernel, and a GPU's allocator a block, for each of them.
 ROWS_MULTIPLE = 2
@@ -27,21 +28,21 @@ class Rows(NamedTuple):
     """Rows of one width."""
 
     input_ids: torch.Tensor  # (B, T) int64
-    position_ids: torch.Tensor  # (B, T) int64, within the sentence
+    position_ids: torch.Tensor  # (B, T) int64, within the sequence
     token_type_ids: torch.Tensor  # (B, T) int64
     # (B, 1, 1 or T, T) bool, True where a token may attend; `encode` makes it an `additive_mask`
     attention_mask: torch.Tensor
-    group: str | None = None  # set by `join`, for layers that treat groups of sentences differently
+    group: str | None = None  # set by `join_packed`, for layers that treat groups differently
 
 
 class Packed(NamedTuple):
-    """Sentences in rows, and where they are: indices into the N tokens of all rows."""
+    """Sequences in rows, and where they are: indices into the N tokens of all rows."""
 
-    rows: list  # of `Rows`, each of another width
-    sentence: torch.Tensor  # (N,) int64, each token's sentence; at padding, the number of sentences
-    starts: torch.Tensor  # (sentences,) int64, where each begins
-    lengths: torch.Tensor  # (sentences,) int64
-    tokens: int  # of all sentences, without the padding
+    rows: list  # of `Rows`; after `pack`, each of another width
+    owners: torch.Tensor  # (N,) int64, each token's sequence; at padding, the number of sequences
+    starts: torch.Tensor  # (sequences,) int64, where each begins
+    lengths: torch.Tensor  # (sequences,) int64
+    tokens: int  # of all sequences, without the padding
 
 
 def additive_mask(mask, dtype):
@@ -52,7 +53,7 @@ def additive_mask(mask, dtype):
 class FastDropout(nn.Dropout):
     """Dropout; on a CPU with random numbers drawn 64 bits at a time, four elements from each.
 
-    `F.dropout` draws one number per element, which takes three to four times as long as the rest.
+    `F.dropout` draws one number per element, and that is most of its time.
     """
 
     def forward(self, x):
@@ -68,9 +69,9 @@ def dropout_mask(shape, p, dtype):
     generator = np.random.Generator(np.random.SFC64(int(torch.randint(2**63 - 1, ()))))
     words = generator.integers(0, 2**64, size=(count + 3) // 4, dtype=np.uint64)
     bits = torch.from_numpy(words.view(np.int16))[:count].view(shape)
-    dropped = round(p * 2**16)
+    dropped = min(round(p * 2**16), 2**16 - 1)
     mask = torch.ge(bits, dropped - 2**15, out=torch.empty(shape, dtype=dtype))
-    return mask.mul_(2**16 / max(1, 2**16 - dropped))
+    return mask.mul_(2**16 / (2**16 - dropped))
 
 
 class BertEmbeddings(nn.Module):
@@ -96,7 +97,7 @@ class BertEmbeddings(nn.Module):
 
 
 class BertSelfAttention(nn.Module):
-    """Multi-head scaled dot-product attention (Vaswani et al. 2017, §3.2) within each sentence."""
+    """Multi-head scaled dot-product attention (Vaswani et al. 2017, §3.2) within each sequence."""
 
     def __init__(self, config):
         super().__init__()
@@ -112,14 +113,15 @@ class BertSelfAttention(nn.Module):
         if len(rows) == 1:
             return self.attend(rows[0], *projections)
         sizes = [r.input_ids.numel() for r in rows]
-        of_width = zip(rows, *(x.split(sizes) for x in projections), strict=True)
-        return torch.cat([self.attend(*parts) for parts in of_width])
+        by_width = zip(rows, *(x.split(sizes) for x in projections), strict=True)
+        return torch.cat([self.attend(*parts) for parts in by_width])
 
     def attend(self, rows, query, key, value):
         """Attention inside rows of one width: three (B·T, D) -> (B·T, D)."""
         B, T = rows.input_ids.shape
         q, k, v = (x.view(B, T, self.num_heads, -1).transpose(1, 2) for x in (query, key, value))
-        dropout, mask = self.dropout.p if self.training else 0.0, rows.attention_mask
+        mask = rows.attention_mask
+        dropout = self.dropout.p if self.training else 0.0
         if dropout and query.device.type != "cuda":
             context = self.attend_with_dropout(q, k, v, mask)
         else:
@@ -186,7 +188,7 @@ class BertModel(BertPreTrainedModel):
             if isinstance(module, FastDropout):
                 module.p = p
 
-    def keep_frozen_in(self, dtype):
+    def cast_frozen_linears(self, dtype):
         """Cast frozen linear layers to `dtype` once instead of in every forward pass."""
         for module in self.modules():
             if isinstance(module, nn.Linear) and not module.weight.requires_grad:
@@ -230,16 +232,16 @@ class BertModel(BertPreTrainedModel):
         return hidden_states
 
 
-# --------------------------------------------------------------------------- sentences into rows
+# --------------------------------------------------------------------------- sequences into rows
 
 
 def narrower(width):
-    """The next width of rows: half, rounded up to a multiple of `ROW_TOKENS`; 0 after the least."""
+    """The next width of rows: half, rounded up to a multiple of `ROW_TOKENS`; 0 below it."""
     return math.ceil(width / (2 * ROW_TOKENS)) * ROW_TOKENS if width > ROW_TOKENS else 0
 
 
 def fill_rows(lengths, numbers, width):
-    """Put the sentences `numbers` (indices into `lengths`) into few rows of `width` tokens.
+    """Put the sequences `numbers` (indices into `lengths`) into few rows of `width` tokens.
 
     Best fit, longest first: each goes to the row in which it leaves the least room. One that fits
     in no row begins a new one, unless the next narrower rows can hold it. Returns the rows as lists
@@ -292,23 +294,23 @@ def pack(sequences, segment_starts, pad_id, device):
             rows.append(Rows(*parts, (owner[:, :, None] == owner[:, None, :])[:, None]))
             owners.append(owner.flatten())
         offset, width = offset + len(filled) * width, narrower(width)
-    where = (to_device(array, device) for array in (starts, lengths))
-    return Packed(rows, torch.cat(owners), *where, int(lengths.sum()))
+    starts, tokens = to_device(starts, device), int(lengths.sum())
+    return Packed(rows, torch.cat(owners), starts, to_device(lengths, device), tokens)
 
 
-def join(groups):
-    """Several `Packed` by group as one, the sentences in order; the rows know their group."""
+def join_packed(groups):
+    """Several `Packed` by group as one, the sequences in order; the rows know their group."""
     rows, owners, starts, offset, count = [], [], [], 0, 0
     total = sum(len(packed.lengths) for packed in groups.values())
     for group, packed in groups.items():
         rows += [r._replace(group=group) for r in packed.rows]
-        is_padding = packed.sentence == len(packed.lengths)
-        owners.append((packed.sentence + count).masked_fill(is_padding, total))
+        is_padding = packed.owners == len(packed.lengths)
+        owners.append((packed.owners + count).masked_fill(is_padding, total))
         starts.append(packed.starts + offset)
-        offset, count = offset + len(packed.sentence), count + len(packed.lengths)
+        offset, count = offset + len(packed.owners), count + len(packed.lengths)
     lengths = torch.cat([packed.lengths for packed in groups.values()])
-    real = sum(packed.tokens for packed in groups.values())
-    return Packed(rows, torch.cat(owners), torch.cat(starts), lengths, real)
+    tokens = sum(packed.tokens for packed in groups.values())
+    return Packed(rows, torch.cat(owners), torch.cat(starts), lengths, tokens)
 
 
 def to_device(array, device):

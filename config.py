@@ -46,7 +46,8 @@ class BertConfig:
 
     def __post_init__(self):
         for size in fields(self):
-            value, least = getattr(self, size.name), 0 if size.name == "pad_token_id" else 1
+            value = getattr(self, size.name)
+            least = 0 if size.name == "pad_token_id" else 1
             if size.type is int and (type(value) is not int or value < least):
                 raise ValueError(f"{size.name} is {value!r}; expected an integer from {least} on")
         if self.hidden_size % self.num_attention_heads:
@@ -200,7 +201,7 @@ class MultitaskConfig:
     both: tuple = ()  # pair tasks encoded both as one sequence and as two
     pooling: str = "mean"  # "mean" over the real tokens or "cls", the first token
     dropout: float = 0.1  # in front of a head's linear layers
-    max_length: int = 512  # tokens of a sequence, markers included
+    max_length: int = 512  # tokens of a sequence, special tokens included
     simcse_tasks: tuple = ()  # tasks with the unsupervised contrastive loss
     supervised_simcse: bool = False  # contrastive loss on the paraphrase pairs
     r_drop: tuple = ()  # tasks with R-Drop: two passes should predict the same
@@ -224,8 +225,6 @@ class MultitaskConfig:
         return bool(self.simcse_tasks) or self.supervised_simcse
 
 
-MODES = ("last-linear-layer", "full-model", "LoRA", "PAL")
-
 # Peak learning rates by mode, (encoder, heads). The heads and LoRA's matrices start from random
 # numbers and need a larger rate than the pretrained encoder. PALs learn at the heads' rate.
 LEARNING_RATES = {
@@ -234,6 +233,7 @@ LEARNING_RATES = {
     "LoRA": (5e-4, 5e-4),
     "PAL": (5e-4, 5e-4),
 }
+MODES = tuple(LEARNING_RATES)
 
 
 @dataclass(frozen=True)
@@ -241,8 +241,8 @@ class Recipe:
     """Preset flags: a row of the paper's Table 1 with its overall dev score, or our own."""
 
     flags: dict  # name in the parser's namespace -> value
-    reading: str  # what the row means here, where the paper leaves a choice
-    paper: float | None = None
+    description: str  # what the row means here, where the paper leaves a choice
+    paper_score: float | None = None
 
 
 COSINE = {"sst_head": "linear", "para_head": "features", "sts_head": "cosine"}
@@ -253,7 +253,7 @@ RECIPES = {
     "baseline": Recipe(
         {"fine_tune_mode": "last-linear-layer", "sst_head": "linear", "para_head": "dot",
          "sts_head": "linear", "warmup": 0.1},
-        "frozen encoder, linear heads with warm-up, paraphrase by the product of both vectors",
+        "frozen encoder, linear heads with warm-up, paraphrase by the dot product of both vectors",
         0.471,
     ),
     "cosine": Recipe(

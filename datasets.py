@@ -166,10 +166,9 @@ def _quote_left_open(raw, record, width):
     """Whether an unclosed quote made one record of several rows; `raw` is the record's text.
 
     Such a quote reaches the end of the file, or ends at a quote of a later row. Its signs: csv's
-    strict mode refuses the record; its number of fields is wrong; or a field of several lines has
-    the tabs of rows: in one line as many as a whole row, in its first line as many as follow this
-    field, or in its last line as many as stand before it (of these two, one alone counts from two
-    tabs on).
+    strict mode refuses the record; the number of fields is wrong; one line of a field has as many
+    tabs as a whole row; or the first line of a field has as many tabs as follow the field in a row,
+    or its last line as many as precede it. One of these last two signs alone needs two tabs.
     """
     fields = [(place, text.split("\n")) for place, text in enumerate(record) if "\n" in text]
     if not fields and raw.endswith("\n"):
@@ -304,14 +303,14 @@ class TaskDataset:
 
 
 class MultitaskBatches:
-    """`batches[step]`: one batch of each task, a pure function of (seed, step).
+    """`batches[index]`: one batch of each task, a pure function of (seed, index).
 
     Each task passes through its examples again and again, in a fresh order each time. A batch at
     the end of a pass is filled from the next one, so none is short. With `--accumulate N` an
-    optimiser step has N of these steps.
+    optimiser step takes N of them.
     `batch_sizes` is one number, or a list: for each epoch a dict from task to size, the last for
-    all later epochs. An epoch has `epoch_length` batches. `shares`, a list like it, has the slice
-    of each task's batch that this process takes, all of it by default.
+    all later epochs. An epoch has `epoch_length` batches. `shares` has, in the same form, the slice
+    of each batch that this process takes, by default the whole.
     """
 
     def __init__(self, datasets, batch_sizes, seed, shares=None, epoch_length=1):
@@ -322,29 +321,29 @@ class MultitaskBatches:
         self.epoch_length = epoch_length
         self._permutations = {}  # task -> (number, permutation) of its latest pass
 
-    def __getitem__(self, step):
-        return {n: dataset.batch(self.own_rows(n, step)) for n, dataset in self.datasets.items()}
+    def __getitem__(self, index):
+        return {n: dataset.batch(self.own_rows(n, index)) for n, dataset in self.datasets.items()}
 
-    def epoch_of(self, step):
-        """The index in `batch_sizes` and `shares` for the batch of `step`."""
-        return min(step // self.epoch_length, len(self.batch_sizes) - 1)
+    def epoch_of(self, index):
+        """The index in `batch_sizes` and `shares` for batch number `index`."""
+        return min(index // self.epoch_length, len(self.batch_sizes) - 1)
 
-    def rows(self, name, step):
-        """Rows of task `name` in the batch of `step` (counted from 0), (its batch size,)."""
-        epoch = self.epoch_of(step)
+    def rows(self, name, index):
+        """Rows of task `name` in batch number `index` (counted from 0), (its batch size,)."""
+        epoch = self.epoch_of(index)
         *before, size = (sizes[name] for sizes in self.batch_sizes[: epoch + 1])
-        start = sum(before) * self.epoch_length + size * (step - epoch * self.epoch_length)
+        start = sum(before) * self.epoch_length + size * (index - epoch * self.epoch_length)
         positions = np.arange(start, start + size)
         places = zip(*np.divmod(positions, len(self.datasets[name])), strict=True)
         return np.array([self.permutation(name, number)[place] for number, place in places])
 
-    def own_rows(self, name, step):
+    def own_rows(self, name, index):
         """Of these rows those that this process takes."""
-        return self.rows(name, step)[self.shares[self.epoch_of(step)][name]]
+        return self.rows(name, index)[self.shares[self.epoch_of(index)][name]]
 
-    def rows_until(self, name, steps):
-        """The rows of task `name` that this process takes in the first `steps` batches, sorted."""
-        rows = [self.own_rows(name, step) for step in range(steps)]
+    def rows_until(self, name, count):
+        """The rows of task `name` that this process takes in the first `count` batches, sorted."""
+        rows = [self.own_rows(name, index) for index in range(count)]
         return np.unique(np.concatenate(rows)) if rows else np.arange(0)
 
     def permutation(self, name, number):

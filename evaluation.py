@@ -270,13 +270,13 @@ def predict_file(run, flags, table, compute):
     with tqdm(unit=" rows", disable=not (is_first() and sys.stderr.isatty()), **bar_size()) as bar:
         for texts in itertools.chain([first], chunks):
             found = [predict_sentences(model, task.name, texts, compute) for task in tasks]
-            model.vectors.clear()
+            model.vector_cache.clear()
             with output_errors(flags.out or "standard output"):
                 writer.writerows(table_rows(texts, tasks, found))
             bar.update(len(texts))
 
 
-USES = ("sentence", "predict", "export", "report")  # flags that ask for something else than scores
+USES = ("sentence", "predict", "export", "report")  # flags that ask for something other than scores
 
 
 # fmt: off

@@ -42,14 +42,14 @@ def measure(gradients):
 
 
 def pcgrad(gradients, rng, reduction="sum"):
-    """Project each task's gradient off those it conflicts with, and combine the results.
+    """Project each task's gradient onto the normal plane of each one that it conflicts with.
 
-    Yu et al. 2020, algorithm 1; all projections are off the original gradients. `gradients` maps a
-    task to its gradient; `rng` (`random.Random`) orders the other tasks for each task.
-    `reduction` is "sum" as published, or "mean" as in the widely used implementation. Returns a
-    `Surgery`.
+    Yu et al. 2020, algorithm 1; the other gradients are the original ones. `gradients` maps a task
+    to its gradient; `rng` (`random.Random`) orders the other tasks for each task. `reduction` is
+    "sum" as published, or "mean" as in the widely used implementation. Returns a `Surgery`.
     """
-    original, (squares, *measured) = list(gradients.values()), measure(gradients)
+    original = list(gradients.values())
+    squares, *measured = measure(gradients)
     total = torch.zeros_like(original[0])
     for i, gradient in enumerate(original):
         projected, others = gradient.clone(), [j for j in range(len(original)) if j != i]
@@ -62,12 +62,13 @@ def pcgrad(gradients, rng, reduction="sum"):
 
 
 def project_auxiliary(gradients):
-    """The main gradient, plus the auxiliary one projected off it if they conflict.
+    """The main gradient, plus the auxiliary one, projected onto its normal plane if they conflict.
 
     MTRec (Bi et al. 2022). `gradients` are the main one, then the weighted sum of all auxiliary
     ones. Returns a `Surgery`.
     """
-    (main, auxiliary), (squares, *measured) = gradients.values(), measure(gradients)
+    main, auxiliary = gradients.values()
+    squares, *measured = measure(gradients)
     dot = (main @ auxiliary).clamp(max=0)
     return Surgery(main + (auxiliary - dot / squares[0] * main), *measured)
 
@@ -80,7 +81,8 @@ def gradvac(gradients, rng, targets=None):
     (tasks, tasks) are these averages, None at first: 0. Returns a `Surgery`; its targets are the
     old ones where a gradient is not finite.
     """
-    original, (squares, *measured) = list(gradients.values()), measure(gradients)
+    original = list(gradients.values())
+    squares, *measured = measure(gradients)
     targets = squares[0].new_zeros(len(original), len(original)) if targets is None else targets
     total, updated = torch.zeros_like(original[0]), targets.clone()
     for i, gradient in enumerate(original):

@@ -47,7 +47,7 @@ class FeaturesHead(nn.Module):
 class DotHead(nn.Module):
     """The dot product of both vectors, each through one shared linear layer (the paper's baseline).
 
-    Divided by the square root of the hidden size, so that its size does not depend on the encoder.
+    Divided by the square root of the hidden size, so that its magnitude does not grow with that.
     """
 
     def __init__(self, hidden, dropout):
@@ -70,7 +70,8 @@ class CosineHead(nn.Module):
         self.scale, self.bias = task.high, 0.0
         if task.kind == "binary":
             # Probability ½ at cosine 0.7 at first: pretrained vectors have high cosines.
-            self.scale, self.bias = (nn.Parameter(torch.tensor([x])) for x in (10.0, -7.0))
+            self.scale = nn.Parameter(torch.tensor([10.0]))
+            self.bias = nn.Parameter(torch.tensor([-7.0]))
 
     def forward(self, u, v):
         """(batch, hidden) twice -> (batch, 1)."""
@@ -90,33 +91,33 @@ class SumHead(nn.Module):
         return sum(head(*(vectors[place] for place in places)) for head, places in parts)
 
 
-def make_head(task, kind, roles, hidden, dropout):
-    """The head module of `task` (a row of `TASKS`), of the kind that `--<task>_head` names.
+def make_head(task, head, roles, hidden, dropout):
+    """The module of the head that `--<task>_head` names, for `task`, a row of `TASKS`.
 
     `roles` name the sequences whose vectors it takes: "first", "second", or "pair" for both as one.
     """
-    if kind not in task.heads:
-        raise ValueError(f"{task.name} has no head {kind!r}; expected one of {task.heads}")
+    if head not in task.heads:
+        raise ValueError(f"{task.name} has no head {head!r}; expected one of {task.heads}")
     if len(roles) == 1:  # a sentence, or a pair as one sequence, whose head is always linear
-        return SentenceHead(hidden, task.num_classes, dropout, feed_forward=kind == "ffn")
+        return SentenceHead(hidden, task.num_classes, dropout, feed_forward=head == "ffn")
     if len(roles) == 3:
         together = SentenceHead(hidden, task.num_classes, dropout)
-        apart = make_head(task, kind, roles[1:], hidden, dropout)
+        apart = make_head(task, head, roles[1:], hidden, dropout)
         return SumHead([together, apart], [(0,), (1, 2)])
-    if kind == "dot":
+    if head == "dot":
         return DotHead(hidden, dropout)
-    if kind == "cosine":
+    if head == "cosine":
         return CosineHead(task)
     features = FeaturesHead(hidden, task.num_classes, dropout)
-    if kind == "features+cosine":
+    if head == "features+cosine":
         return SumHead([features, CosineHead(task)], [(0, 1)] * 2)
-    if kind in ("features", "linear"):
+    if head in ("features", "linear"):
         return features
-    raise ValueError(f"no branch for the head {kind!r} of {task.name}")
+    raise ValueError(f"no branch for the head {head!r} of {task.name}")
 
 
 def task_loss(task, outputs, labels):
-    """Mean loss of a batch: cross entropy, logistic loss or squared error by the task's kind.
+    """Mean loss of a batch by the task's kind: cross entropy, binary cross entropy, squared error.
 
     `outputs` (batch, num_classes), `labels` (batch,) fp32. Returns a scalar.
     """

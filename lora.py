@@ -46,8 +46,8 @@ class LowRankLinear(torch.autograd.Function):
         if grad_x is not None and not ctx.is_dropped:
             grad_x.addmm_(up, lora_A)
         shape = (*grad.shape[:-1], weight.size(1))
-        of_inputs = (None if g is None else g.view(shape) for g in (grad_x, grad_dropped))
-        return *of_inputs, None, None, up.T @ source, ctx.scaling * (flat.T @ down), None
+        grad_inputs = (None if g is None else g.view(shape) for g in (grad_x, grad_dropped))
+        return *grad_inputs, None, None, up.T @ source, ctx.scaling * (flat.T @ down), None
 
 
 class LoRALinear(nn.Linear):
@@ -116,8 +116,8 @@ class DoRALinear(LoRALinear):
             product = LowRankLinear.apply(dropped, None, weight, None, lora_A, lora_B, self.scaling)
         else:
             product = y - bias.detach()
-        share = self.lora_magnitude_vector / self.row_norms(weight) - 1
-        return torch.addcmul(y, share.to(y.dtype), product)
+        excess = self.lora_magnitude_vector / self.row_norms(weight) - 1
+        return torch.addcmul(y, excess.to(y.dtype), product)
 
     @torch.no_grad()
     def merged_weight(self):
@@ -238,9 +238,9 @@ def selected_targets(model, settings, layers):
             for p in patterns
         )
     }
-    of_target = {target: set(target_names(model, (target,), layers)) for target in LORA_TARGETS}
-    whole = [target for target, names in of_target.items() if names <= selected]
-    return sorted([*whole, *selected.difference(*(of_target[target] for target in whole))])
+    layers_of = {target: set(target_names(model, (target,), layers)) for target in LORA_TARGETS}
+    whole = [target for target, names in layers_of.items() if names <= selected]
+    return sorted([*whole, *selected.difference(*(layers_of[target] for target in whole))])
 
 
 def load_adapter(model, folder, config):
@@ -260,6 +260,7 @@ def load_adapter(model, folder, config):
         found["target_modules"] = selected_targets(model, settings, config.layers)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: not an adapter's configuration: {error!r}") from error
+    # "use_plain" is no setting of `peft`, so it is not compared.
     wanted = {"r": config.r, "alpha": float(config.alpha), f"use_{config.variant}": True}
     wanted["target_modules"] = sorted(set(config.targets))
     problems = [

@@ -12,25 +12,25 @@ CHOSEN_SHARE = 0.15  # of a sentence's tokens that are masked (Devlin et al. 201
 MASK_SHARE, RANDOM_SHARE = 0.8, 0.1  # of these become [MASK], or a random token; the others stay
 
 
-def mask_tokens(sentences, tokenizer, width, seed, first_row=0):
-    """Mask 15 % of each sentence's tokens, but no marker; at least one unless it is empty.
+def mask_tokens(sentences, tokenizer, max_length, seed, first_row=0):
+    """Mask 15 % of each sentence's tokens, special tokens excepted; at least one if there is any.
 
     80 % of the masked tokens become [MASK], 10 % a random token, 10 % stay as they are.
-    `sentences` are int32 arrays of at most `width` ids: rows `first_row`, `first_row` + 1, … of the
-    batch of all processes. What is masked depends only on `seed` (whole numbers) and the row.
-    Returns the new sentences, and of the masked tokens, each (masked tokens,) int64: the sentence,
-    the place in it, and the id that was there.
+    `sentences` are int32 arrays of at most `max_length` ids: rows `first_row`, `first_row` + 1, …
+    of the batch of all processes. What is masked depends only on `seed` (whole numbers) and the
+    row. Returns the new sentences, and of the masked tokens, each (masked tokens,) int64: the
+    sentence, the position in it, and the id that was there.
     """
     lengths = np.array([len(ids) for ids in sentences])
     inner = lengths[:, None] - 2  # without [CLS] and [SEP]
-    draws = np.random.default_rng(seed).random((first_row + len(sentences), 3, width))
+    draws = np.random.default_rng(seed).random((first_row + len(sentences), 3, max_length))
     draw, kind, other = draws[first_row:, :, : inner.max()].swapaxes(0, 1)
     counts = np.minimum(inner, np.maximum(1, np.rint(CHOSEN_SHARE * inner)))
     draw = np.where(np.arange(inner.max()) < inner, draw, 1)  # the padding ranks last
     owners, places = np.nonzero(draw.argsort(1).argsort(1) < counts)  # the tokens that rank first
     kind, other = kind[owners, places], other[owners, places] * len(tokenizer)
     flat, positions = np.concatenate(sentences), places + 1
-    where = (np.cumsum(lengths) - lengths)[owners] + positions
+    where = (np.cumsum(lengths) - lengths)[owners] + positions  # indices into `flat`
     ids = flat[where]
     replaced = np.where(kind < MASK_SHARE + RANDOM_SHARE, other.astype(ids.dtype), ids)
     flat[where] = np.where(kind < MASK_SHARE, tokenizer.mask_id, replaced)

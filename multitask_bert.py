@@ -1,8 +1,9 @@
 """The multitask model: an encoder, a head for each task, and every loss.
 
 One forward call encodes all sentences of its batches together and returns one scalar per loss. The
-script sums them with their weights: the task losses, and if asked for unsupervised SimCSE on each
-task's sentences, supervised SimCSE on the paraphrase pairs, R-Drop and masked language modelling.
+script sums them with their weights: the task losses and, if asked for, those of unsupervised SimCSE
+on each task's sentences, supervised SimCSE on the paraphrase pairs, R-Drop and masked language
+modelling.
 """
 
 from collections import defaultdict
@@ -12,7 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from bert import join, pack, to_device
+from bert import join_packed, pack, to_device
 from config import TASKS
 from datasets import TaskBatch
 from heads import make_head, r_drop_loss, task_loss
@@ -33,7 +34,7 @@ class Prepared(NamedTuple):
     keys: dict  # of tasks with a SimCSE loss: task -> role -> (batch,) int64, equal for copies
     parts: list  # of the sequences: (task and pass, role, number of sequences)
     sequences: object  # all of them, as `MultitaskBERT.arrange` lays them out
-    masked: dict  # task -> places and ids of the masked tokens, both (masked tokens,) int64
+    targets: dict  # task -> places and ids of the masked tokens, both (masked tokens,) int64
 
 
 class MultitaskBERT(nn.Module):
@@ -53,8 +54,8 @@ class MultitaskBERT(nn.Module):
         hidden = bert.config.hidden_size
         self.heads = nn.ModuleDict()
         for name in config.tasks:
-            task, kind, roles = TASKS[name], config.head(name), config.roles(name)
-            self.heads[name] = make_head(task, kind, roles, hidden, config.dropout)
+            task, head, roles = TASKS[name], config.head(name), config.roles(name)
+            self.heads[name] = make_head(task, head, roles, hidden, config.dropout)
             self.register_buffer(f"offset_{name}", torch.zeros(task.num_classes))
         if config.uses_simcse:
             self.simcse_projection = nn.Linear(hidden, hidden)
@@ -63,7 +64,7 @@ class MultitaskBERT(nn.Module):
         bert.pooler.requires_grad_(False)  # nothing here uses it
         if frozen:
             bert.requires_grad_(False)
-        self.vectors = {}  # of a frozen encoder: sequence -> vector
+        self.vector_cache = {}  # of a frozen encoder: sequence -> vector
         self.encoded_sequences = self.encoded_tokens = 0  # counts for the log
 
     @property
@@ -79,7 +80,7 @@ class MultitaskBERT(nn.Module):
         return self
 
     def prepare(self, batches, seed=(0,)):
-        """What `forward` takes, so that it can be made while a GPU still works on the last step.
+        """The input of `forward`. It can be made while a GPU still computes the step before.
 
         `batches` maps a task to its `datasets.TaskBatch`; `seed`, whole numbers, says which tokens
         are masked. Returns a `Prepared`.
@@ -106,8 +107,8 @@ class MultitaskBERT(nn.Module):
             if name in self.config.mlm:
                 groups[name, MASKED], masked[name] = self.mask(name, batch, seed)
         parts, sequences = self.arrange(groups)
-        masked = self.locate(masked, parts, sequences)
-        return Prepared(batches, labels, keys, parts, sequences, masked)
+        targets = self.locate(masked, parts, sequences)
+        return Prepared(batches, labels, keys, parts, sequences, targets)
 
     def forward(self, batches):
         """Every loss of the batches.
@@ -134,13 +135,13 @@ class MultitaskBERT(nn.Module):
         if self.config.supervised_simcse and "para" in labels:
             loss = self.supervised_simcse(labels["para"], keys["para"], vectors["para", 0])
             losses["simcse_para_supervised"] = loss
-        for name, masked in prepared.masked.items():
-            loss, count = self.masked_loss(states, *masked)
+        for name, (places, ids) in prepared.targets.items():
+            loss, count = self.masked_loss(states, places, ids)
             losses[f"mlm_{name}"] = loss / mean_over_processes(count).clamp(min=1e-9)
         return losses
 
     def task_losses(self, name, labels, pass_0, pass_1):
-        """The task's loss, and with R-Drop the mean over two passes and the R-Drop loss.
+        """The task's loss; with R-Drop its mean over two passes, and the R-Drop loss.
 
         `pass_0` and `pass_1` are the vectors of the two passes by role.
         """
@@ -158,10 +159,10 @@ class MultitaskBERT(nn.Module):
         By role: `keys` of the sentences, and `pass_0` and `pass_1`, the vectors of the two passes.
         """
         losses = []
-        for role, of_role in keys.items():
+        for role, role_keys in keys.items():
             anchors = self.project(pass_0[role])
             candidates, offset = gather_rows(self.project(pass_1[role]))
-            copies = copies_of(gather_rows(of_role)[0], offset, of_role)
+            copies = copies_of(gather_rows(role_keys)[0], offset, role_keys)
             loss = unsupervised_simcse_loss(anchors, candidates, offset=offset, copies=copies)
             losses.append(loss)
         return sum(losses) / len(losses)
@@ -186,7 +187,7 @@ class MultitaskBERT(nn.Module):
     def outputs(self, name, vectors, is_swapped=False):
         """The task's head on its vectors by role; `is_swapped`: the two sentences are swapped."""
         roles = self.config.roles(name)
-        if is_swapped:
+        if is_swapped:  # "first" and "second" are the last two; "pair" alone stays
             roles = (*roles[:-2], *reversed(roles[-2:]))
         return self.heads[name](*(vectors[role] for role in roles))
 
@@ -229,8 +230,8 @@ class MultitaskBERT(nn.Module):
                 sequences[group[0] if self.pals else None] += part
         if self.frozen:
             return parts, sequences[None]
-        packed = {task: self.pack(of_task) for task, of_task in sequences.items()}
-        return parts, join(packed) if self.pals else packed[None]
+        packed = {task: self.pack(theirs) for task, theirs in sequences.items()}
+        return parts, join_packed(packed) if self.pals else packed[None]
 
     def pack(self, sequences):
         """Sequences, each (ids, start of segment 1), in rows on the device: a `bert.Packed`."""
@@ -249,12 +250,12 @@ class MultitaskBERT(nn.Module):
         return self.bert.encode(packed.rows)
 
     def pool(self, hidden_states, packed):
-        """One vector for each sentence: (tokens, hidden) -> (sentences, hidden) fp32."""
+        """One vector for each sequence: (tokens, hidden) -> (sequences, hidden) fp32."""
         if self.config.pooling == "cls":
             return hidden_states[packed.starts].float()
         hidden_states = hidden_states.float()
         sums = hidden_states.new_zeros(len(packed.lengths) + 1, hidden_states.size(1))
-        sums = sums.index_add(0, packed.sentence, hidden_states)
+        sums = sums.index_add(0, packed.owners, hidden_states)
         return sums[:-1] / packed.lengths[:, None]  # the last row is the padding's
 
     @torch.no_grad()
@@ -265,15 +266,16 @@ class MultitaskBERT(nn.Module):
         """
         keys = [(ids.tobytes(), start) for ids, start in sequences]
         distinct = dict(zip(keys, sequences, strict=True))
-        kept = [key for key in distinct if key in self.vectors]
-        new = [key for key in distinct if key not in self.vectors]
+        kept = [key for key in distinct if key in self.vector_cache]
+        new = [key for key in distinct if key not in self.vector_cache]
         parts = []
         if kept:
-            parts.append(to_device(torch.stack([self.vectors[k] for k in kept]), self.device))
+            vectors = torch.stack([self.vector_cache[key] for key in kept])
+            parts.append(to_device(vectors, self.device))
         if new:
             parts.append(self.encode(self.pack([distinct[key] for key in new])))
             if room := self.vectors_to_keep():
-                self.vectors |= zip(new[:room], parts[-1][:room].cpu(), strict=True)
+                self.vector_cache |= zip(new[:room], parts[-1][:room].cpu(), strict=True)
         places = {key: place for place, key in enumerate(kept + new)}
         order = np.array([places[key] for key in keys])
         return torch.cat(parts)[to_device(order, self.device)]
@@ -281,14 +283,15 @@ class MultitaskBERT(nn.Module):
     def vectors_to_keep(self):
         """How many more vectors of a frozen encoder there is room for."""
         room = VECTOR_CACHE_MIB * 2**20 // (4 * self.bert.config.hidden_size)
-        return max(0, room - len(self.vectors))
+        return max(0, room - len(self.vector_cache))
 
     # ------------------------------------------------------------------- masked language modelling
 
     def mask(self, name, batch, seed, first_row=None):
-        """The task's sentences by role, with masked tokens, and what these were: see `mask_tokens`.
+        """The task's sentences with masked tokens, and what these were: see `mask_tokens`.
 
-        `first_row` None: the batch is this process's share of one.
+        All sentences have the role "first", second sentences too. `first_row` None: the batch is
+        this process's share of one.
         """
         sentences = [ids for row in zip(*batch.columns().values(), strict=True) for ids in row]
         first_row = rank() * len(sentences) if first_row is None else first_row
@@ -299,8 +302,8 @@ class MultitaskBERT(nn.Module):
     def locate(self, masked, parts, packed):
         """The places of masked tokens in what `arrange` returned, and their ids, by task."""
         found, start = {}, 0
-        for (name, number), _, count in parts:
-            if number == MASKED:
+        for (name, which_pass), _, count in parts:
+            if which_pass == MASKED:
                 owners, positions, ids = (to_device(x, self.device) for x in masked[name])
                 found[name] = packed.starts[start + owners] + positions, ids
             start += count
@@ -352,7 +355,7 @@ def single_sentences(batch):
 def by_role(parts, vectors):
     """The vectors (sequences, hidden) of all parts: `{(task, pass): {role: vectors}}`."""
     found = defaultdict(dict)
-    of_parts = vectors.split([count for *_, count in parts])
-    for (group, role, _), part in zip(parts, of_parts, strict=True):
+    sizes = [count for *_, count in parts]
+    for (group, role, _), part in zip(parts, vectors.split(sizes), strict=True):
         found[group][role] = part
     return found

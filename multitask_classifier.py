@@ -89,7 +89,7 @@ def backward(model, micro_batches, step, plan, compute):
 
 
 def backward_with_surgery(model, micro_batches, step, plan, compute):
-    """As `backward`, group by group of the losses, with surgery on the encoder's gradients.
+    """As `backward`, one pass per group of losses, with surgery on the encoder's gradients.
 
     Gradients are averaged over the processes here. Returns each loss, and the share of conflicts
     and the gradients' cosines.
@@ -133,10 +133,10 @@ def loss_groups(losses, prepared, plan):
     return groups
 
 
-def synchronised(model, batches, plan, compute):
-    """The model that `compute_gradients` takes: with several processes, it averages gradients.
+def wrap_in_ddp(model, batches, plan, compute):
+    """The model that `compute_gradients` takes: with several processes in DDP, which averages.
 
-    Surgery averages them by itself.
+    Surgery averages gradients by itself.
     """
     if distributed.world_size() == 1 or plan.flags.gradient_surgery:
         return model
@@ -155,10 +155,10 @@ def synchronised(model, batches, plan, compute):
 
 
 def set_learning_rate(optimizer, step, plan):
-    """Linear rise over the first `--warmup` share of all steps, then linear decay to 0."""
+    """Linear warm-up over the first `--warmup` share of all steps, then linear decay to 0."""
     total = plan.total_steps
-    rising = round(plan.flags.warmup * total)
-    factor = (step + 1) / rising if step < rising else (total - step) / (total - rising)
+    warmup = round(plan.flags.warmup * total)
+    factor = (step + 1) / warmup if step < warmup else (total - step) / (total - warmup)
     for group in optimizer.param_groups:
         group["lr"] = group["peak_lr"] * factor
 
@@ -166,7 +166,7 @@ def set_learning_rate(optimizer, step, plan):
 def make_batches(data, plan):
     """The `MultitaskBatches` of a run: this process's share of each batch."""
     sizes, length = plan.epoch_sizes, plan.steps_per_epoch * plan.flags.accumulate
-    shares = [{n: distributed.share(k, n) for n, k in of_epoch.items()} for of_epoch in sizes]
+    shares = [{n: distributed.share(k, n) for n, k in epoch.items()} for epoch in sizes]
     return MultitaskBatches(of_split(data, "train"), sizes, plan.flags.seed, shares, length)
 
 
@@ -180,7 +180,7 @@ def train(run, model, optimizer, data, plan, compute):
     """
     flags, progress, scaler = plan.flags, run.progress, compute.scaler
     batches = make_batches(data, plan)
-    replica = synchronised(model, batches[0], plan, compute)
+    replica = wrap_in_ddp(model, batches[0], plan, compute)
     upcoming = prepare_step(model, batches, progress.step, plan)
     meter = Meter(progress.totals)
     with progress_bar(run, plan) as bar:
@@ -264,7 +264,8 @@ def evaluate_and_keep_best(run, model, data, plan, compute):
         evaluation_seconds=round(time.perf_counter() - began, 2),
         seconds=run.seconds(),
     )
-    progress.evaluated, progress.misses, mark = progress.step, progress.misses + 1, ""
+    progress.evaluated, mark = progress.step, ""
+    progress.misses += 1
     if progress.best_score is None or overall > progress.best_score:
         save_best(run, model, plan.lora, dev)
         progress.best_score, progress.misses, mark = overall, 0, "  (best so far)"
@@ -352,7 +353,7 @@ def fine_tune(command, device):
     with memory_errors(device, "the model"):
         model.to(device)
     if compute.precision == "bf16" and plan.lora:  # other modes save these weights, in fp32
-        model.bert.keep_frozen_in(torch.bfloat16)
+        model.bert.cast_frozen_linears(torch.bfloat16)
 
     # ---- optimiser, resume, loop
     optimizer = setup.make_optimizer(model, plan)

@@ -18,8 +18,9 @@ class PAL(nn.Module):
     """TS(h) = V^D g(V^E h), what a task adds to each encoder layer; g is the layer's own.
 
     V^E (hidden -> size) and V^D (size -> hidden) serve all layers; g is multi-head self-attention
-    without an output matrix. As in the authors' code, GELU follows V^D and weights are drawn from
-    N(0, 0.02). Unlike there, V^D starts at zero, so that the model starts as the plain encoder.
+    without an output matrix. As in the authors' code, GELU follows V^D, and weights are normal
+    with standard deviation 0.02. Unlike there, V^D starts at zero, so that the model starts as the
+    plain encoder.
     """
 
     def __init__(self, bert, config):
@@ -67,10 +68,10 @@ class PALLayer(BertLayer):
 
     def projected(self, hidden_states, rows):
         """TS_t(h), (N, D) -> (N, D): the rows of each task by its own PAL."""
-        groups = {task: list(of_task) for task, of_task in groupby(rows, lambda one: one.group)}
-        sizes = [sum(one.input_ids.numel() for one in of_task) for of_task in groups.values()]
-        parts = zip(groups.items(), hidden_states.split(sizes), strict=True)
-        return torch.cat([self.pals[task](x, of, self.number) for (task, of), x in parts])
+        groups = [(task, list(part)) for task, part in groupby(rows, lambda r: r.group)]
+        sizes = [sum(r.input_ids.numel() for r in part) for _, part in groups]
+        parts = zip(groups, hidden_states.split(sizes), strict=True)
+        return torch.cat([self.pals[task](x, part, self.number) for (task, part), x in parts])
 
 
 def apply_pals(bert, config, tasks):

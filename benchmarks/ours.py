@@ -92,7 +92,7 @@ class Ours(Worker):
         self.batches = make_batches(self.data, plan)
         self.model.to(self.device)
         if self.compute.precision == "bf16" and plan.lora:
-            self.model.bert.keep_frozen_in(torch.bfloat16)
+            self.model.bert.cast_frozen_linears(torch.bfloat16)
         self.optimizer = make_optimizer(self.model, plan)
         return opened | {
             "precision": self.compute.precision,

@@ -179,8 +179,8 @@ def scores_table(rows):
         if len(group) == 1:
             interval = "{:.3f} to {:.3f}".format(*bootstrap_interval(group[0].dev))
         if recipe := RECIPES.get(recipe_of(group[0])):
-            paper = f"{recipe.paper:.3f}" if recipe.paper else "–"
-            notes.append(f"*{escape(label)}*: {recipe.reading}.")
+            paper = f"{recipe.paper_score:.3f}" if recipe.paper_score else "–"
+            notes.append(f"*{escape(label)}*: {recipe.description}.")
         cells.append([label, str(len(group)), *map(spread, scores), overall, interval, paper])
     if len({dev_files(run) for run in runs}) > 1:
         notes.append("Overall scores of rows with other tasks or dev files are not comparable.")

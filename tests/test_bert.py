@@ -112,16 +112,16 @@ def test_packed_rows_hold_every_sentence_where_first_says(lengths, data):
     assert (packed.lengths.tolist(), packed.tokens) == (lengths, sum(lengths))
     assert {t.dtype for t in (*parts, *packed[1:4])} == {torch.int64}
     count = len(lengths)
-    expected = torch.tensor([3, 0, 0, count])[:, None].repeat(1, len(packed.sentence))
+    expected = torch.tensor([3, 0, 0, count])[:, None].repeat(1, len(packed.owners))
     for number, (sequence, first) in enumerate(zip(sequences, packed.starts.tolist(), strict=True)):
         here = slice(first, first + len(sequence))
         assert (expected[3, here] == count).all(), "two sentences in one place"
         positions = np.arange(len(sequence))
         columns = (sequence, positions, positions >= starts[number], positions * 0 + number)
         expected[:, here] = torch.from_numpy(np.stack(columns))
-    assert torch.equal(torch.stack([*parts, packed.sentence]), expected)
+    assert torch.equal(torch.stack([*parts, packed.owners]), expected)
     sizes = [rows.input_ids.numel() for rows in packed.rows]
-    for rows, sentence in zip(packed.rows, packed.sentence.split(sizes), strict=True):
+    for rows, sentence in zip(packed.rows, packed.owners.split(sizes), strict=True):
         of_rows = sentence.view(rows.input_ids.shape).numpy()
         same = np.array([np.equal.outer(row, row) for row in of_rows])
         assert torch.equal(rows.attention_mask, torch.from_numpy(same)[:, None])
@@ -159,7 +159,7 @@ def test_packing_by_hand():
     packed = pack(random_sequences(lengths), lengths, 1, "cpu")
     where = [*[4] * 120, *[5] * 4, *[7] * 4, *[6] * 60, *[7] * 4, *[2] * 42, *[7] * 22]
     where += [*[3] * 28, *[0] * 26, *[1] * 10, *[7] * 64]
-    assert packed.sentence.tolist() == where
+    assert packed.owners.tolist() == where
     assert packed.starts.tolist() == [284, 310, 192, 256, 0, 120, 128]
 
 
@@ -343,13 +343,13 @@ def test_the_mask_is_converted_once_for_all_layers(bert, monkeypatch, dtype):
 # ------------------------------------------------------------------------------ frozen layers
 
 
-def test_keep_frozen_in_casts_frozen_linear_layers_alone_as_autocast_would(bert):
+def test_cast_frozen_linears_casts_frozen_linear_layers_alone_as_autocast_would(bert):
     batch = padded(random_sequences([7, 5]))
     bert.requires_grad_(False)
     bert.encoder["layer"][1].output.requires_grad_(True)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         before = bert(*batch)["last_hidden_state"]
-        bert.keep_frozen_in(torch.bfloat16)
+        bert.cast_frozen_linears(torch.bfloat16)
         assert torch.equal(bert(*batch)["last_hidden_state"], before)
     cast = {name for name, parameter in bert.named_parameters() if parameter.dtype != torch.float32}
     linear = {n for n, m in bert.named_modules() if isinstance(m, torch.nn.Linear)}

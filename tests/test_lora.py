@@ -182,7 +182,7 @@ def test_a_layer_equals_the_composite(shape, with_dropout, of, kind):
 
 @pytest.mark.parametrize("kind", [LoRALinear, DoRALinear])
 def test_frozen_weights_cast_to_bf16_change_nothing_under_autocast(kind):
-    """`keep_frozen_in` casts W and b once instead of in every forward pass."""
+    """`cast_frozen_linears` casts W and b once instead of in every forward pass."""
     layer, x, weights = layer_and_input((2, 3), with_dropout=True, kind=kind)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         right = values_and_gradients(layer, layer, x, weights)

@@ -343,8 +343,8 @@ def test_kept_vectors_are_bounded(build, batches, monkeypatch):
     model, sequences = build(frozen=True).eval(), single(batches["sst"].first)
     monkeypatch.setattr(multitask_bert, "VECTOR_CACHE_MIB", 1)
     limit = 2**20 // (4 * 32)  # fp32 vectors of 32 numbers
-    model.vectors = dict.fromkeys(range(limit - 1), torch.zeros(0))
+    model.vector_cache = dict.fromkeys(range(limit - 1), torch.zeros(0))
     right = encode(model, sequences)
     for _ in range(2):
         torch.testing.assert_close(model.encode_once(sequences), right, rtol=1e-4, atol=1e-5)
-        assert len(model.vectors) == limit
+        assert len(model.vector_cache) == limit

@@ -17,7 +17,7 @@ from test_multitask_bert import (
     make_batch,
 )
 
-from bert import BertModel, Rows, join, pack
+from bert import BertModel, Rows, join_packed, pack
 from config import BertConfig, MultitaskConfig, PALConfig
 from multitask_bert import MultitaskBERT
 from pals import PAL, apply_pals, train_layer_norms_only
@@ -112,7 +112,7 @@ def test_joined_groups_keep_every_sentence_where_it_was():
     lengths = {"a": [3, 70, 5], "b": [130], "c": [64, 2]}
     numbers = iter(range(1, 7))
     sentences = {g: [np.full(n, next(numbers)) for n in of] for g, of in lengths.items()}
-    joined = join({g: pack(s, lengths[g], 0, "cpu") for g, s in sentences.items()})
+    joined = join_packed({g: pack(s, lengths[g], 0, "cpu") for g, s in sentences.items()})
     ids = torch.cat([rows.input_ids.flatten() for rows in joined.rows])
     groups = [rows.group for rows in joined.rows for _ in range(rows.input_ids.numel())]
     every = [(group, length) for group, of_group in lengths.items() for length in of_group]
@@ -121,7 +121,7 @@ def test_joined_groups_keep_every_sentence_where_it_was():
         places = range(joined.starts[number], joined.starts[number] + length)
         assert (ids == number + 1).nonzero().flatten().tolist() == list(places)
         assert {groups[place] for place in places} == {group}
-    assert torch.equal(joined.sentence, (ids - 1) % 7)  # of padding the number of sentences, 6
+    assert torch.equal(joined.owners, (ids - 1) % 7)  # of padding the number of sentences, 6
 
 
 @pytest.mark.parametrize("settings", [{}, ALL_SIMCSE, R_DROP])

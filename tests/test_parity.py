@@ -347,7 +347,7 @@ def loss_and_gradients(model, batches):
     """The mean over the masked tokens of all tasks, and its gradient for each parameter."""
     model.zero_grad()
     prepared = model.prepare(batches)
-    counts = {f"mlm_{name}": len(ids) for name, (_, ids) in prepared.masked.items()}
+    counts = {f"mlm_{name}": len(ids) for name, (_, ids) in prepared.targets.items()}
     losses = model(prepared)
     assert losses.keys() == counts.keys()
     loss = sum(counts[name] * of_task for name, of_task in losses.items()) / sum(counts.values())

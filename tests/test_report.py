@@ -138,7 +138,7 @@ def test_the_papers_score_stands_beside_its_recipe_only(written, recipe_run):
     header, rows = table(written[1], 1)
     paper = {row[0]: row[header.index("paper's overall")] for row in rows}
     assert paper == {"full-model-a": "–", "simcse-lora": "0.727", "full-model-surgery": "–"}
-    assert RECIPES["simcse-lora"].reading in written[1]
+    assert RECIPES["simcse-lora"].description in written[1]
     recipe_run.args.update(lr=1e-3, epochs=99, batch_size=64)
     assert [*report.group_runs([recipe_run])] == ["simcse-lora"]
     for other in ({"LoRA_r": 4}, {"gradient_surgery": "sum"}):

@@ -96,7 +96,7 @@ def load_weights(model, lora, folder):
         load_strictly(model.bert.state_dict(), read_tensors(path), path)
     path = folder / "heads.safetensors"
     load_strictly(_heads(model), read_tensors(path), path)
-    model.vectors.clear()
+    model.vector_cache.clear()
 
 
 def export_run(run, folder):
