@@ -172,11 +172,15 @@ def load_encoder_of_run(path, description):
     `description` holds the values of its `run.json`. Raises `UserError` where it cannot be had.
     """
     recorded = description["encoder"]
+    if recorded.get("best") and not Path(recorded["best"]).exists():  # moved together with this run
+        moved = Path(path).resolve().parent.joinpath(*Path(recorded["best"]).parts[-2:])
+        recorded = recorded | {"best": str(moved)}
     try:
         encoder, tokenizer = load_encoder(recorded.get("best") or recorded["name"])
     except UserError as error:
         raise UserError(
-            f"{path}: the encoder it was trained on cannot be loaded, and no other will do: {error}"
+            f"{path}: the encoder it was trained on cannot be loaded, and no other will do; put it "
+            f"back, or a link to it: {error}"
         ) from error
     names = {key: recorded.get(key) for key in ("name", "substituted", "best")}
     return replace(encoder, **names), tokenizer

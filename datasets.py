@@ -194,7 +194,7 @@ def _columns(place, header, task, split):
     if missing:
         expected = f"expected {', '.join(wanted)}, found {header}"
         if len(header) == 1 and set(",;") & set(header[0]):
-            expected += " (the file looks comma-separated; expected tabs)"
+            expected += " (the file looks separated by commas or semicolons; expected tabs)"
         raise UserError(f"{place}: column {', '.join(missing)} missing or repeated; {expected}")
     return [names.index(name) for name in wanted]
 

@@ -325,6 +325,10 @@ def parse_flags(argv=None):
         parser.error("--sentence2 goes with --sentence")
     if flags.out is not None and flags.predict is None:
         parser.error("--out goes with --predict")
+    if flags.out == "-":  # standard output, as without the flag
+        flags.out = None
+    if flags.out is not None and os.path.realpath(flags.out) == os.path.realpath(flags.predict):
+        parser.error(f"--out {flags.out}: the file of --predict; expected another name")
     if flags.out is not None and Path(flags.out).exists() and not Path(flags.out).is_file():
         parser.error(f"--out {flags.out}: expected the name of a file")
     for word in sys.argv[1:] if argv is None else argv:

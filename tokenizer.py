@@ -1,7 +1,7 @@
 """Text to WordPiece ids, on the `tokenizers` library.
 
 The vocabulary, the added tokens and the rules for normalising come from the encoder's folder. A
-literal `[SEP]` in a text is text, not a marker (as in `transformers` with
+literal `[SEP]` in a text is text, not a special token (as in `transformers` with
 `split_special_tokens=True`).
 """
 
@@ -189,7 +189,7 @@ def _added_tokens(settings, complete, added):
 def _add_tokens(pipeline, tokens):
     """Add tokens by text to a pipeline, in the order of their ids. Raises `UserError`.
 
-    All are found in texts, special ones too; only BERT's own five markers are not.
+    All are found in texts, special ones too; only BERT's own five are not.
     """
     last = pipeline.get_vocab_size() + len(tokens)
     for text, (number, token) in sorted(tokens.items(), key=lambda item: item[1][0] or last):

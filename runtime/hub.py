@@ -106,8 +106,11 @@ def _bundled_folder():
 def checked_encoder(folder, name=None, substituted=False):
     """The `Encoder` in `folder`, a `Path`; `name` is its published name, None for other folders.
 
-    Raises `UserError` where a file is missing, or is not the published one of that name.
+    Raises `UserError` where a file is missing, not readable, or not the published one of that name.
     """
+    for path in (folder, *(folder / file for file in FILES)):
+        if os.path.exists(path) and not os.access(path, os.R_OK):
+            raise UserError(f"{path}: not readable: permission denied")
     missing = [file for file in FILES if not (folder / file).exists()]
     if missing == [FILES[1]] and (folder / "pytorch_model.bin").exists():
         raise UserError(f"{folder}: no {missing[0]}; {CONVERT.format(name=folder.resolve())}")

@@ -127,7 +127,8 @@ def make_report(run, compute, command):
     model, description = load_run(run, compute.device)
     missing, tables = [n for n in ("sst", "para", "sts") if n not in model.config.tasks], []
     if len(missing) == 3:
-        raise UserError(f"a run of {', '.join(model.config.tasks)}; expected sst, para, sts")
+        tasks = ", ".join(model.config.tasks) or "no task"
+        raise UserError(f"{run.path}: a run of {tasks}; expected sst, para or sts")
     if "sst" not in missing:
         measured = measure_groups(model, compute)
         tables += [neutral_table(model, compute), words_table(measured), gaps_table(measured)]

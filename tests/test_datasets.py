@@ -112,7 +112,7 @@ REFUSED = [  # row of the fault table, task, file, words of the message
     ("22", "sst", LFS, ["a git-LFS pointer"]),
     ("22", "sst", "\n<!DOCTYPE html>\n<html><body>404</body></html>", ["an HTML page"]),
     ("22", "sst", BOM + b"<!-- 404 --><html></html>", ["an HTML page"]),
-    ("54", "sst", (SST + rows(3)).replace("\t", ","), [":1:", "looks comma-separated"]),
+    ("54", "sst", (SST + rows(3)).replace("\t", ","), [":1:", "looks separated by commas"]),
     ("54", "sst", (SST + rows(3)).encode("utf-16"), ["UTF-16 text"]),
     ("54", "sst", gzip.compress(SST.encode()), ["a gzip file"]),
     ("54", "sst", b"PK\x03\x04 workbook", ["a zip or Excel file"]),

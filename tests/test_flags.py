@@ -231,6 +231,7 @@ REFUSED = {
     f"01 {FROZEN} --layer_decay 0.9": "none of its layers learns",
     f"01 {FROZEN} --lr 1e-3 --head_lr 1e-3": "both are the heads' rate",
     "01 --gradient_surgery --accumulate 2": "not with --accumulate",
+    "01 --gradient_surgery --tasks sst": "--gradient_surgery: needs two tasks",
     "01 --resume": "--resume and --overwrite exclude each other",
     "01 --sst_dev_out x --para_test_out ./x": "x: one file for several.*sst dev, para test",
     "01 --sts_dev_out predictions/sst-test-output.csv": "for several.*sst test, sts dev",

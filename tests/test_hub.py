@@ -278,6 +278,12 @@ def test_an_incomplete_cache_is_completed_and_one_that_cannot_be_written_is_name
     assert found["error"] == "OutputError" and "HF_HOME" in found["message"]
 
 
+def test_a_file_that_may_not_be_read_is_named(tiny_folder, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, _: "model" not in Path(path).name)
+    with pytest.raises(UserError, match=r"model\.safetensors: not readable"):
+        resolve_encoder(str(tiny_folder))
+
+
 @pytest.mark.parametrize("is_shared", [False, True])
 def test_row_26_a_damaged_file_of_the_cache_is_found_in_both_layouts(tmp_path, is_shared):
     """The newer one keeps the bytes in a store that several repositories share."""

@@ -158,6 +158,10 @@ def test_out_appears_whole_or_not_at_all(run, tmp_path, capsysbinary):
     assert not list(tmp_path.rglob(".tmp-*"))
     with pytest.raises(OutputError, match=r"out\.tsv/x: not written: "):
         evaluation.main(["--predict", "x", "--out", "out.tsv/x"])
+    with pytest.raises(UserError, match=r"--out \./x: the file of --predict"):
+        evaluation.main(["--predict", "x", "--out", "./x"])
+    evaluation.main(["--predict", "x", "--out", "-"])
+    assert len(table_of(capsysbinary.readouterr().out)) == 4
 
 
 def test_a_file_of_a_header_alone_is_named(run, tmp_path):

@@ -879,8 +879,8 @@ def test_heads_of_another_shape_and_of_other_tasks_start_anew(train, capsys):
     assert "best model of step 0: taken: encoder, para\n" in said
 
 
-def test_one_run_after_another_after_a_third(train, capsys):
-    """Adapters on the encoder of a run of the whole model, and a run that begins with those."""
+def test_one_run_after_another_after_a_third(train, capsys, monkeypatch):
+    """Adapters on the encoder of a run of the whole model, a run that begins with those; moved."""
     train(f"{ALONE} --epochs 1 --steps_per_epoch 2 --model_file_suffix one")
     start = f"{LORA} 2 --epochs 1 --steps_per_epoch 2 --start_from runs"
     second = train(f"{start}/full-model-one --model_file_suffix two")
@@ -892,9 +892,15 @@ def test_one_run_after_another_after_a_third(train, capsys):
         assert settings["base_model_name_or_path"] == best
         assert run.description()["encoder"]["best"] == best
         evaluation.main(["--checkpoint", str(run.path)])
-    shutil.rmtree(best)
+    Path("moved").mkdir()
+    Path("runs").rename("moved/runs")
+    monkeypatch.chdir("moved")
+    evaluation.main(["--checkpoint", "runs/LoRA-three"])
+    words = ["--resume", "--fine-tune-mode", "LoRA", "--model_file_suffix", "two"]
+    multitask_classifier.main(words)
+    shutil.rmtree("runs/full-model-one")
     with pytest.raises(UserError, match="cannot be loaded, and no other will do"):
-        evaluation.main(["--checkpoint", str(third.path)])
+        evaluation.main(["--checkpoint", "runs/LoRA-three"])
 
 
 def test_models_that_a_run_cannot_begin_with(train):

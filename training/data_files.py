@@ -26,8 +26,8 @@ def data_paths(flags):
     if is_missing and not flags.data_dir and not named:
         say(
             f"warning: none of the course's files is in {folder}/: using the small generated "
-            f"sample in data/sample instead, good for a first run only (python data/prepare.py "
-            f"fetches them)"
+            f"sample in data/sample instead, good for a first run only (python "
+            f"{os.path.relpath(REPOSITORY / 'data/prepare.py')} --out {folder} fetches them)"
         )
         folder = REPOSITORY / "data" / "sample"
     return {

@@ -113,7 +113,8 @@ def log_step(bar, run, meter, optimizer, plan, compute):
         seconds=run.seconds(),
     )
     shown = "  ".join(f"{name} {value:.3f}" for name, value in losses.items())
-    shown += f"  {speed['sentences_per_s']:.0f} sentences/s"
+    if speed["sentences_per_s"]:  # nothing is encoded any more of a frozen encoder
+        shown += f"  {speed['sentences_per_s']:.0f} sentences/s"
     bar.set_postfix_str(shown)
     if bar.disable:
         say(f"step {step}/{plan.total_steps}  {shown}")

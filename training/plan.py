@@ -226,6 +226,8 @@ def check_flags(flags, given):
         raise UserError("--swap_pairs: only with --r_drop para, whose second pass it swaps")
     if flags.tensorboard and importlib.util.find_spec("tensorboard") is None:
         raise UserError("--tensorboard: the package is not installed; pip install tensorboard")
+    if flags.gradient_surgery not in (None, "main") and len(flags.tasks) == 1:
+        raise UserError("--gradient_surgery: needs two tasks or more; one has no conflict")
     if flags.gradient_surgery and flags.accumulate > 1:
         raise UserError("--gradient_surgery: not with --accumulate; raise --batch_size")
     if flags.sampling != "equal" and flags.task_batch_sizes:

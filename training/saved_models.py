@@ -196,7 +196,8 @@ def start_from(model, lora, run):
         if ours and {n: t.shape for n, t in ours.items()} == {n: t.shape for n, t in found.items()}:
             load_strictly(ours, found, run.path)
             taken.append(name)
-    say(f"{run.path}, {run.describe_best()}: taken: {', '.join(['encoder', *taken])}")
+    lost = "; its PALs do not fit and are left out" if source.pals and "pals" not in taken else ""
+    say(f"{run.path}, {run.describe_best()}: taken: {', '.join(['encoder', *taken])}{lost}")
     return taken
 
 
