@@ -127,8 +127,7 @@ def make_report(run, compute, command):
     model, description = load_run(run, compute.device)
     missing, tables = [n for n in ("sst", "para", "sts") if n not in model.config.tasks], []
     if len(missing) == 3:
-        tasks = ", ".join(model.config.tasks) or "no task"
-        raise UserError(f"{run.path}: a run of {tasks}; expected sst, para or sts")
+        raise UserError(f"{run.path}: a run without a head for sst, para or sts")
     if "sst" not in missing:
         measured = measure_groups(model, compute)
         tables += [neutral_table(model, compute), words_table(measured), gaps_table(measured)]

@@ -170,7 +170,7 @@ def test_a_run_without_a_head_has_no_tables_of_it(train, capsys):
 
 def test_a_run_of_another_task_alone_is_refused(train):
     run = train("reviews", "--tasks cfimdb --max_length 40")
-    with pytest.raises(UserError, match="full-model-reviews: a run of cfimdb; expected sst"):
+    with pytest.raises(UserError, match="full-model-reviews: a run without a head for sst"):
         bias_probe.main([str(run)])
 
 
