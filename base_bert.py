@@ -179,8 +179,8 @@ def load_encoder_of_run(path, description):
         encoder, tokenizer = load_encoder(recorded.get("best") or recorded["name"])
     except UserError as error:
         raise UserError(
-            f"{path}: the encoder it was trained on cannot be loaded, and no other will do; put it "
-            f"back, or a link to it: {error}"
+            f"{path}: the encoder it was trained on cannot be loaded, and no other will do (if it "
+            f"was a folder, put it back, or a link to it): {error}"
         ) from error
     names = {key: recorded.get(key) for key in ("name", "substituted", "best")}
     return replace(encoder, **names), tokenizer
