@@ -7,6 +7,7 @@ batches is a pure function of (seed, step).
 import codecs
 import csv
 import io
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,12 +15,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from config import TASKS, UserError
+from config import REPOSITORY, TASKS, UserError
 
 ID_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(?: [A-Za-z0-9._-]+)*")
 INTEGER = re.compile(r"[+-]?[0-9]+(?:\.0*)?")
 DECIMAL = re.compile(r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?")
-FETCH = "fetch the data with: python data/prepare.py"
+FETCH = f"fetch the data with: python {os.path.relpath(REPOSITORY / 'data/prepare.py')}"
 FOREIGN = {  # how files of other kinds begin, in lower case
     (b"version https://git-lfs",): "a git-LFS pointer, not the data; run: git lfs pull",
     (b"<!doctype", b"<!--", b"<html", b"<head", b"<?xml"): f"an HTML page, not data; {FETCH}",

@@ -264,8 +264,9 @@ def evaluate_and_keep_best(run, model, data, plan, compute):
         evaluation_seconds=round(time.perf_counter() - began, 2),
         seconds=run.seconds(),
     )
-    progress.evaluated, mark = progress.step, ""
+    progress.evaluated = progress.step
     progress.misses += 1
+    mark = ""
     if progress.best_score is None or overall > progress.best_score:
         save_best(run, model, plan.lora, dev)
         progress.best_score, progress.misses, mark = overall, 0, "  (best so far)"

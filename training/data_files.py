@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 
 from config import REPOSITORY, TASKS, UserError
-from datasets import TaskDataset, odd_labels, read_task_file
+from datasets import FETCH, TaskDataset, odd_labels, read_task_file
 from runtime.files import OutputError
 from runtime.script import say
 from training.flags import SPLITS
@@ -26,8 +26,7 @@ def data_paths(flags):
     if is_missing and not flags.data_dir and not named:
         say(
             f"warning: none of the course's files is in {folder}/: using the small generated "
-            f"sample in data/sample instead, good for a first run only (python "
-            f"{os.path.relpath(REPOSITORY / 'data/prepare.py')} --out {folder} fetches them)"
+            f"sample in data/sample instead, good for a first run only; {FETCH} --out {folder}"
         )
         folder = REPOSITORY / "data" / "sample"
     return {
