@@ -154,6 +154,7 @@ def train(words, run):
     except BaseException:
         process.terminate()
         process.wait()
+        say(f"{run.path}: the sweep's own command resumes it, and goes on with the others")
         raise
     finally:
         process.kill()  # no effect if it has ended; else a second signal ended the wait
