@@ -267,7 +267,7 @@ def pack(sequences, segment_starts, pad_id, device):
     """Lay out token sequences in rows, the long ones in wider rows; returns a `Packed`.
 
     `sequences` are int32 arrays. `segment_starts[i]` is where segment 1 of sequence i begins, its
-    length where there is none. A padding token has id `pad_id`.
+    length if it has none. A padding token has id `pad_id`.
     """
     count, lengths = len(sequences), np.array([len(sequence) for sequence in sequences])
     width = math.ceil(lengths.max() / ROW_TOKENS) * ROW_TOKENS  # of the widest rows

@@ -225,8 +225,8 @@ class MultitaskConfig:
         return bool(self.simcse_tasks) or self.supervised_simcse
 
 
-# Peak learning rates by mode, (encoder, heads). The heads and LoRA's matrices start from random
-# numbers and need a larger rate than the pretrained encoder. PALs learn at the heads' rate.
+# Peak learning rates by mode, (encoder, heads). What is new, heads and LoRA's matrices, needs a
+# larger rate than the pretrained encoder. PALs learn at the heads' rate.
 LEARNING_RATES = {
     "last-linear-layer": (0.0, 1e-3),
     "full-model": (5e-5, 5e-4),

@@ -101,18 +101,23 @@ def predict_in_parts(model, dataset, rows, batch):
 
 def predict_dataset(model, dataset, compute):
     """Predict a whole `TaskDataset`; returns a `TaskResult`, with metrics if it has labels."""
-    task, outputs = dataset.task, head_outputs(model, dataset, compute)
+    ids = [example.id for example in dataset.examples]
+    outputs = head_outputs(model, dataset, compute)
+    return result_of_outputs(dataset.task, ids, outputs, dataset.labels)
+
+
+def result_of_outputs(task, ids, outputs, labels):
+    """The `TaskResult` of outputs (n, num_classes), measured if there are labels (n,), a tensor."""
     if task.kind == "classes":
         scores = F.softmax(outputs, dim=-1).numpy()
     elif task.kind == "binary":
         scores = torch.sigmoid(outputs).numpy()
     else:
         scores = outputs.clamp(task.low, task.high).numpy()
-    ids = [example.id for example in dataset.examples]
-    labels = None if dataset.labels is None else dataset.labels.numpy()
-    result = results.result_of_scores(task, ids, scores, labels)
-    if labels is not None:
-        result.loss = float(task_loss(task, outputs, dataset.labels))
+    if labels is None:
+        return results.result_of_scores(task, ids, scores)
+    result = results.result_of_scores(task, ids, scores, labels.numpy())
+    result.loss = float(task_loss(task, outputs, labels))
     return result
 
 
@@ -160,15 +165,18 @@ def calibrate(model, train_sets, count, compute):
 
     Training uses dropout, prediction does not. Dropout lowers the cosine of two vectors, so an
     uncorrected head predicts "paraphrase" too often. `train_sets` maps a task to its `TaskDataset`.
-    The same `count` examples are used every time; 0 changes nothing.
+    The same `count` examples are used every time; 0 changes nothing. Returns task -> `TaskResult`
+    of these examples, calibrated.
     """
-    if not count:
-        return
-    for name, dataset in train_sets.items():
+    found = {}
+    for name, dataset in train_sets.items() if count else ():
         rows = np.random.default_rng(0).permutation(len(dataset))[:count]
         offset = model.get_buffer(f"offset_{name}").zero_()
-        outputs = head_outputs(model, dataset, compute, rows)[rows]
-        offset.copy_(best_offset(dataset.task, outputs, dataset.labels[rows]))
+        outputs, labels = head_outputs(model, dataset, compute, rows)[rows], dataset.labels[rows]
+        offset.copy_(best_offset(dataset.task, outputs, labels))
+        ids = [dataset.examples[row].id for row in rows]
+        found[name] = result_of_outputs(dataset.task, ids, outputs + offset.cpu(), labels)
+    return found
 
 
 def best_offset(task, outputs, labels):
@@ -308,7 +316,8 @@ def make_parser():
     add("--data_dir", metavar="DIR", help="where the run's data files lie now (default: where "
         "they lay when it was trained)")
     add("--use_gpu", action="store_true", help="fail without a GPU")
-    add("--precision", choices=PRECISIONS, help="(default: the run's own)")
+    add("--use_cpu", action="store_true", help="use the CPU even if there is a GPU")
+    add("--precision", choices=PRECISIONS, help="of the prediction (default: the run's own)")
     add("--debug", action="store_true", help="show the traceback of an error")
     return parser
 # fmt: on
@@ -358,7 +367,8 @@ def main(argv=None):
             export_run(run, flags.export)
             say(f"wrote {flags.export}")
             return
-        with distributed.joined_processes(select_device(flags.use_gpu)) as device:
+        device = select_device(flags.use_gpu, flags.use_cpu)
+        with distributed.joined_processes(device) as device:
             description = run.description()
             precision = flags.precision or description["precision"]
             compute = Compute(device, precision, description["args"].get("deterministic"))

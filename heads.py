@@ -63,7 +63,7 @@ class DotHead(nn.Module):
 
 
 class CosineHead(nn.Module):
-    """scale · cos(u, v) + bias: fixed for a score task, learned for a binary task."""
+    """scale · cos(u, v) + bias; both are fixed for a score task, learned for a binary task."""
 
     def __init__(self, task):
         super().__init__()
@@ -79,7 +79,7 @@ class CosineHead(nn.Module):
 
 
 class SumHead(nn.Module):
-    """The sum of several heads' outputs; `places[i]` are the indices of the i-th head's vectors."""
+    """The sum of several heads' outputs; head i takes the vectors with the numbers `places[i]`."""
 
     def __init__(self, heads, places):
         super().__init__()
@@ -119,7 +119,8 @@ def make_head(task, head, roles, hidden, dropout):
 def task_loss(task, outputs, labels):
     """Mean loss of a batch by the task's kind: cross entropy, binary cross entropy, squared error.
 
-    `outputs` (batch, num_classes), `labels` (batch,) fp32. Returns a scalar.
+    `outputs` (batch, num_classes), `labels` (batch,) fp32. Returns a scalar. `evaluation.calibrate`
+    lowers this loss, too, and it is the loss that a dev table shows.
     """
     if task.kind == "classes":
         return F.cross_entropy(outputs, labels.long())

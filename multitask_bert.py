@@ -220,8 +220,8 @@ class MultitaskBERT(nn.Module):
         """Lay out `{(task, pass): {role: sequences}}` for the encoder.
 
         Returns the parts in order, each (task and pass, role, number of sequences), and their
-        sequences: a `bert.Packed`, of a frozen encoder a list. The groups of one task must stand
-        together in `groups`: with PALs, no row has sequences of two tasks.
+        sequences: a `bert.Packed`, or a list if the encoder is frozen. The groups of one task must
+        stand together in `groups`: with PALs, no row has sequences of two tasks.
         """
         parts, sequences = [], defaultdict(list)
         for group, roles in groups.items():
@@ -290,8 +290,8 @@ class MultitaskBERT(nn.Module):
     def mask(self, name, batch, seed, first_row=None):
         """The task's sentences with masked tokens, and what these were: see `mask_tokens`.
 
-        All sentences have the role "first", second sentences too. `first_row` None: the batch is
-        this process's share of one.
+        All sentences have the role "first", second sentences too. Masks depend on a sentence's
+        place, counted from `first_row`; None: `batch` is this process's share of a batch.
         """
         sentences = [ids for row in zip(*batch.columns().values(), strict=True) for ids in row]
         first_row = rank() * len(sentences) if first_row is None else first_row

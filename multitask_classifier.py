@@ -251,7 +251,7 @@ def evaluate_and_keep_best(run, model, data, plan, compute):
     """
     began, progress = time.perf_counter(), run.progress
     try:
-        overall, dev, table = scores_on_dev(model, data, plan, compute)
+        scores, table = evaluate_on_dev(model, data, plan, compute)
     except NotFinite as error:
         raise NotFinite(f"step {progress.step}: {error}; try a lower --lr") from error
     epoch = progress.step // plan.steps_per_epoch
@@ -259,37 +259,45 @@ def evaluate_and_keep_best(run, model, data, plan, compute):
         kind="eval",
         step=progress.step,
         epoch=epoch,
-        overall=overall,
-        dev=dev,
+        **scores,
         evaluation_seconds=round(time.perf_counter() - began, 2),
         seconds=run.seconds(),
     )
     progress.evaluated = progress.step
     progress.misses += 1
     mark = ""
-    if progress.best_score is None or overall > progress.best_score:
-        save_best(run, model, plan.lora, dev)
-        progress.best_score, progress.misses, mark = overall, 0, "  (best so far)"
+    if progress.best_score is None or scores["overall"] > progress.best_score:
+        save_best(run, model, plan.lora, scores["dev"])
+        progress.best_score, progress.misses, mark = scores["overall"], 0, "  (best so far)"
     say(f"\nepoch {epoch}/{plan.flags.epochs}, step {progress.step}{mark}")
     say(table)
 
 
-def scores_on_dev(model, data, plan, compute):
-    """Calibrate and evaluate on dev: the overall score, each task's metrics, and a table of them.
+def evaluate_on_dev(model, data, plan, compute):
+    """Calibrate and evaluate on dev: what the log keeps of it, as a dict, and a table.
 
-    Of masked language modelling alone, the overall score is minus the mean loss of its tasks.
+    That is the overall score and each task's metrics on dev, and on the training examples of the
+    calibration. Of masked language modelling alone, the overall score is minus the mean loss of its
+    tasks.
     """
     if not plan.tasks:
         dev = masked_losses(model, of_split(data, "dev"), compute)
         mean = sum(values["loss"] for values in dev.values()) / len(dev)
-        return -mean, dev, f"masked loss on dev, mean of {', '.join(dev)}: {mean:.3f}"
+        table = f"masked loss on dev, mean of {', '.join(dev)}: {mean:.3f}"
+        return {"overall": -mean, "dev": dev}, table
     data = {name: data[name] for name in plan.tasks}
-    calibrate(model, of_split(data, "train"), plan.flags.calibration_examples, compute)
-    scores = evaluate(model, of_split(data, "dev"), compute)
-    for name, reason in results.undefined_correlations(scores).items():
+    train = calibrate(model, of_split(data, "train"), plan.flags.calibration_examples, compute)
+    dev = evaluate(model, of_split(data, "dev"), compute)
+    for name, reason in results.undefined_correlations(dev).items():
         say(f"warning: {name}: {reason}; its correlation counts as 0")
-    dev = {name: {"loss": r.loss, **r.metrics} for name, r in scores.items()}
-    return results.overall_score(scores), dev, results.format_table(scores)
+    table = results.format_table(dev)
+    if train:
+        on_train = (f"{name} {result.score(name):.3f}" for name, result in train.items())
+        table += f"\non training examples  {'  '.join(on_train)}"
+    scores = {"overall": results.overall_score(dev)}
+    for split, found in (("dev", dev), ("train", train)):
+        scores[split] = {name: {"loss": r.loss, **r.metrics} for name, r in found.items()}
+    return scores, table
 
 
 # ---------------------------------------------------------------------------------------- the run
@@ -319,7 +327,8 @@ def predict_and_write(run, model, data, plan, compute):
 def main(argv=None):
     """Train, or resume training, from the command line."""
     command = parse_command(argv)
-    with distributed.joined_processes(select_device(command.flags.use_gpu)) as device:
+    device = select_device(command.flags.use_gpu, command.flags.use_cpu)
+    with distributed.joined_processes(device) as device:
         fine_tune(command, device)
 
 

@@ -56,8 +56,12 @@ class Compute:
         return f"{device_name(self.device)}, {self.precision}"
 
 
-def select_device(use_gpu=False):
+def select_device(use_gpu=False, use_cpu=False):
     """`cuda`, else `mps`, else `cpu`. With `use_gpu` a `UserError` where there is only a CPU."""
+    if use_cpu and use_gpu:
+        raise UserError("--use_gpu and --use_cpu exclude each other")
+    if use_cpu:
+        return torch.device("cpu")
     if torch.cuda.is_available():
         return torch.device("cuda")
     if torch.backends.mps.is_available():

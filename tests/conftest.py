@@ -10,11 +10,14 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from bert import BertModel
-from config import TASKS, BertConfig, UserError
+from config import TASKS, BertConfig, MultitaskConfig, UserError
+from datasets import TaskBatch
+from multitask_bert import MultitaskBERT
 from runtime.hub import resolve_encoder
 from tokenizer import SPECIAL_TOKENS, BertTokenizer, wordpiece
 
@@ -32,6 +35,11 @@ TOY_WORDS = (
     "##ing ##ed ##s ##ly ##er ##est ##un ##able"
 )
 LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789"
+
+# Made-up examples of `make_batch`.
+NAMES = tuple(TASKS)
+LABELS = {"sst": [0, 4, 2, 1], "para": [1, 0, 1, 0], "sts": [0.5, 5, 3.25, 2]}
+LABELS |= {"cfimdb": [1, 0, 0, 1]}
 
 
 def pytest_configure(config):
@@ -98,6 +106,12 @@ def toy_vocab_folder(toy_vocab, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def tokenizer(toy_vocab_folder):
+    """The toy vocabulary's tokenizer; 40 tokens at most."""
+    return BertTokenizer.from_pretrained(toy_vocab_folder)
+
+
+@pytest.fixture(scope="session")
 def tiny_config(toy_vocab):
     """A tiny encoder whose sizes all differ, so that swapped axes cannot pass."""
     return BertConfig(
@@ -108,6 +122,40 @@ def tiny_config(toy_vocab):
         intermediate_size=52,
         max_position_embeddings=40,
     )
+
+
+def make_batch(name, vocab_size, seed=0):
+    """Four made-up examples of a task; a sentence is `[CLS] … [SEP]` of 3 to 12 tokens."""
+    random = np.random.default_rng([seed, NAMES.index(name)])
+
+    def sentence():
+        inner = random.integers(5, vocab_size, random.integers(1, 11))
+        return np.array([2, *inner, 3], dtype=np.int32)
+
+    first, second = ([sentence() for _ in range(4)] for _ in range(2))
+    labels = torch.tensor(LABELS[name], dtype=torch.float32)
+    second = second if TASKS[name].is_pair else None
+    return TaskBatch([f"{name}{i}" for i in range(4)], first, second, labels)
+
+
+@pytest.fixture
+def batches(tiny_config):
+    """A batch of each of the three tasks."""
+    return {name: make_batch(name, tiny_config.vocab_size) for name in NAMES[:3]}
+
+
+@pytest.fixture
+def build(tiny_config, tokenizer):
+    """Makes a model over a tiny encoder, without dropout unless `dropout` is given."""
+
+    def make(frozen=False, dropout=0.0, **settings):
+        torch.manual_seed(6)
+        bert = BertModel(replace(tiny_config, initializer_range=0.2))
+        bert.set_dropout(dropout)
+        config = MultitaskConfig(**{"dropout": dropout, "max_length": 40, **settings})
+        return MultitaskBERT(bert, config, tokenizer, frozen).train()
+
+    return make
 
 
 @pytest.fixture(scope="session")

@@ -134,10 +134,12 @@ def test_offset_of_equal_labels_and_extreme_outputs_is_finite(name):
 
 def test_calibration_moves_the_mean_prediction_to_the_mean_label(model, datasets):
     """For many examples all the way; for few, the prior keeps it part of the way."""
-    calibrate(model.train(), datasets, EXAMPLES, CPU)
+    on_train = calibrate(model.train(), datasets, EXAMPLES, CPU)
     for name, dataset in datasets.items():
         assert model.get_buffer(f"offset_{name}").abs().max() > 0.01
         calibrated = predict_dataset(model, dataset, CPU)
+        assert on_train[name].metrics == pytest.approx(calibrated.metrics, abs=1e-6)
+        assert on_train[name].loss == pytest.approx(calibrated.loss, abs=1e-6)
         model.get_buffer(f"offset_{name}").zero_()
         before = predict_dataset(model, dataset, CPU)
         assert calibrated.loss < before.loss

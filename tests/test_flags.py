@@ -172,6 +172,7 @@ RECIPE_COMMANDS = [
     *(f"--recipe {name}" for name in RECIPES), "--recipe simcse-lora --LoRA_r 4 --seed 3",
     f"--recipe simcse-lora {FULL}", f"{BEST} --r_drop", f"{BEST} --tasks para sts",
     f"{BEST} --tasks sst --no-freeze_word_embeddings", f"{BEST} {LORA}", f"{BEST} {FROZEN}",
+    f"{BEST} --pair_encoding joint", f"{BEST} --pair_encoding para=joint sts=both",
 ]
 NEAREST = {
     "--lora-alpha": "--LoRA_alpha", "--fine_tune_mode": "--fine-tune-mode", "--epocs": "--epochs",
@@ -179,7 +180,7 @@ NEAREST = {
     # as other scripts call them
     "--learning-rate": "--lr", "--rank": "--LoRA_r", "--alpha": "--LoRA_alpha",
     "--wd": "--weight_decay", "--dropout": "--hidden_dropout_prob", "--bs": "--batch_size",
-    "--steps": "--steps_per_epoch", "--name": "--model_file_suffix", "--device": "--use_gpu",
+    "--steps": "--steps_per_epoch", "--name": "--model_file_suffix", "--device": "--use_cpu",
     "--gradient_accumulation_steps": "--accumulate", "--output_dir": "--runs_dir",
 }
 WRONG_CHOICES = [
@@ -208,8 +209,8 @@ REFUSED = {
     "01 --r_drop sst --swap_pairs": "--swap_pairs: only with --r_drop para",
     f"01 {FROZEN} --mlm sst": "--mlm: the encoder is frozen",
     "01 --mlm sst cfimdb": "--mlm cfimdb: not among --tasks sst para sts",
-    "01 --mlm sst --loss_weights sst=0 para=0": "para=0 with --mlm: it has no head then; give it",
-    "01 --mlm sst --loss_weights sst=0 mlm_sst=0": "sst=0 with --mlm: it has no head then; give it",
+    "01 --mlm sst --loss_weights sst=0 para=0": "para=0 with --mlm: para has no head then",
+    "01 --mlm sst --loss_weights sst=0 mlm_sst=0": "sst=0 with --mlm: sst has no head then",
     "01 --mlm sst --r_drop sst --loss_weights sst=0": "sst=0 .* no --r_drop",
     "01 --loss_weights mlm_sst=0.1": "losses sst, para, sts",
     "01 --start_from runs/a --pretrained bundled": "exclude each other",
@@ -238,8 +239,8 @@ REFUSED = {
     **{f"02 {flag} {value}": f"{flag}.*expected"
        for flag, values in OUT_OF_RANGE.items() for value in values.split()},
     "02 --pair_encoding sst=joint": "expected separate, joint or both, or TASK=.* para, sts",
-    "02 --task_batch_sizes para=0": "expected TASK=N with TASK of sst, para, sts",
-    "02 --loss_weights stss=2": "expected LOSS=WEIGHT with LOSS of this run's .* sst, para, sts",
+    "02 --task_batch_sizes para=0": "expected TASK=N, N from 1, with TASK of sst, para",
+    "02 --loss_weights stss=2": "WEIGHT from 0, with LOSS of this run's .* sst, para, sts",
     f"02 {SIMCSE} --batch_size 1": "--batch_size 1 of sst.*at least 2",
     f"02 {SIMCSE} --task_batch_sizes sts=1": "1 of sts: SimCSE needs other examples",
     "02 --supervised_simcse --task_batch_sizes para=1": "1 of para: SimCSE needs other examples",

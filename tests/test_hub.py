@@ -19,11 +19,9 @@ import pytest
 from conftest import REPOSITORY
 
 from base_bert import load_encoder
-from bert import BertModel
 from config import UserError
 from runtime import hub
 from runtime.hub import BUNDLED_ENCODER, DEFAULT_ENCODER, SHA256, resolve_encoder
-from tokenizer import BertTokenizer
 
 # ------------------------------------------------------------------------ folders and the package
 
@@ -206,10 +204,9 @@ LACKS = {  # of repositories on the hub: files of a tiny encoder that they do no
 
 
 @pytest.fixture(scope="module")
-def files(tiny_config, toy_vocab_folder, tmp_path_factory):
+def files(write_encoder, tmp_path_factory):
     """The content of every file on the hub."""
-    folder = tmp_path_factory.mktemp("encoder")
-    BertModel(tiny_config).save_pretrained(folder, BertTokenizer.from_pretrained(toy_vocab_folder))
+    folder = write_encoder(tmp_path_factory.mktemp("encoder"))
     contents = {path.name: path.read_bytes() for path in folder.iterdir()}
     return {f"{repo}/{n}": contents[n] for repo in LACKS for n in contents.keys() - LACKS[repo]}
 
@@ -265,13 +262,15 @@ def test_a_name_that_the_hub_does_not_show_is_no_fault_of_the_network(fetched):
         assert "toy/private: not on the hub, or private or gated" in found["message"]
 
 
-def test_an_incomplete_cache_is_completed_and_one_that_cannot_be_written_is_named(tmp_path, files):
+def test_an_incomplete_cache_is_completed_and_one_that_cannot_be_written_is_named(
+    tmp_path, files, fetched
+):
     """Without its settings a cased tokenizer would silently make everything lower case."""
+    settings = Path(fetched[0]["toy/encoder"][0]["folder"]) / SETTINGS
+    settings.unlink()
+    home = settings.parents[4]  # of hub/models--toy--encoder/snapshots/<revision>/
     with local_hub(files) as (address, _):
-        (found,) = resolve_elsewhere(["toy/encoder"], tmp_path / "home", address)
-        settings = Path(found["folder"]) / SETTINGS
-        settings.unlink()
-        resolve_elsewhere(["toy/encoder"], tmp_path / "home", address)
+        resolve_elsewhere(["toy/encoder"], home, address)
         assert settings.exists()
         (tmp_path / "file").touch()
         (found,) = resolve_elsewhere(["toy/encoder"], tmp_path / "file" / "home", address)

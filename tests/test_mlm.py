@@ -11,22 +11,13 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
-from test_multitask_bert import make_batch
 
 from base_bert import load_mlm_head
-from bert import BertModel
-from config import MultitaskConfig, UserError
+from config import UserError
 from datasets import TaskBatch
 from mlm import MaskedLMHead, mask_tokens
-from multitask_bert import MultitaskBERT
-from tokenizer import BertTokenizer
 
 WIDTH, SEED = 40, (7, 3)
-
-
-@pytest.fixture(scope="module")
-def tokenizer(toy_vocab_folder):
-    return BertTokenizer.from_pretrained(toy_vocab_folder)
 
 
 def sentences_of(tokenizer, lengths):
@@ -88,25 +79,6 @@ def test_what_is_masked_depends_on_seed_and_row_alone(tokenizer):
 
 
 # -------------------------------------------------------------------------------------- the loss
-
-
-@pytest.fixture
-def build(tiny_config, tokenizer):
-    """Makes a model over a tiny encoder, without dropout."""
-
-    def make(**settings):
-        torch.manual_seed(6)
-        bert = BertModel(replace(tiny_config, initializer_range=0.2))
-        bert.set_dropout(0.0)
-        config = MultitaskConfig(**{"dropout": 0.0, "max_length": 40, **settings})
-        return MultitaskBERT(bert, config, tokenizer).train()
-
-    return make
-
-
-@pytest.fixture
-def batches(tiny_config):
-    return {name: make_batch(name, tiny_config.vocab_size) for name in ("sst", "para", "sts")}
 
 
 def test_the_loss_is_the_mean_over_the_masked_tokens_of_both_sentences(build, batches):

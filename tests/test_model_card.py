@@ -3,7 +3,6 @@
 import shlex
 from pathlib import Path
 
-from conftest import SAMPLE
 from huggingface_hub import ModelCard
 
 import evaluation
@@ -17,8 +16,10 @@ FLAGS = "--fine-tune-mode LoRA --LoRA_r 4 --LoRA_targets key value --r_drop sst"
 FLAGS += " --loss_weights para=2 --model_file_suffix x"
 
 
-def test_the_card_has_the_runs_scores_and_flags_and_names_no_path(tiny_folder, tmp_path, workplace):
-    multitask_classifier.main([*SMALL.split(), *FLAGS.split()])
+def test_the_card_has_the_runs_scores_and_flags_and_names_no_path(
+    tiny_folder, tmp_path, cut_sample, workplace
+):
+    multitask_classifier.main([*SMALL.split(), *FLAGS.split(), "--data_dir", str(cut_sample)])
     run = RunFolder("runs/LoRA-x")
     text = (run.best / "README.md").read_text()
     card, (line,) = ModelCard(text), [x for x in run.metrics() if x["kind"] == "eval"]
@@ -26,7 +27,7 @@ def test_the_card_has_the_runs_scores_and_flags_and_names_no_path(tiny_folder, t
     assert (card.data.library_name, card.data.base_model) == ("peft", None)
     assert "generated sample" in text and card.data.eval_results is None
     assert "cut at 30 tokens" in text and "PeftModel.from_pretrained" in text
-    assert str(tmp_path) not in text and str(SAMPLE) not in text
+    assert str(tmp_path) not in text and str(cut_sample) not in text
     command = next(x for x in text.splitlines() if x.startswith("    python multitask_c"))
     words = shlex.split(command)[2:]
     assert words[:2] == ["--pretrained", "ENCODER"]

@@ -6,55 +6,18 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import NAMES
+from test_bert import padded
 
 import multitask_bert
-from bert import BertModel, FastDropout
-from config import TASKS, MultitaskConfig
-from datasets import TaskBatch
+from bert import FastDropout
+from config import TASKS
 from heads import r_drop_loss, task_loss
-from multitask_bert import MultitaskBERT
 from tokenizer import join_pair
 
-NAMES = ("sst", "para", "sts", "cfimdb")
-LABELS = {"sst": [0, 4, 2, 1], "para": [1, 0, 1, 0], "sts": [0.5, 5, 3.25, 2]}
-LABELS |= {"cfimdb": [1, 0, 0, 1]}
 ALL_SIMCSE = {"simcse_tasks": ("sst", "para", "sts"), "supervised_simcse": True}
 R_DROP = {"r_drop": ("sst", "para")}
 EVERY_HEAD = {"both": ("para", "sts"), "heads": {"para": "features+cosine"}, "pooling": "cls"}
-
-
-def make_batch(name, vocab_size, seed=0):
-    """Four made-up examples of a task; a sentence is `[CLS] … [SEP]` of 3 to 12 tokens."""
-    random = np.random.default_rng([seed, NAMES.index(name)])
-
-    def sentence():
-        inner = random.integers(5, vocab_size, random.integers(1, 11))
-        return np.array([2, *inner, 3], dtype=np.int32)
-
-    first, second = ([sentence() for _ in range(4)] for _ in range(2))
-    labels = torch.tensor(LABELS[name], dtype=torch.float32)
-    second = second if TASKS[name].is_pair else None
-    return TaskBatch([f"{name}{i}" for i in range(4)], first, second, labels)
-
-
-@pytest.fixture
-def batches(tiny_config):
-    """A batch of each of the three tasks."""
-    return {name: make_batch(name, tiny_config.vocab_size) for name in NAMES[:3]}
-
-
-@pytest.fixture
-def build(tiny_config):
-    """Makes a model over a tiny encoder, without dropout unless `dropout` is given."""
-
-    def make(frozen=False, dropout=0.0, **settings):
-        torch.manual_seed(6)
-        bert = BertModel(replace(tiny_config, initializer_range=0.2))
-        bert.set_dropout(dropout)
-        config = MultitaskConfig(**{"dropout": dropout, "max_length": 40, **settings})
-        return MultitaskBERT(bert, config, frozen=frozen)
-
-    return make
 
 
 def single(sentences):
@@ -261,26 +224,6 @@ def test_joint_encoding_makes_a_pair_one_sequence_within_the_limit(build, batche
     torch.testing.assert_close(model.predict("para", batch), expected)
 
 
-def padded(sentences):
-    """Padded ids and mask of int32 arrays."""
-    width = max(map(len, sentences)) + 2
-    ids = torch.tensor([[*s, *[0] * (width - len(s))] for s in sentences])
-    lengths = torch.tensor([len(s) for s in sentences])
-    return ids, (torch.arange(width) < lengths[:, None]).long()
-
-
-@pytest.mark.parametrize("pooling", ["mean", "cls"])
-def test_a_vector_is_pooled_from_the_real_tokens(build, batches, pooling):
-    """The hidden states themselves are compared in test_parity.py."""
-    model, sentences = build(pooling=pooling).train(), batches["sst"].first
-    ids, mask = padded(sentences)
-    states = model.bert(ids, mask)["last_hidden_state"]
-    mean = (states * mask[:, :, None]).sum(1) / mask.sum(1, keepdim=True)
-    vectors = encode(model, single(sentences))
-    expected = mean if pooling == "mean" else states[:, 0]
-    torch.testing.assert_close(vectors, expected, rtol=0, atol=1e-5)
-
-
 @pytest.mark.parametrize("joint", [(), ("para", "sts")])
 def test_the_starters_methods_predict_the_same(build, batches, joint):
     model = build(joint=joint).eval()
@@ -289,7 +232,7 @@ def test_the_starters_methods_predict_the_same(build, batches, joint):
     for name, batch in batches.items():
         sides = [batch.first, batch.second] if TASKS[name].is_pair else [batch.first]
         with torch.no_grad():
-            found = methods[name](*(tensor for side in sides for tensor in padded(side)))
+            found = methods[name](*(tensor for side in sides for tensor in padded(side, 14)))
             expected = model.predict(name, batch)
         assert found.shape == ((4, 5) if name == "sst" else (4,))
         torch.testing.assert_close(found, expected.view_as(found), rtol=1e-4, atol=1e-5)

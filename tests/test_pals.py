@@ -9,13 +9,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from test_multitask_bert import (
-    ALL_SIMCSE,
-    NAMES,
-    assert_same_task_by_task,
-    gradients_of,
-    make_batch,
-)
+from conftest import NAMES
+from test_multitask_bert import ALL_SIMCSE, assert_same_task_by_task, gradients_of
 
 from bert import BertModel, Rows, join_packed, pack
 from config import BertConfig, MultitaskConfig, PALConfig
@@ -44,12 +39,6 @@ def with_pals(plain, are_trained=True, **settings):
         for parameter in model.pals.parameters():
             torch.nn.init.normal_(parameter, std=0.3)
     return model.eval()
-
-
-@pytest.fixture
-def batches(tiny_config):
-    """A batch of each of the three tasks."""
-    return {name: make_batch(name, tiny_config.vocab_size) for name in NAMES[:3]}
 
 
 # ------------------------------------------------------------------------------------- the numbers

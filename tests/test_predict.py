@@ -3,6 +3,7 @@
 import csv
 import errno
 import io
+import json
 import os
 import shutil
 import sys
@@ -194,12 +195,32 @@ def test_a_reader_that_closes_standard_output_ends_it_quietly(run, tmp_path, mon
     evaluation.main(["--predict", "x"])
 
 
-def test_texts_of_the_wrong_kind_are_refused_before_the_model_is_loaded(run, tmp_path, monkeypatch):
-    multitask_classifier.main([*SMALL.split(), "--tasks", "sst", "--model_file_suffix", "sst"])
+@pytest.mark.parametrize(
+    ("tasks", "argv", "expected"),
+    [
+        (["sst"], ["--predict", "x"], "leave the second sentence out"),
+        (["para", "sts"], ["--sentence", "x"], r"pair tasks only \(para, sts\): add a second"),
+    ],
+)
+def test_texts_of_the_wrong_kind_are_refused_before_the_model_is_loaded(
+    run, tmp_path, monkeypatch, tasks, argv, expected
+):
+    description = run.description()
+    description["args"]["tasks"] = tasks
+    (run.path / "run.json").write_text(json.dumps(description))
     monkeypatch.setattr(evaluation, "load_run", None)
     (tmp_path / "x").write_text("a\tb\n")
-    with pytest.raises(UserError, match="leave the second sentence out"):
-        evaluation.main(["--checkpoint", "runs/LoRA-sst", "--predict", "x"])
+    with pytest.raises(UserError, match=expected):
+        evaluation.main(argv)
+
+
+def test_a_sentence_or_a_pair_is_predicted_by_the_tasks_that_fit(run, capsys):
+    sentence = ["--sentence", "A man sleeps."]
+    pair = [*sentence, "--sentence2", "A man is asleep."]
+    for argv, tasks in ((sentence, ["sst"]), (pair, ["para", "sts"])):
+        evaluation.main(argv)
+        first_words = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
+        assert first_words == ["run", "warning:", *tasks]  # that it learnt from the sample
 
 
 @pytest.mark.parametrize("text", ["-LRB-", "-1", "--sst", "-LRB- a -RRB-"])

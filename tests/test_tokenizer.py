@@ -1,7 +1,6 @@
 """The tokenizer: its markers, limits, files and the joining of pairs."""
 
 import json
-import time
 
 import numpy as np
 import pytest
@@ -11,12 +10,6 @@ from hypothesis import strategies as st
 
 from config import UserError
 from tokenizer import BertTokenizer, join_pair
-
-
-@pytest.fixture(scope="module")
-def tokenizer(toy_vocab_folder):
-    """The toy vocabulary's tokenizer; 40 tokens at most."""
-    return BertTokenizer.from_pretrained(toy_vocab_folder)
 
 
 def pieces(tokenizer, text, **limits):
@@ -29,31 +22,10 @@ def pieces(tokenizer, text, **limits):
 # ---------------------------------------------------------------------------------- text to ids
 
 
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("The movie, unable PLAYING box", "the movie , un ##able playing b ##o ##x"),
-        ("good 🎬 movie e\u0301", "good [UNK] movie e"),
-        ("good [SEP]", "good [UNK] s ##e ##p [UNK]"),  # a literal marker is text
-        ("x" * 101, "[UNK]"),  # a word of more than 100 letters
-        ("\t \u200b\n", ""),
-    ],
-)
-def test_a_text_is_cut_into_the_longest_pieces(tokenizer, text, expected):
-    assert pieces(tokenizer, text) == expected
-
-
 def test_a_text_is_cut_to_the_limit_with_its_markers(tokenizer):
     assert pieces(tokenizer, "good " * 50).split() == ["good"] * 38
     assert pieces(tokenizer, "good movie bad", max_length=4) == "good movie"
     assert pieces(tokenizer, "x" * 100, max_length=200).count("##x") == 99
-
-
-def test_row_20_a_text_of_10_mb_takes_no_longer_than_a_page(tokenizer):
-    text = "good movie " * 1_000_000
-    began = time.perf_counter()
-    assert len(tokenizer([text])[0]) == 40
-    assert time.perf_counter() - began < 2
 
 
 # ---------------------------------------------------------------------------------------- files

@@ -24,13 +24,14 @@ from config import (
     UserError,
 )
 from runtime.script import launch_command
-from training.plan import AUXILIARY_WEIGHT, check_flags, layer_range, number
+from training.plan import AUXILIARY_WEIGHT, check_flags, layer_range, make_plan, number
 from training.run_folder import RunFolder, run_path
 
 SCRIPT = "multitask_classifier.py"
 SPLITS = ("train", "dev", "test")
 # Flags of one call: never compared when a run is resumed.
-OF_ONE_COMMAND = {"resume", "overwrite", "debug", "runs_dir", "use_gpu", "require_test"}
+OF_ONE_COMMAND = {"resume", "overwrite", "debug", "runs_dir", "require_test"}
+OF_ONE_COMMAND |= {"use_gpu", "use_cpu"}
 # Flags that may differ when a run is resumed: training does not depend on them. The content of the
 # data files is compared, wherever they lie.
 FREE_WHEN_RESUMING = {
@@ -41,7 +42,7 @@ FREE_WHEN_RESUMING = {
 OTHER_NAMES = {"learning_rate": "lr", "rank": "lora_r", "alpha": "lora_alpha", "wd": "weight_decay"}
 OTHER_NAMES |= {"dropout": "hidden_dropout_prob", "bs": "batch_size", "steps": "steps_per_epoch"}
 OTHER_NAMES |= {"gradient_accumulation_steps": "accumulate", "name": "model_file_suffix"}
-OTHER_NAMES |= {"device": "use_gpu", "output_dir": "runs_dir"}
+OTHER_NAMES |= {"device": "use_cpu", "output_dir": "runs_dir", "option": "fine_tune_mode"}
 
 
 class FlagParser(argparse.ArgumentParser):
@@ -103,15 +104,17 @@ def make_parser():
     add = parser.add_argument_group("what is trained").add_argument
     add("--recipe", choices=RECIPES, metavar="NAME", help="preset flags, a row of the paper's "
         f"Table 1 or ours, 'best': {', '.join(RECIPES)}; a flag given beside it replaces its "
-        "whole value; another --fine-tune-mode drops its --lr and --freeze_word_embeddings")
+        "whole value, so --loss_weights para=2 also drops its R-Drop weights; another "
+        "--fine-tune-mode drops its --lr and --freeze_word_embeddings")
     add("--fine-tune-mode", choices=MODES, default="full-model", help="what is trained: the heads "
         "alone, everything, LoRA adapters and the heads, or projected attention layers, LayerNorms "
         "and the heads (default: %(default)s)")
     add("--tasks", nargs="+", choices=TASKS, metavar="TASK",
         default=[name for name, task in TASKS.items() if task.default],
         help=f"of {', '.join(TASKS)} (default: all but cfimdb)")
-    add("--pretrained", metavar="ENCODER", help="folder, hub name, or 'bundled' (default: "
-        "bert-base-uncased; if the hub is out of reach, the bundled MiniLM)")
+    add("--pretrained", metavar="ENCODER", help="a folder, OWNER/NAME of a BERT on the "
+        "hub, or 'bundled' (default: bert-base-uncased; if the hub is out of reach, the bundled "
+        "MiniLM)")
     add("--start_from", metavar="RUN", help="start from the best model of this run, not with "
         "--pretrained: its encoder, its adapters (merged unless both runs use LoRA), and the heads "
         "that fit")
@@ -141,7 +144,9 @@ def make_parser():
     add("--PAL_heads", type=positive, default=PALConfig.heads, metavar="H",
         help="heads of their attention (default: %(default)s)")
 
-    add = parser.add_argument_group("heads and losses").add_argument
+    add = parser.add_argument_group("heads and losses", "A head 'linear' is one linear layer, of a "
+        "pair on u, v, |u - v| and u * v\n(as 'features'); 'ffn' has a hidden layer before it; "
+        "'dot' and 'cosine' compare u\nwith v; 'features+cosine' is the sum of both.").add_argument
     for name, task in TASKS.items():
         add(f"--{name}_head", choices=task.heads, default=task.heads[0],
             help=f"{task.title} head (default: %(default)s)")
@@ -180,7 +185,7 @@ def make_parser():
     add("--epochs", "--epoch", type=natural, default=10,
         help="of --steps_per_epoch each; 0 only evaluates (default: %(default)s)")
     add("--steps_per_epoch", type=positive, metavar="N", help="optimiser steps per epoch (default: "
-        "the batches of the task that has most of them, over --accumulate, at most 2000)")
+        "one pass over the task with most batches, divided by --accumulate, but at most 2000)")
     add("--batch_size", type=positive, default=8,
         help="examples of each task per batch, over all processes (default: %(default)s)")
     add("--task_batch_sizes", nargs="+", default=[], metavar="TASK=N",
@@ -192,7 +197,8 @@ def make_parser():
     add("--accumulate", type=positive, default=1, metavar="N",
         help="batches per optimiser step, not with --gradient_surgery; in-batch negatives stay "
         "those of one batch (default: %(default)s)")
-    add("--lr", type=rate, help="peak learning rate of the encoder (heads in last-linear-layer; "
+    add("--lr", type=rate, help="peak learning rate of the encoder; in LoRA of the adapters, in "
+        "PAL of the LayerNorms, in last-linear-layer of the heads ("
         f"default: {', '.join(f'{m} {r[0] or r[1]:g}' for m, r in LEARNING_RATES.items())})")
     add("--head_lr", type=rate, help="peak learning rate of what is new, heads and PALs (default: "
         f"{LEARNING_RATES['full-model'][1]:g}, in last-linear-layer "
@@ -228,7 +234,8 @@ def make_parser():
     add("--predictions_dir", default="predictions", metavar="DIR",
         help="folder of the prediction files (default: %(default)s)")
     add("--resume", action="store_true", help="resume a run from its last checkpoint; its mode, "
-        "name and --runs_dir find it; other flags may be left out, only paths and logging differ")
+        "name and --runs_dir find it; other flags may be left out, and only "
+        "paths and logging may change")
     add("--overwrite", action="store_true", help="remove an earlier run of the same name")
     add("--save_every", type=natural, default=0, metavar="N",
         help="also save a checkpoint every N steps; 0: after each epoch only "
@@ -242,6 +249,7 @@ def make_parser():
     add = parser.add_argument_group("hardware").add_argument
     add("--use_gpu", action="store_true",
         help="fail without a GPU; by default the best available device is used")
+    add("--use_cpu", action="store_true", help="use the CPU even if there is a GPU")
     add("--precision", choices=PRECISIONS, default="auto",
         help="%(default)s (default): bf16 if the hardware has it, fp16 on older CUDA GPUs, else "
         "fp32; on CUDA fp32 is TF32 unless --deterministic")
@@ -294,11 +302,10 @@ class Command:
         """The command with the recipe's flags written out, as text; None without a recipe."""
         if self.flags.recipe is None:
             return None
-        recipe = []
+        recipe, defaults = [], default_flags()
         for name in RECIPES[self.flags.recipe].flags:
             value = getattr(self.flags, name)
-            is_unused = name.startswith("LoRA_") and self.flags.fine_tune_mode != "LoRA"
-            if name not in self.given and not is_unused and value not in (None, False, []):
+            if name not in self.given and value != defaults[name]:
                 recipe += flag_words(name, value)
         return shlex.join(self.words(recipe))
 
@@ -330,6 +337,8 @@ def parse_command(argv=None):
     if flags.resume and run.holds_run():
         given = take_flags_of_run(flags, given, run.description())
     check_flags(flags, given)
+    for name in make_plan(flags, {}).joint:  # its head is linear, whatever a recipe names
+        setattr(flags, f"{name}_head", TASKS[name].heads[0])
     if flags.start_from and os.path.realpath(flags.start_from) == os.path.realpath(run.path):
         raise UserError(f"--start_from {run.path}: this run itself; add --model_file_suffix NAME")
     command = Command(flags, argv, given)

@@ -100,14 +100,16 @@ def progress_bar(run, plan):
 
 def log_step(bar, run, meter, optimizer, plan, compute):
     """Write a line of `metrics.jsonl`; show losses and speed at the bar, or as a line of text."""
-    step, (means, speed) = run.progress.step, meter.take()
+    step, (means, speed), group = run.progress.step, meter.take(), optimizer.param_groups[0]
+    factor = group["lr"] / group["peak_lr"]
     losses = {name: value for name, value in means.items() if name in plan.loss_weights}
     run.log(
         kind="train",
         step=step,
         losses=losses,
         **{name: value for name, value in means.items() if name not in losses},
-        lr=max(group["lr"] for group in optimizer.param_groups),
+        lr=plan.encoder_lr * factor,
+        head_lr=plan.head_lr * factor,
         **speed,
         peak_memory_mib=peak_memory_mib(compute.device),
         seconds=run.seconds(),
@@ -116,7 +118,7 @@ def log_step(bar, run, meter, optimizer, plan, compute):
     if speed["sentences_per_s"]:  # nothing is encoded any more of a frozen encoder
         shown += f"  {speed['sentences_per_s']:.0f} sentences/s"
     bar.set_postfix_str(shown)
-    if bar.disable:
+    if bar.disable or not sys.stdout.isatty():  # a log file has the lines, too
         say(f"step {step}/{plan.total_steps}  {shown}")
 
 

@@ -110,7 +110,8 @@ def make_plan(flags, examples, processes=1):
     encodings |= keyed_values(flags, "pair_encoding", pairs, pair_encoding, expected)
     sizes = dict.fromkeys(flags.tasks, flags.batch_size)
     count = number(int, 1, 10**7 - 1)
-    sizes |= keyed_values(flags, "task_batch_sizes", flags.tasks, count, "TASK=N with TASK of")
+    expected = "TASK=N, N from 1, with TASK of"
+    sizes |= keyed_values(flags, "task_batch_sizes", flags.tasks, count, expected)
     simcse_tasks = (flags.simcse_tasks or flags.tasks) if flags.unsupervised_simcse else ()
     contrasted = [*simcse_tasks, *["para"] * flags.supervised_simcse]
     epoch_sizes = sample_sizes(flags, sizes, examples, contrasted, processes)
@@ -186,7 +187,7 @@ def loss_weights(flags, simcse_tasks):
     losses += [f"simcse_{name}" for name in simcse_tasks]
     losses += ["simcse_para_supervised"] * flags.supervised_simcse
     losses += [f"mlm_{name}" for name in flags.mlm]
-    expected = "LOSS=WEIGHT with LOSS of this run's losses"
+    expected = "LOSS=WEIGHT, WEIGHT from 0, with LOSS of this run's losses"
     given = keyed_values(flags, "loss_weights", losses, number(float, 0), expected)
     main = (flags.main_tasks or flags.tasks) if flags.gradient_surgery == "main" else losses
     return {name: 1.0 if name in main else AUXILIARY_WEIGHT for name in losses} | given
@@ -260,7 +261,7 @@ def check_tasks_without_head(plan):
     for name in (name for name in plan.flags.tasks if name not in plan.tasks):
         losses = (f"mlm_{name}", f"simcse_{name}", f"simcse_{name}_supervised")
         if name in plan.flags.r_drop or not any(map(plan.loss_weights.get, losses)):
-            needed = f"it has no head then; give it --mlm {name} or SimCSE, and no --r_drop"
+            needed = f"{name} has no head then: it needs --mlm {name} or SimCSE, and no --r_drop"
             raise UserError(f"--loss_weights {name}=0 with --mlm: {needed}; or omit it in --tasks")
 
 

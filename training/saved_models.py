@@ -182,7 +182,8 @@ def start_from(model, lora, run):
     """Copy the adapters and heads of a run's best model into one built on `encoder_of_best`.
 
     If `lora` is None, the adapters are merged into the encoder. Heads, projections and PALs are
-    copied if they have the same shapes; returns their names. Raises `UserError` for other adapters.
+    copied if they have the same shapes; the others are named in a message. Returns the names of
+    those copied. Raises `UserError` for other adapters.
     """
     source, _ = load_run(run, "cpu")
     if not lora:
@@ -190,13 +191,14 @@ def start_from(model, lora, run):
         load_strictly(model.bert.state_dict(), tensors, run.path)
     elif plan_of(run).lora:
         load_adapter(model.bert, run.best, lora)
-    theirs, taken = _parts(source), []
-    for name, ours in _parts(model).items():
-        found = theirs.get(name, {})
-        if ours and {n: t.shape for n, t in ours.items()} == {n: t.shape for n, t in found.items()}:
+    theirs, taken, other = _parts(source), [], []
+    for name, found in theirs.items():
+        ours = _parts(model).get(name, {})
+        fits = {n: t.shape for n, t in ours.items()} == {n: t.shape for n, t in found.items()}
+        if fits:
             load_strictly(ours, found, run.path)
-            taken.append(name)
-    lost = "; its PALs do not fit and are left out" if source.pals and "pals" not in taken else ""
+        (taken if fits else other).append(name)
+    lost = f"; left out, since they do not fit: {', '.join(other)}" if other else ""
     say(f"{run.path}, {run.describe_best()}: taken: {', '.join(['encoder', *taken])}{lost}")
     return taken
 
@@ -204,7 +206,8 @@ def start_from(model, lora, run):
 def _parts(model):
     """The tensors of each module outside the encoder by name: heads by task, projections."""
     modules = {**dict(model.named_children()), **model.heads}
-    return {n: part.state_dict() for n, part in modules.items() if n not in ("bert", "heads")}
+    states = {n: part.state_dict() for n, part in modules.items() if n not in ("bert", "heads")}
+    return {name: state for name, state in states.items() if state}  # a cosine head has none
 
 
 def check_encoder_of_run(path, encoder, recorded):
