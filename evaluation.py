@@ -18,6 +18,7 @@ import math
 import os
 import signal
 import sys
+from collections import defaultdict
 from contextlib import contextmanager, redirect_stdout, suppress
 from pathlib import Path
 
@@ -40,7 +41,7 @@ from multitask_bert import MASKED
 from reporting import results
 from reporting.ensemble import evaluate_ensemble, finished_run, print_caveats
 from reporting.report import write_report
-from reporting.texts import read_chunks, table_header, table_rows
+from reporting.texts import labels_of, read_chunks, table_header, table_rows
 from runtime import distributed
 from runtime.device import Compute, is_memory_error, memory_errors, select_device
 from runtime.files import file_sha256, open_whole, output_errors
@@ -266,22 +267,33 @@ def predict_text(run, sentences, compute):
 def predict_file(run, flags, table, compute):
     """Write what a run's best model predicts for each row of `--predict` to an open file.
 
-    Only some rows are in memory at a time.
+    Only some rows are in memory at a time. Prints the scores on rows that have a label.
     """
     chunks = read_chunks(flags.predict)
     if (first := next(chunks, None)) is None:
         raise UserError(f"{flags.predict}: only a header; expected rows below it")
-    tasks = fitting_tasks(run, len(first[0]))
+    count = len(first[0].sentences)
+    tasks, pairs = fitting_tasks(run, count), defaultdict(list)  # of predictions and labels
     model, _ = load_run(run, compute.device)
     writer = csv.writer(table, delimiter="\t", lineterminator="\n")
-    writer.writerow(table_header(len(first[0]), tasks))
+    writer.writerow(table_header(count, tasks))
     with tqdm(unit=" rows", disable=not (is_first() and sys.stderr.isatty()), **bar_size()) as bar:
-        for texts in itertools.chain([first], chunks):
+        for chunk in itertools.chain([first], chunks):
+            texts = [text.sentences for text in chunk]
             found = [predict_sentences(model, task.name, texts, compute) for task in tasks]
             model.vector_cache.clear()
             with output_errors(flags.out or "standard output"):
                 writer.writerows(table_rows(texts, tasks, found))
+            for task, result in zip(tasks, found, strict=True):
+                both = np.stack([result.predictions, labels_of(chunk, task)])
+                pairs[task].append(both[:, ~np.isnan(both[1])])
             bar.update(len(texts))
+    for task, parts in pairs.items():
+        predictions, labels = np.concatenate(parts, axis=1)
+        if len(labels):
+            metrics = results.measure(task, predictions, labels).items()
+            scores = "  ".join(f"{name} {value:.3f}" for name, value in metrics)
+            say(f"{task.name}: {len(labels):,} labelled rows  {scores}")
 
 
 USES = ("sentence", "predict", "export", "report")  # flags that ask for something other than scores
@@ -306,7 +318,8 @@ def make_parser():
     add("--sentence2", help="second sentence: paraphrase and similarity of the two")
     add("--predict", metavar="FILE", help="predict each row of a file and write a tab-separated "
         "table: with columns 'sentence' or 'sentence1' and 'sentence2' (tabs or commas), else one "
-        "sentence a line, or two with a tab between; '-': standard input")
+        "sentence a line, or two with a tab between; '-': standard input; if it has the label "
+        "column of a task, the scores on it are printed, too")
     add("--out", metavar="FILE", help="of --predict: the table (default: standard output)")
     add("--export", metavar="DIR", help="write the best model, if it has no PALs, into a new "
         "folder as one plain encoder (LoRA merged) with pooling files and heads: for transformers, "

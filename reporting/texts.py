@@ -5,19 +5,30 @@ import contextlib
 import csv
 import itertools
 import sys
+from typing import NamedTuple
 
-from config import PAIR, SENTENCE, UserError
-from datasets import csv_reader, foreign_kind
+import numpy as np
+
+from config import PAIR, SENTENCE, TASKS, UserError
+from datasets import BadRow, csv_reader, foreign_kind, parse_label
 
 CHUNK_ROWS = 4096  # rows that are in memory at a time
 
 
+class Text(NamedTuple):
+    """A row of the user's file."""
+
+    sentences: tuple  # one or two
+    labels: dict  # label column of a task -> field; none where the file has no such column
+
+
 def read_chunks(path):
-    """Yield the texts of a file in lists of up to `CHUNK_ROWS`, each a tuple of 1 or 2 sentences.
+    """Yield the rows of a file in lists of up to `CHUNK_ROWS`, each row a `Text`.
 
     `path` "-" is standard input. If the first line, separated by tabs or commas, names `sentence`
-    or `sentence1` and `sentence2`, these columns are read. In any other file each line is a
-    sentence, or two with a tab between. Raises `UserError` with file and line.
+    or `sentence1` and `sentence2`, these columns are read, and the tasks' label columns. In any
+    other file each line is a sentence, or two with a tab between. Raises `UserError` with file and
+    line.
     """
     name = "standard input" if path == "-" else path
     texts = _read_texts(name, _lines(path, name))
@@ -43,7 +54,7 @@ def _lines(path, name):
 
 
 def _read_texts(name, lines):
-    """Yield the sentences of each row of `lines`; `name` is the file's, for errors."""
+    """Yield each row of `lines` as a `Text`; `name` is the file's, for errors."""
     first = next(lines, None)
     if first is None:
         raise UserError(f"{name}: an empty file; expected a sentence on each line")
@@ -53,7 +64,10 @@ def _read_texts(name, lines):
         header = [field.strip().lower() for field in next(csv_reader([first], delimiter), [])]
         for columns in (PAIR, SENTENCE):
             if set(columns) <= set(header):
-                yield from _columns(name, lines, delimiter, [header.index(c) for c in columns])
+                labels = {task.label for task in TASKS.values()} & set(header)
+                labels = {label: header.index(label) for label in labels}
+                places = [header.index(column) for column in columns]
+                yield from _columns(name, lines, delimiter, places, labels)
                 return
     width = min(2, 1 + first.count("\t"))
     for number, line in enumerate(itertools.chain([first], lines), start=1):
@@ -61,20 +75,30 @@ def _read_texts(name, lines):
         if len(texts) != width:
             expected = "one sentence, or two with a tab between, as in line 1"
             raise UserError(f"{name}:{number}: {len(texts)} fields; expected {expected}")
-        yield texts
+        yield Text(texts, {})
 
 
-def _columns(name, lines, delimiter, places):
-    """Yield the fields at `places` of each record below the header."""
+def _columns(name, lines, delimiter, places, labels):
+    """Yield a `Text` of each record below the header: where its sentences and labels stand."""
     reader = csv_reader(lines, delimiter, strict=True)
     try:
         for record in filter(None, reader):
             if len(record) <= max(places):
                 fault = f"{len(record)} fields; expected at least {max(places) + 1}"
                 raise UserError(f"{name}:{reader.line_num + 1}: {fault}")
-            yield tuple(record[place] for place in places)
+            known = {label: record[i] for label, i in labels.items() if i < len(record)}
+            yield Text(tuple(record[place] for place in places), known)
     except csv.Error as error:
         raise UserError(f"{name}:{reader.line_num + 1}: {error}") from error
+
+
+def labels_of(chunk, task):
+    """The labels of a task, a row of `TASKS`, in `Text`s: (n,), NaN where there is no valid one."""
+    labels = np.full(len(chunk), np.nan)
+    for row, text in enumerate(chunk):
+        with contextlib.suppress(BadRow, ValueError):
+            labels[row] = parse_label(text.labels.get(task.label, ""), task)
+    return labels
 
 
 def table_header(sentences, tasks):

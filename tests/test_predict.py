@@ -8,6 +8,7 @@ import os
 import shutil
 import sys
 import tracemalloc
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -50,8 +51,8 @@ def run(trained, tmp_path):
 
 
 def rows_of(path):
-    """All rows of a file of texts."""
-    return [row for chunk in read_chunks(path) for row in chunk]
+    """The sentences of all rows of a file of texts."""
+    return [row.sentences for chunk in read_chunks(path) for row in chunk]
 
 
 # ------------------------------------------------------------------------------- files of texts
@@ -144,6 +145,20 @@ def test_the_table_has_each_text_and_what_each_task_predicts(run, capsysbinary, 
             assert cells[place] == TASKS[name].format(alone.predictions[0]) or name == "sts"
             scores = [float(cell) for cell in cells[place + 1 : place + 1 + len(alone.scores[0])]]
             np.testing.assert_allclose(scores, alone.scores[0], rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["sst", "para", "sts"])
+def test_the_scores_on_labelled_rows_are_printed(run, cut_sample, monkeypatch, capsys, name):
+    """Those of the run on its dev file; a row whose label is empty or wrong does not count."""
+    monkeypatch.setattr(texts, "CHUNK_ROWS", 5)
+    content = (cut_sample / TASKS[name].file_name("dev")).read_text(encoding="utf-8")
+    row = content.splitlines()[-1].rpartition("\t")[0]
+    Path("x").write_text(f"{content}{row}\t\n{row}\tgood\n", encoding="utf-8")
+    evaluation.main(["--predict", "x", "--out", "table"])
+    lines = [line for line in capsys.readouterr().err.splitlines() if "labelled" in line]
+    (metrics,) = (line["dev"][name] for line in run.metrics() if line["kind"] == "eval")
+    expected = "  ".join(f"{key} {metrics[key]:.3f}" for key in metrics if key != "loss")
+    assert lines == [f"{name}: 12 labelled rows  {expected}"]
 
 
 def test_out_appears_whole_or_not_at_all(run, tmp_path, capsysbinary):

@@ -315,7 +315,7 @@ def announce(run, model, data, plan, compute):
     batches = dict.fromkeys(map(describe_sizes, (plan.epoch_sizes[0], plan.epoch_sizes[-1])))
     batch = " in the first epoch and in the last ".join(batches)
     say(
-        f"{flags.epochs} epochs of {plan.steps_per_epoch} steps, batch {batch}, "
+        f"epochs: {flags.epochs} of {plan.steps_per_epoch} steps; batch {batch}; "
         f"learning rate {plan.encoder_lr:g} (heads {plan.head_lr:g})"
     )
     has_dropout = any(getattr(module, "p", 0) > 0 for module in model.modules())
