@@ -144,9 +144,10 @@ def make_parser():
     add("--PAL_heads", type=positive, default=PALConfig.heads, metavar="H",
         help="heads of their attention (default: %(default)s)")
 
-    add = parser.add_argument_group("heads and losses", "A head 'linear' is one linear layer, of a "
-        "pair on u, v, |u - v| and u * v\n(as 'features'); 'ffn' has a hidden layer before it; "
-        "'dot' and 'cosine' compare u\nwith v; 'features+cosine' is the sum of both.").add_argument
+    add = parser.add_argument_group("heads and losses",
+        "A head 'linear' is one linear layer, of a pair on u, v, |u - v| and u * v\n"
+        "(as 'features'); 'ffn' has a hidden layer before it; 'dot' and 'cosine'\n"
+        "compare u with v; 'features+cosine' is the sum of both.").add_argument
     for name, task in TASKS.items():
         add(f"--{name}_head", choices=task.heads, default=task.heads[0],
             help=f"{task.title} head (default: %(default)s)")
