@@ -309,8 +309,8 @@ def make_parser():
     )
     add = parser.add_argument
     add("--checkpoint", nargs="+", metavar="RUN", help="folder of a run (default: the newest in "
-        "--runs_dir); several folders: their ensemble, each task's mean over the runs that have it, "
-        "from the scores that they saved")
+        "--runs_dir); several folders: their ensemble, each task's mean over the runs that have it "
+        "(the scores that they saved)")
     add("--runs_dir", default="runs", metavar="DIR",
         help="folder of all runs (default: %(default)s)")
     add("--report", nargs="+", metavar="RUN", help="write tables, figures and errors of these runs")
