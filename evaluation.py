@@ -267,7 +267,8 @@ def predict_text(run, sentences, compute):
 def predict_file(run, flags, table, compute):
     """Write what a run's best model predicts for each row of `--predict` to an open file.
 
-    Only some rows are in memory at a time. Prints the scores on rows that have a label.
+    Only some rows are in memory at a time; of labelled rows, predictions and labels stay there.
+    Prints the scores on these.
     """
     chunks = read_chunks(flags.predict)
     if (first := next(chunks, None)) is None:
@@ -290,10 +291,10 @@ def predict_file(run, flags, table, compute):
             bar.update(len(texts))
     for task, parts in pairs.items():
         predictions, labels = np.concatenate(parts, axis=1)
-        if len(labels):
-            metrics = results.measure(task, predictions, labels).items()
-            scores = "  ".join(f"{name} {value:.3f}" for name, value in metrics)
-            say(f"{task.name}: {len(labels):,} labelled rows  {scores}")
+        if task.label in first[0].labels:
+            metrics = results.measure(task, predictions, labels) if len(labels) else {}
+            found = f"{len(labels):,} rows with a {task.label} from {task.low:g} to {task.high:g}"
+            say(f"{task.name}: {found}  {results.format_metrics(metrics)}")
 
 
 USES = ("sentence", "predict", "export", "report")  # flags that ask for something other than scores
@@ -309,8 +310,8 @@ def make_parser():
     )
     add = parser.add_argument
     add("--checkpoint", nargs="+", metavar="RUN", help="folder of a run (default: the newest in "
-        "--runs_dir); several folders: their ensemble, each task's mean over the runs that have it "
-        "(the scores that they saved)")
+        "--runs_dir); several folders: their ensemble, for each task the mean of the scores saved "
+        "by the runs that have it")
     add("--runs_dir", default="runs", metavar="DIR",
         help="folder of all runs (default: %(default)s)")
     add("--report", nargs="+", metavar="RUN", help="write tables, figures and errors of these runs")
@@ -329,8 +330,9 @@ def make_parser():
         help="folder of the prediction files (default: %(default)s)")
     add("--data_dir", metavar="DIR", help="where the run's data files lie now (default: where "
         "they lay when it was trained)")
-    add("--use_gpu", action="store_true", help="fail without a GPU")
-    add("--use_cpu", action="store_true", help="use the CPU even if there is a GPU")
+    either = parser.add_mutually_exclusive_group().add_argument
+    either("--use_gpu", action="store_true", help="fail without a GPU")
+    either("--use_cpu", action="store_true", help="use the CPU even if there is a GPU")
     add("--precision", choices=PRECISIONS, help="of the prediction (default: the run's own)")
     add("--debug", action="store_true", help="show the traceback of an error")
     return parser

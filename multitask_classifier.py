@@ -274,11 +274,10 @@ def evaluate_and_keep_best(run, model, data, plan, compute):
 
 
 def evaluate_on_dev(model, data, plan, compute):
-    """Calibrate and evaluate on dev: what the log keeps of it, as a dict, and a table.
+    """Calibrate and evaluate on dev; returns what the log keeps, a dict, and a table of dev scores.
 
-    That is the overall score and each task's metrics on dev, and on the training examples of the
-    calibration. Of masked language modelling alone, the overall score is minus the mean loss of its
-    tasks.
+    The log keeps the overall score, and each task's metrics on dev and on the training examples of
+    the calibration. Of masked language modelling alone, the overall score is minus its mean loss.
     """
     if not plan.tasks:
         dev = masked_losses(model, of_split(data, "dev"), compute)
@@ -286,16 +285,16 @@ def evaluate_on_dev(model, data, plan, compute):
         table = f"masked loss on dev, mean of {', '.join(dev)}: {mean:.3f}"
         return {"overall": -mean, "dev": dev}, table
     data = {name: data[name] for name in plan.tasks}
-    train = calibrate(model, of_split(data, "train"), plan.flags.calibration_examples, compute)
+    on_train = calibrate(model, of_split(data, "train"), plan.flags.calibration_examples, compute)
     dev = evaluate(model, of_split(data, "dev"), compute)
     for name, reason in results.undefined_correlations(dev).items():
         say(f"warning: {name}: {reason}; its correlation counts as 0")
     table = results.format_table(dev)
-    if train:
-        on_train = (f"{name} {result.score(name):.3f}" for name, result in train.items())
-        table += f"\non training examples  {'  '.join(on_train)}"
+    if on_train:
+        found = {name: result.score(name) for name, result in on_train.items()}
+        table += f"\non training examples  {results.format_metrics(found)}"
     scores = {"overall": results.overall_score(dev)}
-    for split, found in (("dev", dev), ("train", train)):
+    for split, found in (("dev", dev), ("train", on_train)):
         scores[split] = {name: {"loss": r.loss, **r.metrics} for name, r in found.items()}
     return scores, table
 

@@ -12,13 +12,13 @@ from runtime.script import say
 
 @dataclass
 class TaskResult:
-    """Predictions for one file, in the file's order."""
+    """Predictions for a file, in its order, or for some of its examples."""
 
     ids: list
     predictions: np.ndarray  # (n,) class, 0.0 or 1.0, or score, as the prediction file prints it
     scores: np.ndarray  # (n, classes) probabilities, or (n, 1) probability of 1 or score
     labels: np.ndarray | None = None  # (n,), None for a test file
-    loss: float | None = None  # mean over the file
+    loss: float | None = None  # mean over the examples
     metrics: dict = field(default_factory=dict)
 
     def score(self, task):
@@ -64,11 +64,16 @@ def undefined_correlations(results):
     return reasons
 
 
+def format_metrics(metrics):
+    """Metrics by name as text."""
+    return "  ".join(f"{name} {value:.3f}" for name, value in metrics.items())
+
+
 def format_table(results):
     """The dev scores as lines of text."""
     lines = [f"{'task':<8}{'examples':>9}{'loss':>8}  metrics"]
     for name, result in results.items():
-        metrics = "  ".join(f"{key} {value:.3f}" for key, value in result.metrics.items())
+        metrics = format_metrics(result.metrics)
         loss = "" if result.loss is None else f" {result.loss:.3f}"
         lines.append(f"{name:<8}{len(result.ids):>9}{loss:>8}  {metrics}")
     return "\n".join([*lines, f"overall  {overall_score(results):.3f}"])

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from config import PAIR, SENTENCE, TASKS, UserError
-from datasets import BadRow, csv_reader, foreign_kind, parse_label
+from datasets import csv_reader, foreign_kind, parse_label
 
 CHUNK_ROWS = 4096  # rows that are in memory at a time
 
@@ -96,7 +96,7 @@ def labels_of(chunk, task):
     """The labels of a task, a row of `TASKS`, in `Text`s: (n,), NaN where there is no valid one."""
     labels = np.full(len(chunk), np.nan)
     for row, text in enumerate(chunk):
-        with contextlib.suppress(BadRow, ValueError):
+        with contextlib.suppress(ValueError):
             labels[row] = parse_label(text.labels.get(task.label, ""), task)
     return labels
 

@@ -57,9 +57,10 @@ class Compute:
 
 
 def select_device(use_gpu=False, use_cpu=False):
-    """`cuda`, else `mps`, else `cpu`. With `use_gpu` a `UserError` where there is only a CPU."""
-    if use_cpu and use_gpu:
-        raise UserError("--use_gpu and --use_cpu exclude each other")
+    """`cuda`, else `mps`, else `cpu`; with `use_cpu` always that.
+
+    With `use_gpu` a `UserError` where there is only a CPU.
+    """
     if use_cpu:
         return torch.device("cpu")
     if torch.cuda.is_available():

@@ -150,7 +150,9 @@ def parse_flags(argv):
     add = parser.add_argument
     add("run", metavar="RUN", help="folder of a finished run, such as runs/LoRA")
     add("--out", metavar="FILE", help="write the report to this file too")
-    add("--use_gpu", action="store_true", help="fail without a GPU")
+    either = parser.add_mutually_exclusive_group().add_argument
+    either("--use_gpu", action="store_true", help="fail without a GPU")
+    either("--use_cpu", action="store_true", help="use the CPU even if there is a GPU")
     # Whatever the run's own precision: small differences should not be those of rounding.
     add("--precision", choices=PRECISIONS, default="fp32", help="(default: %(default)s)")
     add("--debug", action="store_true", help="show the traceback of an error")
@@ -161,7 +163,7 @@ def main(argv=None):
     """Print the report on a run, and write it to the file of `--out`."""
     argv = sys.argv[1:] if argv is None else argv
     flags = parse_flags(argv)
-    compute = Compute(select_device(flags.use_gpu), flags.precision)
+    compute = Compute(select_device(flags.use_gpu, flags.use_cpu), flags.precision)
     if compute.warning:
         print(f"warning: {compute.warning}", file=sys.stderr)
     command = shlex.join(["python", "-m", "studies.bias_probe", *argv])

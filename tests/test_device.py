@@ -49,8 +49,6 @@ def test_the_best_device_and_its_precisions(
     else:
         assert select_device(use_gpu=True) == device
     assert select_device(use_cpu=True).type == "cpu"
-    with pytest.raises(UserError, match="exclude each other"):
-        select_device(use_gpu=True, use_cpu=True)
 
 
 @pytest.mark.parametrize(

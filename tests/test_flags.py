@@ -180,7 +180,7 @@ NEAREST = {
     # as other scripts call them
     "--learning-rate": "--lr", "--rank": "--LoRA_r", "--alpha": "--LoRA_alpha",
     "--wd": "--weight_decay", "--dropout": "--hidden_dropout_prob", "--bs": "--batch_size",
-    "--steps": "--steps_per_epoch", "--name": "--model_file_suffix", "--device": "--use_cpu",
+    "--steps": "--steps_per_epoch", "--name": "--model_file_suffix", "--option": "--fine-tune-mode",
     "--gradient_accumulation_steps": "--accumulate", "--output_dir": "--runs_dir",
 }
 WRONG_CHOICES = [
@@ -402,9 +402,22 @@ def test_a_resumed_run_takes_its_own_flags_though_its_recipe_has_changed(monkeyp
 
 def test_flags_of_one_command_are_not_those_of_the_run():
     """It may be resumed on a machine without a GPU, or without test files."""
-    a_run("--use_gpu --require_test --debug")
-    flags = parse("--resume")
-    assert not (flags.use_gpu or flags.require_test or flags.debug)
+    for device in ("gpu", "cpu"):
+        a_run(f"--use_{device} --require_test --debug --model_file_suffix {device}")
+        flags = parse(f"--resume --model_file_suffix {device}")
+        assert not (flags.use_gpu or flags.use_cpu or flags.require_test or flags.debug)
+
+
+@pytest.mark.parametrize(
+    "flags", ["--pair_encoding joint --sts_head linear", f"{BEST} --pair_encoding joint"]
+)
+def test_a_run_of_joint_pairs_resumes_with_its_own_command(flags):
+    """A head that was typed stays; that of a recipe is not one of the run."""
+    a_run(flags)
+    assert vars(parse(f"{flags} --resume")) == vars(parse(f"{flags} --overwrite")) | {
+        "resume": True,
+        "overwrite": False,
+    }
 
 
 # ------------------------------------------------- what the encoder or the hardware cannot do

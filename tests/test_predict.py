@@ -155,10 +155,12 @@ def test_the_scores_on_labelled_rows_are_printed(run, cut_sample, monkeypatch, c
     row = content.splitlines()[-1].rpartition("\t")[0]
     Path("x").write_text(f"{content}{row}\t\n{row}\tgood\n", encoding="utf-8")
     evaluation.main(["--predict", "x", "--out", "table"])
-    lines = [line for line in capsys.readouterr().err.splitlines() if "labelled" in line]
+    lines = [line for line in capsys.readouterr().err.splitlines() if " rows with a " in line]
     (metrics,) = (line["dev"][name] for line in run.metrics() if line["kind"] == "eval")
     expected = "  ".join(f"{key} {metrics[key]:.3f}" for key in metrics if key != "loss")
-    assert lines == [f"{name}: 12 labelled rows  {expected}"]
+    task = TASKS[name]
+    where = f"12 rows with a {task.label} from 0 to {task.high:g}"
+    assert lines == [f"{name}: {where}  {expected}"]
 
 
 def test_out_appears_whole_or_not_at_all(run, tmp_path, capsysbinary):

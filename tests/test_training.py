@@ -198,6 +198,18 @@ def test_a_logged_step_has_losses_speed_rate_and_conflicts(train):
         assert -1.001 <= line["cosine sst para"] <= 1.001
     for name, peak in (("lr", 5e-5), ("head_lr", 5e-4)):  # one step of warm-up
         assert [line[name] for line in lines] == pytest.approx([peak, peak, peak / 2])
+    flags = f"{FROZEN} --overwrite --epochs 1 --steps_per_epoch 1"
+    (line,) = lines_of(train(flags), "train")
+    assert (line["lr"], line["head_lr"]) == (0, 1e-3)
+
+
+def test_use_cpu_leaves_the_gpu_alone(train, monkeypatch):
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    run = train("--epochs 0 --use_cpu")
+    assert run.description()["device"].startswith("cpu")
+    evaluation.main(["--use_cpu"])
+    with pytest.raises(UserError, match="use_gpu: not allowed with argument --use_cpu"):
+        evaluation.main(["--use_cpu", "--use_gpu"])
 
 
 @pytest.mark.parametrize(
@@ -375,6 +387,7 @@ def test_calibration_moves_the_predictions_and_nothing_in_training(train, flags)
     calibrated = train(f"{flags} calibrated --calibration_examples 10")
     assert losses_of(plain) == losses_of(calibrated)
     assert len(losses_of(plain)) == 4
+    assert [line["train"] for line in lines_of(plain, "eval")] == [{}, {}]
     heads = [load_file(run.best / "heads.safetensors") for run in (plain, calibrated)]
     for name in THREE:
         assert not heads[0][f"offset_{name}"].any()
@@ -882,7 +895,7 @@ def test_heads_of_another_shape_and_of_other_tasks_start_anew(train, capsys):
     train(f"{flags} --epochs 0")
     said = capsys.readouterr().out
     assert "warning: keep runs/full-model-one as it is until this run is finished" in said
-    assert "taken: encoder, para; left out, since they do not fit: sst\n" in said
+    assert "taken: encoder, para; not taken: sst\n" in said
 
 
 def test_one_run_after_another_after_a_third(train, capsys, monkeypatch):

@@ -42,7 +42,7 @@ FREE_WHEN_RESUMING = {
 OTHER_NAMES = {"learning_rate": "lr", "rank": "lora_r", "alpha": "lora_alpha", "wd": "weight_decay"}
 OTHER_NAMES |= {"dropout": "hidden_dropout_prob", "bs": "batch_size", "steps": "steps_per_epoch"}
 OTHER_NAMES |= {"gradient_accumulation_steps": "accumulate", "name": "model_file_suffix"}
-OTHER_NAMES |= {"device": "use_cpu", "output_dir": "runs_dir", "option": "fine_tune_mode"}
+OTHER_NAMES |= {"output_dir": "runs_dir", "option": "fine_tune_mode"}
 
 
 class FlagParser(argparse.ArgumentParser):
@@ -145,9 +145,10 @@ def make_parser():
         help="heads of their attention (default: %(default)s)")
 
     add = parser.add_argument_group("heads and losses",
-        "A head 'linear' is one linear layer, of a pair on u, v, |u - v| and u * v\n"
-        "(as 'features'); 'ffn' has a hidden layer before it; 'dot' and 'cosine'\n"
-        "compare u with v; 'features+cosine' is the sum of both.").add_argument
+        "The head 'linear' is one linear layer; of a pair it takes u, v, |u - v| and\n"
+        "u * v of the two vectors u and v, and para calls it 'features'; 'ffn' has a\n"
+        "hidden layer before it; 'dot' and 'cosine' compare u with v;\n"
+        "'features+cosine' is the sum of those two heads.").add_argument
     for name, task in TASKS.items():
         add(f"--{name}_head", choices=task.heads, default=task.heads[0],
             help=f"{task.title} head (default: %(default)s)")
@@ -247,10 +248,11 @@ def make_parser():
         "run's tensorboard/ (needs the package tensorboard)")
     add("--debug", action="store_true", help="show the traceback of an error")
 
-    add = parser.add_argument_group("hardware").add_argument
-    add("--use_gpu", action="store_true",
+    group = parser.add_argument_group("hardware")
+    add, either = group.add_argument, group.add_mutually_exclusive_group().add_argument
+    either("--use_gpu", action="store_true",
         help="fail without a GPU; by default the best available device is used")
-    add("--use_cpu", action="store_true", help="use the CPU even if there is a GPU")
+    either("--use_cpu", action="store_true", help="use the CPU even if there is a GPU")
     add("--precision", choices=PRECISIONS, default="auto",
         help="%(default)s (default): bf16 if the hardware has it, fp16 on older CUDA GPUs, else "
         "fp32; on CUDA fp32 is TF32 unless --deterministic")
@@ -303,10 +305,12 @@ class Command:
         """The command with the recipe's flags written out, as text; None without a recipe."""
         if self.flags.recipe is None:
             return None
-        recipe, defaults = [], default_flags()
+        recipe, unused = [], unused_heads(self.flags)
         for name in RECIPES[self.flags.recipe].flags:
             value = getattr(self.flags, name)
-            if name not in self.given and value != defaults[name]:
+            is_unused = name.startswith("LoRA_") and self.flags.fine_tune_mode != "LoRA"
+            is_unused = is_unused or name in self.given | unused
+            if not is_unused and value not in (None, False, []):
                 recipe += flag_words(name, value)
         return shlex.join(self.words(recipe))
 
@@ -335,11 +339,12 @@ def parse_command(argv=None):
     if flags.resume and flags.overwrite:
         raise UserError("--resume and --overwrite exclude each other")
     run = RunFolder(run_path(flags))
-    if flags.resume and run.holds_run():
+    is_resumed = flags.resume and run.holds_run()
+    if is_resumed:
         given = take_flags_of_run(flags, given, run.description())
     check_flags(flags, given)
-    for name in make_plan(flags, {}).joint:  # its head is linear, whatever a recipe names
-        setattr(flags, f"{name}_head", TASKS[name].heads[0])
+    for head in () if is_resumed else unused_heads(flags) - given:  # those of a recipe
+        setattr(flags, head, default_flags()[head])
     if flags.start_from and os.path.realpath(flags.start_from) == os.path.realpath(run.path):
         raise UserError(f"--start_from {run.path}: this run itself; add --model_file_suffix NAME")
     command = Command(flags, argv, given)
@@ -350,6 +355,11 @@ def parse_command(argv=None):
             f"or replace it with `{words} --overwrite`"
         )
     return command
+
+
+def unused_heads(flags):
+    """The flags of the heads of pairs encoded as one sequence, whose head is always linear."""
+    return {f"{name}_head" for name in make_plan(flags, {}).joint}
 
 
 def names_given(parser, argv):

@@ -99,7 +99,7 @@ def progress_bar(run, plan):
 
 
 def log_step(bar, run, meter, optimizer, plan, compute):
-    """Write a line of `metrics.jsonl`; show losses and speed at the bar, or as a line of text."""
+    """Write a line of `metrics.jsonl`; show losses and speed at the bar, in a file as text."""
     step, (means, speed), group = run.progress.step, meter.take(), optimizer.param_groups[0]
     factor = group["lr"] / group["peak_lr"]
     losses = {name: value for name, value in means.items() if name in plan.loss_weights}

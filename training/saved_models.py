@@ -182,8 +182,7 @@ def start_from(model, lora, run):
     """Copy the adapters and heads of a run's best model into one built on `encoder_of_best`.
 
     If `lora` is None, the adapters are merged into the encoder. Heads, projections and PALs are
-    copied if they have the same shapes; the others are named in a message. Returns the names of
-    those copied. Raises `UserError` for other adapters.
+    copied if they have the same shapes; returns their names. Raises `UserError` for other adapters.
     """
     source, _ = load_run(run, "cpu")
     if not lora:
@@ -191,15 +190,16 @@ def start_from(model, lora, run):
         load_strictly(model.bert.state_dict(), tensors, run.path)
     elif plan_of(run).lora:
         load_adapter(model.bert, run.best, lora)
-    theirs, taken, other = _parts(source), [], []
-    for name, found in theirs.items():
-        ours = _parts(model).get(name, {})
-        fits = {n: t.shape for n, t in ours.items()} == {n: t.shape for n, t in found.items()}
-        if fits:
-            load_strictly(ours, found, run.path)
-        (taken if fits else other).append(name)
-    lost = f"; left out, since they do not fit: {', '.join(other)}" if other else ""
-    say(f"{run.path}, {run.describe_best()}: taken: {', '.join(['encoder', *taken])}{lost}")
+    ours, theirs, taken = _parts(model), _parts(source), []
+    for name, part in ours.items():
+        found = theirs.get(name, {})
+        if {n: t.shape for n, t in part.items()} == {n: t.shape for n, t in found.items()}:
+            load_strictly(part, found, run.path)
+            taken.append(name)
+    wanted = dict.fromkeys([*ours, *["pals"] * bool(source.pals)])
+    lost = ", ".join(name for name in wanted if name not in taken)
+    text = f"{run.path}, {run.describe_best()}: taken: {', '.join(['encoder', *taken])}"
+    say(f"{text}; not taken: {lost}" if lost else text)
     return taken
 
 

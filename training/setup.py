@@ -92,10 +92,9 @@ def check_same_run(earlier, now):
         if values.get(name) != value
     ]
     if differences:
-        raise UserError(
-            f"--resume: not the run that was begun: {'; '.join(differences)}; --start_from begins "
-            "a new run with its best model"
-        )
+        more = "; --start_from begins a new run with this one's best model"
+        more = more if any(text.startswith("precision") for text in differences) else ""
+        raise UserError(f"--resume: not the run that was begun: {'; '.join(differences)}{more}")
     if earlier["threads"] != now["threads"]:
         say(
             f"warning: {now['threads']} threads, were {earlier['threads']}: the last bits will "
@@ -187,7 +186,7 @@ def build_model(plan, encoder, tokenizer):
         bert.embeddings.word_embeddings.requires_grad_(False)
     config = MultitaskConfig(
         tasks=tuple(plan.tasks),
-        heads={n: getattr(flags, f"{n}_head") for n in flags.tasks if n not in plan.joint},
+        heads={name: getattr(flags, f"{name}_head") for name in flags.tasks},
         joint=plan.joint,
         both=plan.both,
         pooling=flags.pooling,
