@@ -729,7 +729,7 @@ def test_what_a_sampled_run_says_of_its_batches(train, monkeypatch, capsys):
     train(flags)
     said = capsys.readouterr().out
     first, last = "3 of sst, 17 of para, 16 of sts", "9 of sst, 14 of para, 13 of sts"
-    assert f"batch {first} in the first epoch and in the last {last}, learning" in said
+    assert f"batch {first} in the first epoch and in the last {last}; learning" in said
     assert "warning: sst: a batch of 9 holds training examples several times" in said
     assert "warning: para" not in said
     monkeypatch.setattr(multitask_classifier.distributed, "world_size", lambda: 2)
