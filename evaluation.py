@@ -18,13 +18,12 @@ import math
 import os
 import signal
 import sys
-from collections import defaultdict
 from contextlib import contextmanager, redirect_stdout, suppress
 from pathlib import Path
 
 from config import PRECISIONS, TASKS, UserError
 from runtime.script import NotFinite, bar_size, end_process, is_first, run_script, say
-from training.flags import FlagParser, is_utf8
+from training.flags import FlagParser, add_device_flags, is_utf8
 
 if __name__ == "__main__":  # Ctrl-C during the seconds of the imports below: no traceback
     signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -41,7 +40,7 @@ from multitask_bert import MASKED
 from reporting import results
 from reporting.ensemble import evaluate_ensemble, finished_run, print_caveats
 from reporting.report import write_report
-from reporting.texts import labels_of, read_chunks, table_header, table_rows
+from reporting.texts import labelled_rows, read_chunks, table_header, table_rows
 from runtime import distributed
 from runtime.device import Compute, is_memory_error, memory_errors, select_device
 from runtime.files import file_sha256, open_whole, output_errors
@@ -169,8 +168,10 @@ def calibrate(model, train_sets, count, compute):
     The same `count` examples are used every time; 0 changes nothing. Returns task -> `TaskResult`
     of these examples, calibrated.
     """
+    if not count:
+        return {}
     found = {}
-    for name, dataset in train_sets.items() if count else ():
+    for name, dataset in train_sets.items():
         rows = np.random.default_rng(0).permutation(len(dataset))[:count]
         offset = model.get_buffer(f"offset_{name}").zero_()
         outputs, labels = head_outputs(model, dataset, compute, rows)[rows], dataset.labels[rows]
@@ -274,27 +275,26 @@ def predict_file(run, flags, table, compute):
     if (first := next(chunks, None)) is None:
         raise UserError(f"{flags.predict}: only a header; expected rows below it")
     count = len(first[0].sentences)
-    tasks, pairs = fitting_tasks(run, count), defaultdict(list)  # of predictions and labels
+    tasks = fitting_tasks(run, count)
+    labelled = {task: [] for task in tasks if task.label in first[0].labels}
     model, _ = load_run(run, compute.device)
     writer = csv.writer(table, delimiter="\t", lineterminator="\n")
     writer.writerow(table_header(count, tasks))
     with tqdm(unit=" rows", disable=not (is_first() and sys.stderr.isatty()), **bar_size()) as bar:
         for chunk in itertools.chain([first], chunks):
             texts = [text.sentences for text in chunk]
-            found = [predict_sentences(model, task.name, texts, compute) for task in tasks]
+            found = {task: predict_sentences(model, task.name, texts, compute) for task in tasks}
             model.vector_cache.clear()
             with output_errors(flags.out or "standard output"):
-                writer.writerows(table_rows(texts, tasks, found))
-            for task, result in zip(tasks, found, strict=True):
-                both = np.stack([result.predictions, labels_of(chunk, task)])
-                pairs[task].append(both[:, ~np.isnan(both[1])])
+                writer.writerows(table_rows(texts, found))
+            for task, parts in labelled.items():
+                parts.append(labelled_rows(chunk, task, found[task]))
             bar.update(len(texts))
-    for task, parts in pairs.items():
+    for task, parts in labelled.items():
         predictions, labels = np.concatenate(parts, axis=1)
-        if task.label in first[0].labels:
-            metrics = results.measure(task, predictions, labels) if len(labels) else {}
-            found = f"{len(labels):,} rows with a {task.label} from {task.low:g} to {task.high:g}"
-            say(f"{task.name}: {found}  {results.format_metrics(metrics)}")
+        metrics = results.measure(task, predictions, labels) if len(labels) else {}
+        rows = f"{len(labels):,} rows with a {task.label} from {task.low:g} to {task.high:g}"
+        say(f"{task.name}: {rows}  {results.format_metrics(metrics)}")
 
 
 USES = ("sentence", "predict", "export", "report")  # flags that ask for something other than scores
@@ -330,9 +330,7 @@ def make_parser():
         help="folder of the prediction files (default: %(default)s)")
     add("--data_dir", metavar="DIR", help="where the run's data files lie now (default: where "
         "they lay when it was trained)")
-    either = parser.add_mutually_exclusive_group().add_argument
-    either("--use_gpu", action="store_true", help="fail without a GPU")
-    either("--use_cpu", action="store_true", help="use the CPU even if there is a GPU")
+    add_device_flags(parser)
     add("--precision", choices=PRECISIONS, help="of the prediction (default: the run's own)")
     add("--debug", action="store_true", help="show the traceback of an error")
     return parser

@@ -19,7 +19,7 @@ class Text(NamedTuple):
     """A row of the user's file."""
 
     sentences: tuple  # one or two
-    labels: dict  # label column of a task -> field; none where the file has no such column
+    labels: dict  # each label column of the file -> field, "" where the row ends before it
 
 
 def read_chunks(path):
@@ -86,19 +86,19 @@ def _columns(name, lines, delimiter, places, labels):
             if len(record) <= max(places):
                 fault = f"{len(record)} fields; expected at least {max(places) + 1}"
                 raise UserError(f"{name}:{reader.line_num + 1}: {fault}")
-            known = {label: record[i] for label, i in labels.items() if i < len(record)}
+            known = {label: "".join(record[i : i + 1]) for label, i in labels.items()}
             yield Text(tuple(record[place] for place in places), known)
     except csv.Error as error:
         raise UserError(f"{name}:{reader.line_num + 1}: {error}") from error
 
 
-def labels_of(chunk, task):
-    """The labels of a task, a row of `TASKS`, in `Text`s: (n,), NaN where there is no valid one."""
-    labels = np.full(len(chunk), np.nan)
-    for row, text in enumerate(chunk):
+def labelled_rows(chunk, task, result):
+    """Predictions and labels, (2, n), of those `Text`s that have a valid label for the task."""
+    pairs = []
+    for text, prediction in zip(chunk, result.predictions, strict=True):
         with contextlib.suppress(ValueError):
-            labels[row] = parse_label(text.labels.get(task.label, ""), task)
-    return labels
+            pairs.append((prediction, parse_label(text.labels[task.label], task)))
+    return np.array(pairs, dtype=np.float64).reshape(-1, 2).T
 
 
 def table_header(sentences, tasks):
@@ -109,13 +109,13 @@ def table_header(sentences, tasks):
     return [*(SENTENCE if sentences == 1 else PAIR), *columns]
 
 
-def table_rows(texts, tasks, results):
+def table_rows(texts, results):
     """Yield the rows of a chunk: sentences, then prediction and scores of each task.
 
-    `results` are the `TaskResult`s of `tasks`, rows of `TASKS`.
+    `results` maps tasks, rows of `TASKS`, to their `TaskResult`s.
     """
     for row, sentences in enumerate(texts):
         cells = list(sentences)
-        for task, result in zip(tasks, results, strict=True):
+        for task, result in results.items():
             cells += [task.format(result.predictions[row]), *result.scores[row]]
         yield cells

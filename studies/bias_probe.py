@@ -23,7 +23,7 @@ from reporting.report import Table, format_table, provenance
 from runtime.device import Compute, select_device
 from runtime.files import write_file
 from runtime.script import run_script
-from training.flags import FlagParser
+from training.flags import FlagParser, add_device_flags
 from training.run_folder import RunFolder
 from training.saved_models import load_run
 
@@ -150,9 +150,7 @@ def parse_flags(argv):
     add = parser.add_argument
     add("run", metavar="RUN", help="folder of a finished run, such as runs/LoRA")
     add("--out", metavar="FILE", help="write the report to this file too")
-    either = parser.add_mutually_exclusive_group().add_argument
-    either("--use_gpu", action="store_true", help="fail without a GPU")
-    either("--use_cpu", action="store_true", help="use the CPU even if there is a GPU")
+    add_device_flags(parser)
     # Whatever the run's own precision: small differences should not be those of rounding.
     add("--precision", choices=PRECISIONS, default="fp32", help="(default: %(default)s)")
     add("--debug", action="store_true", help="show the traceback of an error")

@@ -209,8 +209,8 @@ REFUSED = {
     "01 --r_drop sst --swap_pairs": "--swap_pairs: only with --r_drop para",
     f"01 {FROZEN} --mlm sst": "--mlm: the encoder is frozen",
     "01 --mlm sst cfimdb": "--mlm cfimdb: not among --tasks sst para sts",
-    "01 --mlm sst --loss_weights sst=0 para=0": "para=0 with --mlm: para has no head then",
-    "01 --mlm sst --loss_weights sst=0 mlm_sst=0": "sst=0 with --mlm: sst has no head then",
+    "01 --mlm sst --loss_weights sst=0 para=0": "para=0 with --mlm: para has no head then: it",
+    "01 --mlm sst --loss_weights sst=0 mlm_sst=0": "sst=0 with --mlm: sst has no head then: it",
     "01 --mlm sst --r_drop sst --loss_weights sst=0": "sst=0 .* no --r_drop",
     "01 --loss_weights mlm_sst=0.1": "losses sst, para, sts",
     "01 --start_from runs/a --pretrained bundled": "exclude each other",
@@ -239,8 +239,9 @@ REFUSED = {
     **{f"02 {flag} {value}": f"{flag}.*expected"
        for flag, values in OUT_OF_RANGE.items() for value in values.split()},
     "02 --pair_encoding sst=joint": "expected separate, joint or both, or TASK=.* para, sts",
-    "02 --task_batch_sizes para=0": "expected TASK=N, N from 1, with TASK of sst, para",
-    "02 --loss_weights stss=2": "WEIGHT from 0, with LOSS of this run's .* sst, para, sts",
+    "02 --task_batch_sizes para=0": "expected TASK=N, N from 1, with TASK of sst, para, sts",
+    "02 --loss_weights stss=2":
+        "expected LOSS=WEIGHT, WEIGHT from 0, with LOSS of this run's .* sst, para, sts",
     f"02 {SIMCSE} --batch_size 1": "--batch_size 1 of sst.*at least 2",
     f"02 {SIMCSE} --task_batch_sizes sts=1": "1 of sts: SimCSE needs other examples",
     "02 --supervised_simcse --task_batch_sizes para=1": "1 of para: SimCSE needs other examples",

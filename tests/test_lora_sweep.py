@@ -233,7 +233,8 @@ def test_a_stopped_sweep_saves_its_run_and_the_same_command_resumes_it(folder, t
     while not (run / "metrics.jsonl").exists() and process.poll() is None:
         time.sleep(0.05)
     process.send_signal(number)
-    assert "the sweep's own command resumes it" in process.communicate(timeout=60)[0]
+    said = "".join(process.communicate(timeout=60))
+    assert "continue with --resume" in said and "the sweep's own command resumes it" in said
     assert process.returncode == 128 + number
     assert 0 < metrics_of(run)[-1]["step"] < 300
     process = start(folder, flags)

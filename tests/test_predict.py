@@ -149,11 +149,13 @@ def test_the_table_has_each_text_and_what_each_task_predicts(run, capsysbinary, 
 
 @pytest.mark.parametrize("name", ["sst", "para", "sts"])
 def test_the_scores_on_labelled_rows_are_printed(run, cut_sample, monkeypatch, capsys, name):
-    """Those of the run on its dev file; a row whose label is empty or wrong does not count."""
+    """Those of the run on its dev file; a row without a label, or a wrong one, does not count."""
     monkeypatch.setattr(texts, "CHUNK_ROWS", 5)
     content = (cut_sample / TASKS[name].file_name("dev")).read_text(encoding="utf-8")
-    row = content.splitlines()[-1].rpartition("\t")[0]
-    Path("x").write_text(f"{content}{row}\t\n{row}\tgood\n", encoding="utf-8")
+    header, *lines = content.splitlines()
+    row = lines[-1].rpartition("\t")[0]
+    lines = [header, row, *lines, f"{row}\t", f"{row}\tgood", ""]
+    Path("x").write_text("\n".join(lines), encoding="utf-8")
     evaluation.main(["--predict", "x", "--out", "table"])
     lines = [line for line in capsys.readouterr().err.splitlines() if " rows with a " in line]
     (metrics,) = (line["dev"][name] for line in run.metrics() if line["kind"] == "eval")

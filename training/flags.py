@@ -77,6 +77,14 @@ class FlagParser(argparse.ArgumentParser):
         raise UserError(f"{message} (--help lists all)")
 
 
+def add_device_flags(parser):
+    """Add --use_gpu and --use_cpu, one of which may be given, to a parser or a group of flags."""
+    add = parser.add_mutually_exclusive_group().add_argument
+    usual = "by default the best available device is used"
+    add("--use_gpu", action="store_true", help=f"fail without a GPU; {usual}")
+    add("--use_cpu", action="store_true", help="use the CPU even if there is a GPU")
+
+
 def plain_name(flag):
     """A flag in lower case, without leading dashes, with underscores inside."""
     return flag.strip("-").lower().replace("-", "_")
@@ -236,8 +244,8 @@ def make_parser():
     add("--predictions_dir", default="predictions", metavar="DIR",
         help="folder of the prediction files (default: %(default)s)")
     add("--resume", action="store_true", help="resume a run from its last checkpoint; its mode, "
-        "name and --runs_dir find it; other flags may be left out, and only "
-        "paths and logging may change")
+        "name and --runs_dir find it; other flags may be left out, and only paths and logging may "
+        "change")
     add("--overwrite", action="store_true", help="remove an earlier run of the same name")
     add("--save_every", type=natural, default=0, metavar="N",
         help="also save a checkpoint every N steps; 0: after each epoch only "
@@ -249,10 +257,8 @@ def make_parser():
     add("--debug", action="store_true", help="show the traceback of an error")
 
     group = parser.add_argument_group("hardware")
-    add, either = group.add_argument, group.add_mutually_exclusive_group().add_argument
-    either("--use_gpu", action="store_true",
-        help="fail without a GPU; by default the best available device is used")
-    either("--use_cpu", action="store_true", help="use the CPU even if there is a GPU")
+    add_device_flags(group)
+    add = group.add_argument
     add("--precision", choices=PRECISIONS, default="auto",
         help="%(default)s (default): bf16 if the hardware has it, fp16 on older CUDA GPUs, else "
         "fp32; on CUDA fp32 is TF32 unless --deterministic")
@@ -305,12 +311,11 @@ class Command:
         """The command with the recipe's flags written out, as text; None without a recipe."""
         if self.flags.recipe is None:
             return None
-        recipe, unused = [], unused_heads(self.flags)
+        recipe, left_out = [], self.given | unused_heads(self.flags).keys()
         for name in RECIPES[self.flags.recipe].flags:
             value = getattr(self.flags, name)
             is_unused = name.startswith("LoRA_") and self.flags.fine_tune_mode != "LoRA"
-            is_unused = is_unused or name in self.given | unused
-            if not is_unused and value not in (None, False, []):
+            if not is_unused and name not in left_out and value not in (None, False, []):
                 recipe += flag_words(name, value)
         return shlex.join(self.words(recipe))
 
@@ -343,8 +348,8 @@ def parse_command(argv=None):
     if is_resumed:
         given = take_flags_of_run(flags, given, run.description())
     check_flags(flags, given)
-    for head in () if is_resumed else unused_heads(flags) - given:  # those of a recipe
-        setattr(flags, head, default_flags()[head])
+    if not is_resumed:  # a recipe's heads
+        vars(flags).update((h, d) for h, d in unused_heads(flags).items() if h not in given)
     if flags.start_from and os.path.realpath(flags.start_from) == os.path.realpath(run.path):
         raise UserError(f"--start_from {run.path}: this run itself; add --model_file_suffix NAME")
     command = Command(flags, argv, given)
@@ -358,8 +363,8 @@ def parse_command(argv=None):
 
 
 def unused_heads(flags):
-    """The flags of the heads of pairs encoded as one sequence, whose head is always linear."""
-    return {f"{name}_head" for name in make_plan(flags, {}).joint}
+    """The head flags, with defaults, of pairs encoded as one sequence: their head is linear."""
+    return {f"{name}_head": TASKS[name].heads[0] for name in make_plan(flags, {}).joint}
 
 
 def names_given(parser, argv):

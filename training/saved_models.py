@@ -196,10 +196,10 @@ def start_from(model, lora, run):
         if {n: t.shape for n, t in part.items()} == {n: t.shape for n, t in found.items()}:
             load_strictly(part, found, run.path)
             taken.append(name)
-    wanted = dict.fromkeys([*ours, *["pals"] * bool(source.pals)])
-    lost = ", ".join(name for name in wanted if name not in taken)
+    lost = [name for name in ours if name not in taken]
+    lost += ["pals"] if source.pals and not model.pals else []
     text = f"{run.path}, {run.describe_best()}: taken: {', '.join(['encoder', *taken])}"
-    say(f"{text}; not taken: {lost}" if lost else text)
+    say(f"{text}; not taken: {', '.join(lost)}" if lost else text)
     return taken
 
 
