@@ -96,7 +96,8 @@ def odd_labels(task, examples):
         return f"every {task.label} is from {low:g} to {high:g}; {expected}" if is_narrow else None
     found = sorted({int(label) for label in labels})
     missing = [c for c in range(int(task.low), int(task.high) + 1) if c not in found]
-    return f"no {task.label} is {missing}; found {found}" if missing else None
+    missing, found = (", ".join(map(str, classes)) for classes in (missing, found))
+    return f"no row has {task.label} {missing}; found {found}" if missing else None
 
 
 def _read_bytes(path):

@@ -184,8 +184,8 @@ def calibrate(model, train_sets, count, compute):
 def best_offset(task, outputs, labels):
     """The vector (num_classes,) that lowers the loss most when added to `outputs`.
 
-    `outputs` are (n, num_classes), `labels` (n,). A standard normal prior keeps it finite where all
-    labels are the same.
+    `outputs` are (n, num_classes), `labels` (n,). A normal prior keeps it finite where all labels
+    are the same.
     """
     outputs, labels = outputs.double(), labels.double()
     offset = torch.zeros(task.num_classes, dtype=torch.float64, requires_grad=True)
@@ -261,8 +261,12 @@ def predict_text(run, sentences, compute):
     model, _ = load_run(run, compute.device)
     for task in tasks:
         result = predict_sentences(model, task.name, [sentences], compute)
-        scores = " ".join(f"{score:.3f}" for score in result.scores[0])
-        say(f"{task.name:<8}{task.title}: {task.format(result.predictions[0])}  ({scores})")
+        text = f"{task.name:<8}{task.title}: {task.format(result.predictions[0])}"
+        if task.kind != "score":
+            answers = "1" if task.kind == "binary" else f"{task.low:g} to {task.high:g}"
+            scores = " ".join(f"{score:.3f}" for score in result.scores[0])
+            text += f"  (probability of {answers}: {scores})"
+        say(text)
 
 
 def predict_file(run, flags, table, compute):
@@ -345,9 +349,9 @@ def parse_flags(argv=None):
     if len(uses) > 1:
         parser.error(f"--{uses[0]} and --{uses[1]} exclude each other")
     if flags.sentence2 is not None and flags.sentence is None:
-        parser.error("--sentence2 goes with --sentence")
+        parser.error("--sentence2: only with --sentence")
     if flags.out is not None and flags.predict is None:
-        parser.error("--out goes with --predict")
+        parser.error("--out: only with --predict")
     if flags.out == "-":  # standard output, as without the flag
         flags.out = None
     if flags.out is not None and os.path.realpath(flags.out) == os.path.realpath(flags.predict):
@@ -362,7 +366,7 @@ def parse_flags(argv=None):
     if uses and len(flags.checkpoint or []) > 1:
         parser.error(f"--{uses[0]} takes one run")
     if flags.data_dir and (uses or len(flags.checkpoint or []) > 1):
-        parser.error("--data_dir goes with the evaluation of one run")
+        parser.error("--data_dir: only to evaluate one run")
     return flags
 
 

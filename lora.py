@@ -53,8 +53,9 @@ class LowRankLinear(torch.autograd.Function):
 class LoRALinear(nn.Linear):
     """y = W x + b + scaling · B A dropout(x), with W and b frozen (Hu et al. 2021, §4.1).
 
-    `lora_A` (r, in_features) starts Kaiming uniform and `lora_B` (out_features, r) starts at zero,
-    so the output at the start is the plain layer's. Weight and bias are shared with `linear`.
+    `lora_A` (r, in_features) starts Kaiming uniform, as in the authors' code, and `lora_B`
+    (out_features, r) at zero, so the output at the start is the plain layer's. Weight and bias are
+    shared with `linear`.
     """
 
     def __init__(self, linear, config):
@@ -92,7 +93,7 @@ class LoRALinear(nn.Linear):
 
 
 class DoRALinear(LoRALinear):
-    """y = m / ‖V‖ · V x + b with V = W + scaling · B A, row by row (Liu et al. 2024, eq. 5).
+    """y = m / ‖V‖ · V x + b with V = W + scaling · B A, by rows (Liu et al. 2024, eq. 5).
 
     `lora_magnitude_vector` m (out_features,) starts as the norms of W's rows, so the output at the
     start is the plain layer's. The norms count as constants in the backward pass (§4.3). With

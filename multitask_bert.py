@@ -189,7 +189,8 @@ class MultitaskBERT(nn.Module):
         roles = self.config.roles(name)
         if is_swapped:  # "first" and "second" are the last two; "pair" alone stays
             roles = (*roles[:-2], *reversed(roles[-2:]))
-        return self.heads[name](*(vectors[role] for role in roles))
+        with torch.autocast(self.device.type, enabled=False):  # bf16 would round predictions
+            return self.heads[name](*(vectors[role] for role in roles))
 
     # ------------------------------------------------------------------ sentences into vectors
 

@@ -37,7 +37,7 @@ from runtime.files import write_files
 from training import data_files, setup
 from training.data_files import of_split
 from training.log import Meter, log_step, not_finite, numbers_of_step, progress_bar, read_back
-from training.plan import make_plan
+from training.plan import main_losses, make_plan
 from training.run_folder import RunFolder, run_path
 from training.saved_models import load_weights, save_best, undamaged_best
 from training.setup import save_checkpoint
@@ -45,9 +45,9 @@ from training.setup import save_checkpoint
 # ------------------------------------------------------------------------------ gradients of a step
 
 
-def weighted_sum(losses, plan):
+def weighted_sum(losses, weights):
     """The total training loss: every loss times its weight, summed."""
-    return sum(plan.loss_weights[name] * loss for name, loss in losses.items())
+    return sum(weights[name] * loss for name, loss in losses.items())
 
 
 def prepare_step(model, batches, step, plan):
@@ -81,7 +81,7 @@ def backward(model, micro_batches, step, plan, compute):
         with nullcontext() if is_synced else model.no_sync():  # DDP averages in the last one
             with compute.autocast():
                 batch_losses = model(prepared)
-            total = weighted_sum(batch_losses, plan)
+            total = weighted_sum(batch_losses, plan.weights_at(step))
             compute.scaler.scale(total / len(micro_batches)).backward()
         for name, loss in batch_losses.items():
             losses[name] += loss.detach() / len(micro_batches)
@@ -101,7 +101,7 @@ def backward_with_surgery(model, micro_batches, step, plan, compute):
         with compute.autocast():
             batch_losses = model(prepared)
         for name, group in loss_groups(batch_losses, prepared, plan).items():
-            total = compute.scaler.scale(weighted_sum(group, plan))
+            total = compute.scaler.scale(weighted_sum(group, plan.weights_at(step)))
             total.backward(retain_graph=name == "main")
             gradients[name] = mean_over_processes(torch.cat([p.grad.flatten() for p in shared]))
             model.bert.zero_grad()
@@ -127,9 +127,9 @@ def loss_groups(losses, prepared, plan):
     if plan.flags.gradient_surgery != "main":
         (task,) = prepared.batches
         return {task: losses}
-    groups = {"main": {}, "auxiliary": {}}
+    groups, main = {"main": {}, "auxiliary": {}}, main_losses(plan.flags)
     for name, loss in losses.items():
-        groups["main" if name in plan.main_tasks else "auxiliary"][name] = loss
+        groups["main" if name in main else "auxiliary"][name] = loss
     return groups
 
 
@@ -253,7 +253,8 @@ def evaluate_and_keep_best(run, model, data, plan, compute):
     try:
         scores, table = evaluate_on_dev(model, data, plan, compute)
     except NotFinite as error:
-        raise NotFinite(f"step {progress.step}: {error}; try a lower --lr") from error
+        more = "try --overwrite with a lower --lr"
+        raise NotFinite(f"step {progress.step}: {error}; {more}") from error
     epoch = progress.step // plan.steps_per_epoch
     run.log(
         kind="eval",

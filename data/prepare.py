@@ -338,14 +338,14 @@ def get_args(argv=None):
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
-    small = "small: 16,000 training pairs, dealt from the 2023 dev file"
+    small = "small: 16,000 training pairs, split off the 2023 dev file"
     mirror = "root of a mirror, above OWNER/NAME/COMMIT/data/"
     add("--year", type=int, choices=list(COURSES), default=2024, help="only the Quora files differ")
     add("--quora", choices=["full", "small"], default="full", help=small)
     add("--out", type=Path, default=HERE, help="folder for the files")
     add("--overwrite", action="store_true", help="replace other files of the same names")
     add("--base_url", type=web_address, default="https://raw.githubusercontent.com", help=mirror)
-    add("--retries", type=whole_number, default=4, help="more attempts after a break; 0: none")
+    add("--retries", type=whole_number, default=4, help="attempts after a failed download; 0: none")
     add("--timeout", type=seconds, default=30.0, help="seconds to wait for a silent connection")
     return parser.parse_args(argv)
 

@@ -344,8 +344,10 @@ def parse_flags(argv):
     varied = [f"--{name}" for name, *_ in flags.vary or []]
     for name, *values in flags.vary or []:
         flag = f"--{name}"
-        if flag in OWN_FLAGS | UNLIKE or not values or varied.count(flag) > 1:
-            raise UserError(f"--vary {name}: expected another flag, once, and its values")
+        if flag in OWN_FLAGS | UNLIKE:
+            raise UserError(f"--vary {name}: runs that differ in this cannot share a table")
+        if not values or varied.count(flag) > 1:
+            raise UserError(f"--vary {name}: expected each flag once, and its values")
     for word in passed:
         if word.split("=")[0] in OWN_FLAGS | (set(varied) or RANK_FLAGS):
             raise UserError(f"{word} after --: the sweep sets it (--help lists its flags)")

@@ -351,9 +351,9 @@ def test_batches_of_tokens_of_chosen_rows(tokenizer):
 @pytest.mark.parametrize(
     ("task", "labels", "words"),
     [
-        ("sst", [0, 1, 2, 4], "no sentiment is [3]; found [0, 1, 2, 4]"),
+        ("sst", [0, 1, 2, 4], "no row has sentiment 3; found 0, 1, 2, 4"),
         ("sst", range(5), None),
-        ("para", [1], "no is_duplicate is [0]; found [1]"),
+        ("para", [1], "no row has is_duplicate 0; found 1"),
         ("sts", [0.0, 0.5, 1.0], "every similarity is from 0 to 1; expected a scale from 0 to 5"),
         ("sts", [0.0, 1.1], None),
     ],

@@ -91,11 +91,11 @@ EXPECTED = {  # command -> values of its flags and of its plan, and the path of 
     f"{LORA} --LoRA_layers 9 6-8 7": {"LoRA_layers": [6, 7, 8, 9]},
     "--gradient_surgery": {"gradient_surgery": "sum"},
     "--gradient_surgery main --unsupervised_simcse --simcse_tasks sst --r_drop para "
-    "--loss_weights r_drop_para=4": {"loss_weights": {
-        "sst": 1.0, "para": 1.0, "sts": 1.0, "r_drop_para": 4.0, "simcse_sst": 0.3,
+    "--loss_weights sst=4": {"loss_weights": {
+        "sst": 4.0, "para": 1.0, "sts": 1.0, "r_drop_para": 1.0, "simcse_sst": 0.3,
     }},
-    "--gradient_surgery main --main_tasks sts --supervised_simcse": {"loss_weights": {
-        "sst": 0.3, "para": 0.3, "sts": 1.0, "simcse_para_supervised": 0.3,
+    "--gradient_surgery main --main_tasks sts --supervised_simcse --r_drop sst": {"loss_weights": {
+        "sst": 0.3, "para": 0.3, "sts": 1.0, "r_drop_sst": 0.3, "simcse_para_supervised": 0.3,
     }},
     # 24 shared out by 21 : 33 : 1 is 9.2, 14.4 and 0.4; sts gets 1, so 14.4 is rounded down
     "--sampling proportional": {
@@ -265,7 +265,7 @@ ANOTHER_MODEL = {
         "--LoRA_r is 8, was 4; --batch_size is 4, was 8; --lr is 1.0, was not given; "
         "--max_length is 9, was not given; --seed is 5, was 11711$",
     f"{LORA} --epochs 20":
-        "--epochs is 20, was 3; more epochs are a new run, which --start_from begins with this .*",
+        "--epochs is 20, was 3; to train longer, begin another run with --start_from and this .*",
     "--fine-tune-mode full-model": "--fine_tune_mode is full-model, was LoRA$",
 }
 # fmt: on
@@ -315,6 +315,25 @@ def test_a_batch_is_shared_out_by_largest_remainder(flags, examples, processes, 
     for sizes in plan.epoch_sizes:
         assert list(sizes) == list(examples)
         assert sum(sizes.values()) == sum(plan.batch_sizes.values())
+
+
+def test_with_sampling_every_example_counts_the_same():
+    """A task's losses, means, weigh as its share of the batch: 16, 6 and 2 of 24, 8 each if equal.
+
+    The second epoch's shares (10, 8, 6) hold in all later steps.
+    """
+    flags = "annealed --epochs 2 --steps_per_epoch 5 --r_drop sst --loss_weights para=2"
+    plan = make_plan(parse(f"--sampling {flags}"), {"sst": 8000, "para": 3000, "sts": 1000})
+    first = {"sst": 2, "r_drop_sst": 2, "para": 2 * 6 / 8, "sts": 2 / 8}
+    assert plan.weights_at(0) == plan.weights_at(4) == first
+    sizes = plan.epoch_sizes[1]
+    last = {name: size / 8 for name, size in sizes.items()}
+    assert (
+        plan.weights_at(5)
+        == plan.weights_at(11)
+        == {**last, "r_drop_sst": last["sst"], "para": 2 * last["para"]}
+    )
+    assert make_plan(parse("--task_batch_sizes sst=2"), {}).weights_at(3)["sst"] == 1
 
 
 def test_every_flag_is_described():
@@ -386,7 +405,7 @@ def test_28_a_run_resumed_as_another_lists_every_difference(command):
     a_run(f"{LORA} --LoRA_r 4 --epochs 3")
     if "LoRA" not in command:
         Path("runs/LoRA").rename("runs/full-model")
-    expected = f"^--resume: not the run that was begun: {ANOTHER_MODEL[command]}"
+    expected = f"^--resume: the run was begun with other settings: {ANOTHER_MODEL[command]}"
     refused(f"{command} --resume", expected)
 
 

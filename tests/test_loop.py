@@ -9,7 +9,7 @@ import torch
 from conftest import make_batch
 
 from gradient_surgery import pcgrad
-from multitask_classifier import compute_gradients, prepare_step, set_learning_rate
+from multitask_classifier import compute_gradients, loss_groups, prepare_step, set_learning_rate
 from runtime.device import Compute
 from training.flags import parse_command
 from training.log import not_finite
@@ -90,6 +90,25 @@ def test_the_gradient_is_that_of_the_weighted_sum(build, batches):
     losses, _ = compute_gradients(model, micro_batches, STEP, plan_of(), CPU)
     for name, loss in model(batches).items():
         assert float(losses[name]) == pytest.approx(loss.item(), rel=1e-5)
+
+
+def test_with_sampling_a_task_weighs_as_its_share_of_the_batch(build, batches):
+    """Of 12, 8 and 4 examples: 1.5, 1 and 0.5 times its weight."""
+    sizes = [{"sst": 12, "para": 8, "sts": 4}]
+    plan = replace(plan_of("--sampling proportional"), epoch_sizes=sizes)
+    shares = {"sst": 1.5, "para": 1.0, "sts": 0.5}
+    expected = plan_of("", {name: w * shares[name] for name, w in WEIGHTS.items()})
+    found, expected = (of_step(build(), [batches], p) for p in (plan, expected))
+    for name, value in found.items():
+        torch.testing.assert_close(value, expected[name], msg=name)
+
+
+def test_r_drop_belongs_to_its_main_task():
+    plan = plan_of("--gradient_surgery main --main_tasks sst --r_drop sst para")
+    losses = dict.fromkeys(["sst", "para", "sts", "r_drop_sst", "r_drop_para"], 0.0)
+    groups = {name: list(group) for name, group in loss_groups(losses, None, plan).items()}
+    auxiliary = ["para", "sts", "r_drop_para"]
+    assert groups == {"main": ["sst", "r_drop_sst"], "auxiliary": auxiliary}
 
 
 def test_accumulated_batches_count_as_their_mean(build, batches, tiny_config):

@@ -123,10 +123,13 @@ def test_any_flag_varies_and_its_values_are_the_words_of_the_command(tmp_path):
     [
         ("--vary LoRA_r 4 8 -- --LoRA_r 2", "--LoRA_r after --"),
         ("--vary seed 1 2 -- --runs_dir x", "--runs_dir after --"),
-        ("--vary resume on", "--vary resume: expected another flag"),
-        ("--vary seed", "--vary seed: expected another flag, once, and its values"),
-        ("--vary seed 1 2 --vary seed 3 4", "--vary seed: expected another flag, once"),
-        ("--vary precision fp32 bf16", "--vary precision: expected another flag"),
+        ("--vary resume on", "--vary resume: runs that differ in this cannot share a table"),
+        ("--vary seed", "--vary seed: expected each flag once, and its values"),
+        ("--vary seed 1 2 --vary seed 3 4", "--vary seed: expected each flag once"),
+        (
+            "--vary precision fp32 bf16",
+            "--vary precision: runs that differ in this cannot share a table",
+        ),
         ("--ranks 2 -- --epochs 1 --LoRA_r 4", "--LoRA_r after --"),
         ("--ranks 2 -- --runs_dir=x", "--runs_dir=x after --"),
         ("--ranks 2 -- --sst_dev_out x", "--sst_dev_out after --"),

@@ -215,6 +215,16 @@ def test_both_encodings_are_the_sum_of_two_heads(build, batches):
 # ------------------------------------------------------------------------------------------ vectors
 
 
+def test_bf16_does_not_round_predictions(build, batches):
+    """The heads compute in fp32: a rounded score or logit would tie with others."""
+    model = build(heads={"sts": "linear"}).eval()
+    for name, batch in batches.items():
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            outputs = model.outputs(name, model.head_vectors(name, batch))
+        assert outputs.dtype == torch.float32
+        assert (outputs != outputs.bfloat16()).any(), name
+
+
 @pytest.mark.parametrize("limit", [40, 9])
 def test_joint_encoding_makes_a_pair_one_sequence_within_the_limit(build, batches, limit):
     model, batch = build(joint=("para",), max_length=limit), batches["para"]

@@ -5,6 +5,7 @@ import errno
 import io
 import json
 import os
+import re
 import shutil
 import sys
 import tracemalloc
@@ -236,10 +237,15 @@ def test_texts_of_the_wrong_kind_are_refused_before_the_model_is_loaded(
 def test_a_sentence_or_a_pair_is_predicted_by_the_tasks_that_fit(run, capsys):
     sentence = ["--sentence", "A man sleeps."]
     pair = [*sentence, "--sentence2", "A man is asleep."]
-    for argv, tasks in ((sentence, ["sst"]), (pair, ["para", "sts"])):
+    p = r"[01]\.\d{3}"
+    sst = rf"sst     sentiment: [0-4]  \(probability of 0 to 4: {' '.join([p] * 5)}\)"
+    para = rf"para    paraphrase: [01]\.0  \(probability of 1: {p}\)"
+    sts = r"sts     similarity: [0-5]\.\d+"
+    for argv, expected in ((sentence, [sst]), (pair, [para, sts])):
         evaluation.main(argv)
-        first_words = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
-        assert first_words == ["run", "warning:", *tasks]  # that it learnt from the sample
+        _, _, *lines = capsys.readouterr().out.splitlines()  # the run, and that it saw the sample
+        for line, pattern in zip(lines, expected, strict=True):
+            assert re.fullmatch(pattern, line)
 
 
 @pytest.mark.parametrize("text", ["-LRB-", "-1", "--sst", "-LRB- a -RRB-"])

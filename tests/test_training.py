@@ -246,7 +246,7 @@ def test_pals_lie_with_the_heads_and_the_encoder_is_not_passed_off_as_the_model(
     card = (run.best / "README.md").read_text()
     assert "alone is not the model" in card and "SentenceTransformer" not in card
     assert "library_name" not in card and "pipeline_tag" not in card
-    with pytest.raises(UserError, match="has PALs; its encoder alone is not the model"):
+    with pytest.raises(UserError, match="has PALs, which no other tool reads"):
         evaluation.main(["--checkpoint", str(run.path), "--export", "new"])
     assert not Path("new").exists()
 
@@ -895,7 +895,7 @@ def test_heads_of_another_shape_and_of_other_tasks_start_anew(train, capsys):
     train(f"{flags} --epochs 0")
     said = capsys.readouterr().out
     assert "warning: keep runs/full-model-one as it is until this run is finished" in said
-    assert "taken: encoder, para; not taken: sst\n" in said
+    assert "copied: encoder, para; new: sst\n" in said
 
 
 def test_one_run_after_another_after_a_third(train, capsys, monkeypatch):

@@ -119,7 +119,7 @@ def make_parser():
         "and the heads (default: %(default)s)")
     add("--tasks", nargs="+", choices=TASKS, metavar="TASK",
         default=[name for name, task in TASKS.items() if task.default],
-        help=f"of {', '.join(TASKS)} (default: all but cfimdb)")
+        help=f"any of {', '.join(TASKS)} (default: all but cfimdb)")
     add("--pretrained", metavar="ENCODER", help="a folder, OWNER/NAME of a BERT on the "
         "hub, or 'bundled' (default: bert-base-uncased; if the hub is out of reach, the bundled "
         "MiniLM)")
@@ -136,7 +136,7 @@ def make_parser():
         help="rslora: scaled by A/√R instead; dora: also learn the magnitude of each row of the "
         "adapted weight (default: %(default)s)")
     add("--LoRA_lr_ratio", type=rate, default=1.0, metavar="X", help="LoRA+: the matrices B, and "
-        "dora's magnitudes, learn at X times --lr; 16 in the paper (default: %(default)g)")
+        "dora's magnitudes, learn at X times --lr; its authors use 16 (default: %(default)g)")
     add("--LoRA_dropout", type=number(float, 0, 0.99), default=LoRAConfig.dropout, metavar="P",
         help="dropout on the input of the low-rank path (default: %(default)g)")
     add("--LoRA_targets", nargs="+", choices=LORA_TARGETS, metavar="LAYER",
@@ -193,7 +193,7 @@ def make_parser():
 
     add = parser.add_argument_group("optimisation").add_argument
     add("--epochs", "--epoch", type=natural, default=10,
-        help="of --steps_per_epoch each; 0 only evaluates (default: %(default)s)")
+        help="each of --steps_per_epoch steps; 0: only evaluate (default: %(default)s)")
     add("--steps_per_epoch", type=positive, metavar="N", help="optimiser steps per epoch (default: "
         "one pass over the task with most batches, divided by --accumulate, but at most 2000)")
     add("--batch_size", type=positive, default=8,
@@ -201,12 +201,12 @@ def make_parser():
     add("--task_batch_sizes", nargs="+", default=[], metavar="TASK=N",
         help="other sizes for single tasks, such as para=64; not with --sampling")
     add("--sampling", choices=("equal", "proportional", "annealed"), default="equal",
-        help="how a batch is shared between the tasks, its size staying the same: equal (default); "
+        help="how the examples of a step are shared between the tasks: equal (default); "
         "proportional to a task's N training examples; annealed: to N^a, a from 1 in the first "
-        "epoch to 0.2 in the last")
+        "epoch to 0.2 in the last; a task's losses weigh as much as its share")
     add("--accumulate", type=positive, default=1, metavar="N",
-        help="batches per optimiser step, not with --gradient_surgery; in-batch negatives stay "
-        "those of one batch (default: %(default)s)")
+        help="batches per optimiser step, whose losses are averaged; SimCSE compares within one "
+        "batch; not with --gradient_surgery (default: %(default)s)")
     add("--lr", type=rate, help="peak learning rate of the encoder; in LoRA of the adapters, in "
         "PAL of the LayerNorms, in last-linear-layer of the heads ("
         f"default: {', '.join(f'{m} {r[0] or r[1]:g}' for m, r in LEARNING_RATES.items())})")
@@ -223,7 +223,7 @@ def make_parser():
         help="share of the steps with rising learning rate, then linear decay "
         "(default: %(default)g)")
     add("--weight_decay", type=number(float, 0), default=1e-3,
-        help="AdamW's, not on biases and LayerNorm (default: %(default)g)")
+        help="of AdamW; none on biases and LayerNorm (default: %(default)g)")
     add("--clip", type=number(float, 0), default=1.0, metavar="NORM",
         help="clip the gradient's norm to this; 0 for no limit (default: %(default)g)")
     add("--hidden_dropout_prob", type=number(float, 0, 0.99), metavar="P",
@@ -243,9 +243,9 @@ def make_parser():
         help="folder of all runs (default: %(default)s)")
     add("--predictions_dir", default="predictions", metavar="DIR",
         help="folder of the prediction files (default: %(default)s)")
-    add("--resume", action="store_true", help="resume a run from its last checkpoint; its mode, "
-        "name and --runs_dir find it; other flags may be left out, and only paths and logging may "
-        "change")
+    add("--resume", action="store_true", help="resume a run from its last checkpoint; give its "
+        "mode, suffix or recipe, and --runs_dir again; of its other flags only paths and logging "
+        "may change")
     add("--overwrite", action="store_true", help="remove an earlier run of the same name")
     add("--save_every", type=natural, default=0, metavar="N",
         help="also save a checkpoint every N steps; 0: after each epoch only "
@@ -407,7 +407,8 @@ def take_flags_of_run(flags, given, description):
             differences.append(f"--{name} is {getattr(flags, name)}, was {earlier}")
         setattr(flags, name, value)
     if differences:
-        more = "; more epochs are a new run, which --start_from begins with this one's best model"
+        more = "; to train longer, begin another run with --start_from and this one's folder"
         more = more if any(text.startswith("--epochs") for text in differences) else ""
-        raise UserError(f"--resume: not the run that was begun: {'; '.join(differences)}{more}")
+        found = "; ".join(differences) + more
+        raise UserError(f"--resume: the run was begun with other settings: {found}")
     return given & (FREE_WHEN_RESUMING | OF_ONE_COMMAND)

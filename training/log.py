@@ -13,6 +13,7 @@ from bert import to_device
 from runtime import distributed, script
 from runtime.device import peak_memory_mib, seed_everything
 from runtime.script import NotFinite, bar_size, say
+from training.plan import task_of
 
 
 class Step(NamedTuple):
@@ -137,11 +138,11 @@ def not_finite(model, losses, micro_batches, step, plan, compute):
         f"{name}: {' '.join(distributed.gather_texts(' '.join(batch.ids)))}"
         for prepared in micro_batches
         for name, batch in prepared.batches.items()
-        if any(f"_{name}_" in f"_{loss}_" for loss in bad)
+        if name in (task_of(loss, plan.flags.tasks) for loss in bad)
     )
     return NotFinite(
         f"step {step + 1}: {what} is not finite; the weights from before the step are saved; "
-        f"try a lower --lr; batch {ids}"
+        f"try --overwrite with a lower --lr; batch {ids}"
     )
 
 

@@ -74,10 +74,18 @@ class Plan:
         """Whether the encoder is frozen and only the heads are trained."""
         return self.flags.fine_tune_mode == "last-linear-layer"
 
-    @property
-    def main_tasks(self):
-        """The tasks whose losses are the main ones of `--gradient_surgery main`."""
-        return self.flags.main_tasks or self.flags.tasks
+    def weights_at(self, step):
+        """Every loss of the run -> its weight in a step.
+
+        A loss is a mean over its task's examples. With `--sampling` it counts as the task's share
+        of the batch, relative to an equal one, so that every example counts the same.
+        """
+        if self.flags.sampling == "equal":
+            return self.loss_weights
+        sizes = self.epoch_sizes[min(step // self.steps_per_epoch, len(self.epoch_sizes) - 1)]
+        equal = sum(sizes.values()) / len(sizes)
+        shares = {n: sizes[task_of(n, sizes)] / equal for n in self.loss_weights}
+        return {name: weight * shares[name] for name, weight in self.loss_weights.items()}
 
     @property
     def lora(self):
@@ -156,8 +164,9 @@ def sample_sizes(flags, sizes, examples, contrasted, processes):
     """For each epoch, task -> examples in a batch, by `--sampling`; the last for all later ones.
 
     A batch as large as `sizes` together is shared out in proportion to N^a, N the training examples
-    of a task; a is 1, or annealed from 1 to 0.2 (Stickland & Murray 2019). Shares are multiples of
-    `processes`, at least 1 example, or 2 of a task in `contrasted`.
+    of a task; a is 1, or annealed from 1 to 0.2. (Stickland & Murray 2019 draw one task a step
+    instead, with these probabilities; see `Plan.weights_at`.) Shares are multiples of `processes`,
+    at least 1 example, or 2 of a task in `contrasted`.
     """
     if flags.sampling == "equal" or not examples:
         return [sizes]
@@ -189,8 +198,19 @@ def loss_weights(flags, simcse_tasks):
     losses += [f"mlm_{name}" for name in flags.mlm]
     expected = "LOSS=WEIGHT, WEIGHT from 0, with LOSS of this run's losses"
     given = keyed_values(flags, "loss_weights", losses, number(float, 0), expected)
-    main = (flags.main_tasks or flags.tasks) if flags.gradient_surgery == "main" else losses
+    main = main_losses(flags) if flags.gradient_surgery == "main" else losses
     return {name: 1.0 if name in main else AUXILIARY_WEIGHT for name in losses} | given
+
+
+def main_losses(flags):
+    """The main losses of `--gradient_surgery main`: the main tasks', with their R-Drop."""
+    tasks = flags.main_tasks or flags.tasks
+    return {*tasks, *(f"r_drop_{name}" for name in tasks)}
+
+
+def task_of(loss, tasks):
+    """The task of a loss such as `simcse_para_supervised`, one of `tasks`."""
+    return next(name for name in tasks if f"_{name}_" in f"_{loss}_")
 
 
 # ---------------------------------------------------------------------------------- contradictions
@@ -236,9 +256,9 @@ def check_flags(flags, given):
     if flags.main_tasks and flags.gradient_surgery != "main":
         raise UserError("--main_tasks: only with --gradient_surgery main")
     plan = make_plan(flags, {})
-    if flags.gradient_surgery == "main" and plan.loss_weights.keys() <= set(plan.main_tasks):
+    if flags.gradient_surgery == "main" and plan.loss_weights.keys() <= main_losses(flags):
         raise UserError("--gradient_surgery main: no auxiliary loss; add SimCSE or --main_tasks")
-    if flags.gradient_surgery == "main" and not set(plan.main_tasks) & set(plan.tasks):
+    if flags.gradient_surgery == "main" and not main_losses(flags) & set(plan.tasks):
         raise UserError("--gradient_surgery main: no main task has a head (--loss_weights, --mlm)")
     for name in plan.joint:
         if f"{name}_head" in given and getattr(flags, f"{name}_head") != "linear":

@@ -109,7 +109,7 @@ def export_run(run, folder):
         raise UserError(f"--export {folder}: exists; expected the name of a new folder")
     model, description = load_run(run, "cpu")
     if model.pals:
-        raise UserError(f"--export: {run.path} has PALs; its encoder alone is not the model")
+        raise UserError(f"--export: {run.path} has PALs, which no other tool reads; use --predict")
     merge_lora(model.bert)
     lines = [line for line in run.metrics() if line["kind"] == "eval"]
     dev = max(lines, key=lambda line: line["overall"])["dev"] if lines else {}
@@ -196,10 +196,10 @@ def start_from(model, lora, run):
         if {n: t.shape for n, t in part.items()} == {n: t.shape for n, t in found.items()}:
             load_strictly(part, found, run.path)
             taken.append(name)
-    lost = [name for name in ours if name not in taken]
-    lost += ["pals"] if source.pals and not model.pals else []
-    text = f"{run.path}, {run.describe_best()}: taken: {', '.join(['encoder', *taken])}"
-    say(f"{text}; not taken: {', '.join(lost)}" if lost else text)
+    text = f"{run.path}, {run.describe_best()}: copied: {', '.join(['encoder', *taken])}"
+    if new := [name for name in ours if name not in taken]:
+        text += f"; new: {', '.join(new)}"
+    say(f"{text}; dropped: pals" if source.pals and not model.pals else text)
     return taken
 
 

@@ -92,9 +92,10 @@ def check_same_run(earlier, now):
         if values.get(name) != value
     ]
     if differences:
-        more = "; --start_from begins a new run with this one's best model"
+        more = "; or begin another run with --start_from and this one's folder"
         more = more if any(text.startswith("precision") for text in differences) else ""
-        raise UserError(f"--resume: not the run that was begun: {'; '.join(differences)}{more}")
+        found = "; ".join(differences) + more
+        raise UserError(f"--resume: the run was begun with other settings: {found}")
     if earlier["threads"] != now["threads"]:
         say(
             f"warning: {now['threads']} threads, were {earlier['threads']}: the last bits will "
