@@ -152,7 +152,7 @@ def _records(path, text):
 
     Raises `UserError` at a quote that is never closed: it would swallow the rows after it.
     """
-    lines = io.StringIO(text, newline=None).readlines()  # every line now ends in "\n"
+    lines = io.StringIO(text + "\n", newline=None).readlines()  # every line now ends in "\n"
     reader, start, width = csv_reader(lines, "\t"), 0, 0
     for record in reader:
         if record:
@@ -173,7 +173,7 @@ def _quote_left_open(raw, record, width):
     or its last line as many as precede it. One of these last two signs alone needs two tabs.
     """
     fields = [(place, text.split("\n")) for place, text in enumerate(record) if "\n" in text]
-    if not fields and raw.endswith("\n"):
+    if not fields:
         return False
     try:
         next(csv_reader([raw], "\t", strict=True))

@@ -190,24 +190,27 @@ PEFT_SETTINGS = {  # of every adapter
     "peft_type": "LORA", "task_type": "FEATURE_EXTRACTION", "bias": "none", "inference_mode": True,
     "fan_in_fan_out": False, "init_lora_weights": True,
 }
-COMPARED = (  # settings that change what the same matrices compute
-    "use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "fan_in_fan_out",
-    "alora_invocation_tokens", "layers_pattern",
-)
 # fmt: on
+
+
+def adapter_settings(model, config):
+    """The settings, under `peft`'s names, that change what the same matrices compute."""
+    return {
+        "r": config.r,
+        "lora_alpha": config.alpha,
+        "use_rslora": config.variant == "rslora",
+        "use_dora": config.variant == "dora",
+        "target_modules": target_names(model, config.targets, config.layers),
+    }
 
 
 def save_adapter(model, folder, config, base_model, revision=None):
     """Write `adapter_config.json` and `adapter_model.safetensors` as `peft` reads them."""
-    settings = PEFT_SETTINGS | {
+    settings = PEFT_SETTINGS | adapter_settings(model, config)
+    settings |= {
         "base_model_name_or_path": base_model,
         "revision": revision,
-        "r": config.r,
-        "lora_alpha": config.alpha,
         "lora_dropout": config.dropout,
-        "use_rslora": config.variant == "rslora",
-        "use_dora": config.variant == "dora",
-        "target_modules": target_names(model, config.targets, config.layers),
     }
     if config.layers:  # `peft` has no need of it, since the names above are whole; readers do
         settings["layers_to_transform"] = list(config.layers)
@@ -220,60 +223,29 @@ def save_adapter(model, folder, config, base_model, revision=None):
     write_tensors(Path(folder) / "adapter_model.safetensors", tensors)
 
 
-def selected_targets(model, settings, layers):
-    """The layers that an adapter's settings select, as keys of `LORA_TARGETS`.
-
-    `target_modules` are full names, or ends of names, to which `peft` shortens a long list; an end
-    counts in the layers of `layers_to_transform` only. Returns each key whose linear layers in
-    `layers` (None: all) are all selected, and every other selected layer by its full name.
-    """
-    patterns, numbers = settings["target_modules"], settings.get("layers_to_transform")
-    numbers = [numbers] if isinstance(numbers, int) else numbers
-    parts = [f".layer.{number}." for number in numbers or []] or [""]
-    selected = {
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear)
-        and any(
-            name == p or (f".{name}".endswith(f".{p}") and any(part in name for part in parts))
-            for p in patterns
-        )
-    }
-    layers_of = {target: set(target_names(model, (target,), layers)) for target in LORA_TARGETS}
-    whole = [target for target, names in layers_of.items() if names <= selected]
-    return sorted([*whole, *selected.difference(*(layers_of[target] for target in whole))])
-
-
 def load_adapter(model, folder, config):
-    """Read an adapter written by `save_adapter` or `peft` into a model that has LoRA layers.
+    """Read what `save_adapter` wrote into a model that has the same LoRA layers.
 
-    Raises `UserError` where r, alpha, the variant or the layers differ from `config`, the file asks
-    for another kind of low-rank path, or a tensor is missing, unexpected or of another shape.
+    Raises `UserError` where r, alpha, the variant or the layers differ from `config`, or a tensor
+    is missing, unexpected or of another shape.
     """
     path = Path(folder) / "adapter_config.json"
     try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-        # A setting that is absent means the same as False or an empty one.
-        found = {name: settings.get(name) or None for name in ("r", *COMPARED)}
-        found["alpha"] = float(settings["lora_alpha"])
-        if found["layers_pattern"] in ("layer", ["layer"]):  # what BERT's layers are called
-            found["layers_pattern"] = None
-        found["target_modules"] = selected_targets(model, settings, config.layers)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        problems = [
+            f"{name} is {found[name]}, expected {value}"
+            for name, value in adapter_settings(model, config).items()
+            if found[name] != value
+        ]
+    except (OSError, ValueError, LookupError, TypeError) as error:
         raise UserError(f"{path}: not an adapter's configuration: {error!r}") from error
-    # "use_plain" is no setting of `peft`, so it is not compared.
-    wanted = {"r": config.r, "alpha": float(config.alpha), f"use_{config.variant}": True}
-    wanted["target_modules"] = sorted(set(config.targets))
-    problems = [
-        f"{name} is {value}, expected {wanted.get(name, 'none')}"
-        for name, value in found.items()
-        if value != wanted.get(name)
-    ]
     if problems:
         raise UserError(f"{path}: {'; '.join(problems)}")
     path = path.with_name("adapter_model.safetensors")
-    tensors = {
-        name.removeprefix(PEFT_PREFIX).removesuffix(".weight"): tensor
-        for name, tensor in read_tensors(path).items()
-    }
-    load_strictly(adapter_tensors(model), tensors, path)
+    load_strictly(adapter_tensors(model), read_adapter_tensors(path), path)
+
+
+def read_adapter_tensors(path):
+    """The tensors of an `adapter_model.safetensors`, as `adapter_tensors` names them."""
+    tensors = read_tensors(path)
+    return {n.removeprefix(PEFT_PREFIX).removesuffix(".weight"): t for n, t in tensors.items()}

@@ -65,6 +65,7 @@ class MultitaskBERT(nn.Module):
         if frozen:
             bert.requires_grad_(False)
         self.vector_cache = {}  # of a frozen encoder: sequence -> vector
+        self.cosine_targets = None  # of GradVac, (tasks, tasks); saved with a checkpoint
         self.encoded_sequences = self.encoded_tokens = 0  # counts for the log
 
     @property
@@ -302,12 +303,10 @@ class MultitaskBERT(nn.Module):
 
     def locate(self, masked, parts, packed):
         """The places of masked tokens in what `arrange` returned, and their ids, by task."""
-        found, start = {}, 0
-        for (name, which_pass), _, count in parts:
-            if which_pass == MASKED:
-                owners, positions, ids = (to_device(x, self.device) for x in masked[name])
-                found[name] = packed.starts[start + owners] + positions, ids
-            start += count
+        starts, found = by_role(parts, packed.starts) if masked else {}, {}
+        for name, of_task in masked.items():
+            owners, positions, ids = (to_device(x, self.device) for x in of_task)
+            found[name] = starts[name, MASKED]["first"][owners] + positions, ids
         return found
 
     def masked_loss(self, hidden_states, places, ids):

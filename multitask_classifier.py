@@ -107,8 +107,8 @@ def backward_with_surgery(model, micro_batches, step, plan, compute):
             model.bert.zero_grad()
         losses |= {key: loss.detach() for key, loss in batch_losses.items()}
     order = random.Random(f"{plan.flags.seed} {step}")
-    surgery = combine(plan.flags.gradient_surgery, gradients, order, compute.cosine_targets)
-    compute.cosine_targets = surgery.targets
+    surgery = combine(plan.flags.gradient_surgery, gradients, order, model.cosine_targets)
+    model.cosine_targets = surgery.targets
     parts = surgery.gradient.split([p.numel() for p in shared])
     for parameter, part in zip(shared, parts, strict=True):
         parameter.grad = part.view_as(parameter)
@@ -205,8 +205,8 @@ def train(run, model, optimizer, data, plan, compute):
             # ---- clip and step
             scaler.unscale_(optimizer)
             norm = clip_gradients(model, flags.clip)
-            numbers = numbers_of_step(losses, extra, norm, model, scaler)
-            step_if_finite(optimizer, numbers, losses)
+            numbers, is_bad = numbers_of_step(losses, extra, norm, model, scaler)
+            step_unless(optimizer, is_bad)
             optimizer.zero_grad()
 
             # ---- fetch the next batches while a GPU works, then wait for it
@@ -233,10 +233,8 @@ def clip_gradients(model, limit):
     return torch.nn.utils.clip_grad_norm_(model.parameters(), limit or float("inf"))
 
 
-def step_if_finite(optimizer, numbers, losses):
-    """Step the optimiser if the losses and the norm are finite; CUDA is not waited for."""
-    losses_and_norm = numbers[: len(losses) + 1]
-    is_bad = (~losses_and_norm.isfinite()).any().float()
+def step_unless(optimizer, is_bad):
+    """Step the optimiser unless `is_bad`, a scalar, is 1; CUDA is not waited for."""
     if optimizer.defaults["fused"]:
         optimizer.found_inf = is_bad  # where it is 1, the fused kernel changes nothing
         optimizer.step()

@@ -80,16 +80,19 @@ def _read_texts(name, lines):
 
 def _columns(name, lines, delimiter, places, labels):
     """Yield a `Text` of each record below the header: where its sentences and labels stand."""
-    reader = csv_reader(lines, delimiter, strict=True)
+    reader, line = csv_reader(lines, delimiter, strict=True), 2
     try:
-        for record in filter(None, reader):
-            if len(record) <= max(places):
+        for record in reader:
+            if record and len(record) <= max(places):
                 fault = f"{len(record)} fields; expected at least {max(places) + 1}"
-                raise UserError(f"{name}:{reader.line_num + 1}: {fault}")
-            known = {label: "".join(record[i : i + 1]) for label, i in labels.items()}
-            yield Text(tuple(record[place] for place in places), known)
+                raise UserError(f"{name}:{line}: {fault}")
+            if record:
+                known = {label: "".join(record[i : i + 1]) for label, i in labels.items()}
+                yield Text(tuple(record[place] for place in places), known)
+            line = reader.line_num + 2
     except csv.Error as error:
-        raise UserError(f"{name}:{reader.line_num + 1}: {error}") from error
+        fault = "a quote that is not closed, or text after it; write a quote inside as two"
+        raise UserError(f"{name}:{line}: {fault}") from error
 
 
 def labelled_rows(chunk, task, result):

@@ -32,7 +32,6 @@ class Compute:
         self.precision, self.warning = select_precision(precision, self.device)
         self.batch_tokens = BATCH_TOKENS[self.device.type]
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
-        self.cosine_targets = None  # state of GradVac, (tasks, tasks), on the device
         keep_freed_memory()
         if self.device.type == "cuda":
             # cuDNN's attention plans anew for each shape, rounds the dropout rate to sixteenths and

@@ -124,6 +124,7 @@ READ = [  # row of the fault table, task, file, (id, sentences, label) of its ro
      [("a", 'one\ntwo "three" \n\nfour', 3), ("b", "tab\tin it\nand more", 2)]),
     ("19", "sts", STS + '0\ta\t"a ""b""\tc"\tsay "so"\t3\n1\tb\t"x" y\t"""z"""\t2\n',
      [("a", 'a "b"\tc', 'say "so"', 3), ("b", "x y", '"z"', 2)]),
+    ("19", "sst", SST + '0\ta\t"Great" film\t3', [("a", "Great film", 3)]),  # no final newline
 ]
 # fmt: on
 

@@ -420,6 +420,16 @@ def test_a_resumed_run_takes_its_own_flags_though_its_recipe_has_changed(monkeyp
     assert (plan.lora.r, plan.joint, plan.loss_weights["para"]) == (4, ("para",), 2.0)
 
 
+def test_what_names_the_run_or_has_no_order_is_no_other_setting():
+    """A recipe's run is found by its name, too; sst before para is para before sst."""
+    a_run(f"{BEST} --simcse_tasks sts para --unsupervised_simcse")
+    flags = parse(
+        "--resume --model_file_suffix best --r_drop para sst para --simcse_tasks para sts"
+    )
+    assert (flags.recipe, flags.r_drop) == ("best", ["sst", "para"])
+    assert flags.simcse_tasks == ["para", "sts"]
+
+
 def test_flags_of_one_command_are_not_those_of_the_run():
     """It may be resumed on a machine without a GPU, or without test files."""
     for device in ("gpu", "cpu"):

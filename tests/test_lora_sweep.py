@@ -123,7 +123,7 @@ def test_any_flag_varies_and_its_values_are_the_words_of_the_command(tmp_path):
     [
         ("--vary LoRA_r 4 8 -- --LoRA_r 2", "--LoRA_r after --"),
         ("--vary seed 1 2 -- --runs_dir x", "--runs_dir after --"),
-        ("--vary resume on", "--vary resume: runs that differ in this cannot share a table"),
+        ("--vary resume on", "--vary resume: the sweep sets it"),
         ("--vary seed", "--vary seed: expected each flag once, and its values"),
         ("--vary seed 1 2 --vary seed 3 4", "--vary seed: expected each flag once"),
         (

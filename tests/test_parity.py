@@ -26,7 +26,7 @@ import torch
 from conftest import REAL_DATA, SAMPLE, pipeline_of, train_in
 from safetensors.torch import load_file, save_file
 
-from base_bert import load_encoder, load_mlm_head
+from base_bert import load_encoder, load_mlm_head, load_strictly
 from bert import ROW_TOKENS, BertModel, pack
 from config import LORA_TARGETS, TASKS, BertConfig, LoRAConfig, MultitaskConfig, PALConfig
 from datasets import TaskBatch, read_task_file
@@ -35,8 +35,8 @@ from lora import (
     adapter_layers,
     adapter_tensors,
     apply_lora,
-    load_adapter,
     merge_lora,
+    read_adapter_tensors,
     save_adapter,
 )
 from mlm import MaskedLMHead
@@ -592,11 +592,11 @@ def settings_of(name, model):
 
 @pytest.mark.parametrize("name", LORA)
 def test_adapter_of_peft_in_ours(name, peft, small, pairs, tmp_path):
-    """The adapter that peft saves, with its own way to write the targets, in both precisions."""
+    """The matrices that peft saves, in both precisions."""
     settings = settings_of(name, small) | {"init_lora_weights": False}  # B is not 0
     theirs = peft(pairs, folder=tmp_path, settings=settings, double=True).result().tensors
-    model = apply_lora(copy.deepcopy(small), LORA[name]).eval()
-    load_adapter(model, tmp_path, LORA[name])
+    model, path = apply_lora(copy.deepcopy(small), LORA[name]).eval(), "adapter_model.safetensors"
+    load_strictly(adapter_tensors(model), read_adapter_tensors(tmp_path / path), path)
     assert largest_difference(measure_lora(model, pairs, double=True), theirs) <= LIMIT
     assert largest_difference(measure_lora(model, pairs), in_single(theirs)) <= LIMIT
 

@@ -17,6 +17,7 @@ import termios
 from functools import partial
 from itertools import cycle, product
 from pathlib import Path
+from types import SimpleNamespace
 
 import huggingface_hub
 import numpy as np
@@ -40,7 +41,7 @@ from runtime.files import OutputError
 from runtime.script import NotFinite, run_script
 from training import saved_models, setup
 from training.flags import default_flags, make_parser, parse_command
-from training.log import Meter, Step
+from training.log import Meter, Step, numbers_of_step
 from training.run_folder import RunFolder, run_path
 
 BOTH_SIMCSE = "--unsupervised_simcse --supervised_simcse"
@@ -600,7 +601,8 @@ def test_twin_another_wait_shows(train, events, monkeypatch, wait, noted):
 @pytest.mark.parametrize("bad", [None, 0, 2])
 def test_a_step_with_a_bad_number_changes_nothing(fused, bad):
     """Two losses and the norm; the numbers after them do not matter. Not even AdamW counts it."""
-    numbers = torch.tensor([1.0, 2.0, 3.0, math.nan])
+    numbers, extra = torch.tensor([1.0, 2.0, 3.0]), {"cosine": torch.tensor(math.nan)}
+    model = SimpleNamespace(encoded_sequences=0, encoded_tokens=0)
     weights = [torch.nn.Parameter(torch.ones(3)) for _ in range(2)]
     optimizer, plain = (torch.optim.AdamW([w], fused=fused) for w in weights)
     for step in range(3):
@@ -610,7 +612,9 @@ def test_a_step_with_a_bad_number_changes_nothing(fused, bad):
             numbers[bad], weights[0].grad[0] = math.inf, math.nan
         else:
             plain.step()
-        multitask_classifier.step_if_finite(optimizer, numbers, {"sst": 0, "sts": 0})
+        losses = {"sst": numbers[0], "sts": numbers[1]}
+        _, is_bad = numbers_of_step(losses, extra, numbers[2], model, Compute("cpu", "fp32").scaler)
+        multitask_classifier.step_unless(optimizer, is_bad)
     assert torch.equal(*weights)
     states = [of.state_dict()["state"] for of in (optimizer, plain)]
     torch.testing.assert_close(*states, rtol=0, atol=0)
@@ -712,8 +716,7 @@ def test_twin_without_the_vaccines_averages_a_resumed_run_is_another(train, monk
     forgotten, restore = [], setup.restore
 
     def without(model, optimizer, compute, progress, tensors):
-        forgotten.append(progress.cosine_targets[0][1])
-        progress.cosine_targets = None
+        forgotten.append(tensors.pop("cosine_targets:model")[0, 1])
         restore(model, optimizer, compute, progress, tensors)
 
     monkeypatch.setattr(setup, "restore", without)
@@ -733,7 +736,7 @@ def test_what_a_sampled_run_says_of_its_batches(train, monkeypatch, capsys):
     assert "warning: sst: a batch of 9 holds training examples several times" in said
     assert "warning: para" not in said
     monkeypatch.setattr(multitask_classifier.distributed, "world_size", lambda: 2)
-    with pytest.raises(UserError, match="begun: number of processes is 2, was 1"):
+    with pytest.raises(UserError, match="settings: number of processes is 2, was 1"):
         train(f"{flags} --resume")
 
 

@@ -31,7 +31,7 @@ SCRIPT = "multitask_classifier.py"
 SPLITS = ("train", "dev", "test")
 # Flags of one call: never compared when a run is resumed.
 OF_ONE_COMMAND = {"resume", "overwrite", "debug", "runs_dir", "require_test"}
-OF_ONE_COMMAND |= {"use_gpu", "use_cpu"}
+OF_ONE_COMMAND |= {"use_gpu", "use_cpu", "model_file_suffix"}  # the last one found the run
 # Flags that may differ when a run is resumed: training does not depend on them. The content of the
 # data files is compared, wherever they lie.
 FREE_WHEN_RESUMING = {
@@ -335,8 +335,9 @@ def parse_command(argv=None):
         if not is_utf8(path):
             raise UserError(f"{path!a}: not UTF-8; rename the folder, or set PYTHONUTF8=1")
     given = names_given(parser, argv)
-    flags.tasks = [name for name in TASKS if name in flags.tasks]
-    flags.mlm = [name for name in TASKS if name in flags.mlm]
+    for flag in ("tasks", "mlm", "r_drop", "simcse_tasks", "main_tasks"):
+        if chosen := getattr(flags, flag):  # their order means nothing
+            setattr(flags, flag, [name for name in TASKS if name in chosen])
     flags.LoRA_targets = [name for name in LORA_TARGETS if name in flags.LoRA_targets]
     if flags.LoRA_layers:
         flags.LoRA_layers = sorted({layer for part in flags.LoRA_layers for layer in part})

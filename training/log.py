@@ -37,12 +37,17 @@ class Step(NamedTuple):
 
 
 def numbers_of_step(losses, extra, norm, model, scaler):
-    """All numbers of a step in one tensor on the device, averaged over the processes."""
+    """All numbers of a step in one tensor on the device, averaged over the processes.
+
+    Also returns a scalar on the device: 1 if a loss or the norm is not finite, else 0.
+    """
     counts = [model.encoded_sequences, model.encoded_tokens, script.received["number"] or 0]
     counts = to_device(np.array(counts, dtype=np.float32), norm.device)
     scale = scaler.scale(norm.new_ones(()))
     values = torch.stack([*losses.values(), norm, *extra.values(), scale])
-    return distributed.mean_over_processes(torch.cat([values, counts]))
+    numbers = distributed.mean_over_processes(torch.cat([values, counts]))
+    losses_and_norm = numbers[: len(losses) + 1]
+    return numbers, (~losses_and_norm.isfinite()).any().float()
 
 
 def read_back(numbers, losses, extra):

@@ -16,7 +16,7 @@ DATASETS = {
     "sts": ("mteb/stsbenchmark-sts", "SemEval STS benchmark"),
 }
 METRICS = {"accuracy": "accuracy", "pearson": "pearsonr", "spearman": "spearmanr", "macro_f1": "f1"}
-NOT_LISTED = {"recipe", "model_file_suffix", "pretrained"} | OF_ONE_COMMAND | FREE_WHEN_RESUMING
+NOT_LISTED = {"recipe", "pretrained"} | OF_ONE_COMMAND | FREE_WHEN_RESUMING
 ENCODER = """\
     from transformers import AutoModel, AutoTokenizer
     model, tokenizer = AutoModel.from_pretrained(FOLDER), AutoTokenizer.from_pretrained(FOLDER)

@@ -56,7 +56,6 @@ class Progress:
     misses: int = 0  # evaluations since the best one
     totals: dict = field(default_factory=dict)  # sums of the losses that are not logged yet
     scaler: dict = field(default_factory=dict)  # of fp16's gradient scaler
-    cosine_targets: list | None = None  # of GradVac, by task and other task
 
     def needs_evaluation(self, plan):
         """Whether an epoch has ended that was not evaluated yet."""

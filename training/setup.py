@@ -57,9 +57,10 @@ def describe_file(file):
 
 
 def git_commit():
-    """The git commit of this code, None outside a repository or without git."""
+    """The git commit of this code, with "-dirty" where files differ; None without git."""
     settings = {"shell": True, "cwd": REPOSITORY, "capture_output": True, "text": True}
-    return subprocess.run("git rev-parse HEAD", **settings).stdout.strip() or None
+    command = "git describe --always --dirty --abbrev=40 --exclude='*'"
+    return subprocess.run(command, **settings).stdout.strip() or None
 
 
 def identity(description):
@@ -249,9 +250,9 @@ def count_parameters(model):
 def save_checkpoint(run, model, optimizer, compute):
     """Save all that resuming needs: progress, trained weights and AdamW's moments."""
     run.progress.scaler = compute.scaler.state_dict()
-    targets = compute.cosine_targets
-    run.progress.cosine_targets = None if targets is None else targets.tolist()
     tensors = {}
+    if model.cosine_targets is not None:
+        tensors["cosine_targets:model"] = model.cosine_targets
     for name, parameter in trained_parameters(model).items():
         tensors[f"trained:{name}"] = parameter
         for key, value in optimizer.state.get(parameter, {}).items():
@@ -262,14 +263,14 @@ def save_checkpoint(run, model, optimizer, compute):
 def restore(model, optimizer, compute, progress, tensors):
     """Put back what `save_checkpoint` saved. Raises `UserError` if it does not fit."""
     compute.scaler.load_state_dict(progress.scaler)
-    if progress.cosine_targets:
-        compute.cosine_targets = torch.tensor(progress.cosine_targets, device=compute.device)
     parts = {}  # "trained", or a name of AdamW's -> parameter -> tensor
     for key, tensor in tensors.items():
         part, name = key.split(":")
         parts.setdefault(part, {})[name] = tensor
     parameters = trained_parameters(model)
     load_strictly(parameters, parts.pop("trained"), "checkpoint")
+    for targets in parts.pop("cosine_targets", {}).values():
+        model.cosine_targets = targets.to(compute.device)
     for part, moments in parts.items():
         # Only fused AdamW keeps its `step` on the device.
         device = "cpu" if part == "step" and not optimizer.defaults["fused"] else compute.device
