@@ -38,7 +38,8 @@ def encoder_tensors(tensors, path, expected):
     tensors = {parameter_name(name): tensor for name, tensor in tensors.items()}
     tensors.pop("embeddings.position_ids", None)  # a constant in old files
     parts = Counter(name.split(".")[0] for name in sorted(tensors))
-    notes = [f"{part} ({n} tensors) not needed" for part, n in parts.items() if part not in PARTS]
+    others = {part: n for part, n in parts.items() if part not in PARTS}
+    notes = [f"{part} ({n} tensors) outside the encoder" for part, n in others.items()]
     tensors = {n: tensor for n, tensor in tensors.items() if n.split(".")[0] in PARTS}
     if tensors and "pooler" not in parts:
         notes.append("no pooler (its output will be 0)")

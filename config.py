@@ -113,7 +113,7 @@ class PALConfig:
     """Projected attention layers (Stickland & Murray 2019): self-attention of `size` dimensions.
 
     By default hidden size · 204 / 768, the authors' ratio, rounded down to a multiple of `heads`.
-    The authors' code has 6 heads; 12 are BERT-base's.
+    The default of 12 heads is BERT-base's; the authors' code has 6.
     """
 
     size: int | None = None

@@ -263,9 +263,9 @@ def predict_text(run, sentences, compute):
         result = predict_sentences(model, task.name, [sentences], compute)
         text = f"{task.name:<8}{task.title}: {task.format(result.predictions[0])}"
         if task.kind != "score":
-            answers = "1" if task.kind == "binary" else f"{task.low:g} to {task.high:g}"
+            of = "probabilities of 0 to" if task.kind == "classes" else "probability of"
             scores = " ".join(f"{score:.3f}" for score in result.scores[0])
-            text += f"  (probability of {answers}: {scores})"
+            text += f"  ({of} {task.high:g}: {scores})"
         say(text)
 
 

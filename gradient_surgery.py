@@ -1,7 +1,7 @@
 """Gradient surgery on conflicting gradients: PCGrad, MTRec's projection, and GradVac.
 
-Every gradient is flat, (parameters,), and the encoder's: heads and SimCSE's projection get the
-plain sum. Nothing here waits for a GPU.
+Every gradient is flat, (parameters,), and of the encoder alone; all other parameters get the plain
+sum. Nothing here waits for a GPU.
 """
 
 from itertools import combinations

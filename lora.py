@@ -232,11 +232,10 @@ def load_adapter(model, folder, config):
     path = Path(folder) / "adapter_config.json"
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-        problems = [
-            f"{name} is {found[name]}, expected {value}"
-            for name, value in adapter_settings(model, config).items()
-            if found[name] != value
-        ]
+        wanted = adapter_settings(model, config)
+        others = found["target_modules"] != wanted.pop("target_modules")
+        problems = [f"{n} is {found[n]}, expected {v}" for n, v in wanted.items() if found[n] != v]
+        problems += ["other layers have adapters"] if others else []
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise UserError(f"{path}: not an adapter's configuration: {error!r}") from error
     if problems:

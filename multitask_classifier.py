@@ -251,7 +251,7 @@ def evaluate_and_keep_best(run, model, data, plan, compute):
     try:
         scores, table = evaluate_on_dev(model, data, plan, compute)
     except NotFinite as error:
-        more = "try --overwrite with a lower --lr"
+        more = "start again with --overwrite and a lower --lr"
         raise NotFinite(f"step {progress.step}: {error}; {more}") from error
     epoch = progress.step // plan.steps_per_epoch
     run.log(

@@ -42,8 +42,8 @@ def supervised_simcse_loss(
     """Cross entropy of duplicate pairs against all second sentences (Gao et al. 2021, eq. 5).
 
     `anchors` and `candidates` are (batch, hidden), the first and second sentences of the pairs. The
-    second sentences of pairs that are no duplicates are negatives, too, but of all anchors alike:
-    no pair has a hard negative of its own, as there. `weights` (batch,) are 1 /
+    second sentences of all other pairs are its negatives, duplicates or not; the hard negative that
+    Gao et al. add to each pair is not there. `weights` (batch,) are 1 /
     the number of duplicates for a duplicate, else 0. Returns a scalar, exactly 0 for a batch
     without a duplicate. `offset` and `copies` are as in `unsupervised_simcse_loss`.
     """

@@ -91,7 +91,11 @@ def _columns(name, lines, delimiter, places, labels):
                 yield Text(tuple(record[place] for place in places), known)
             line = reader.line_num + 2
     except csv.Error as error:
-        fault = "a quote that is not closed, or text after it; write a quote inside as two"
+        fault = (
+            'a quote (") without its end, or text after its end; in a quoted text " is written ""'
+        )
+        if "new-line" in str(error):
+            fault = "a carriage return inside the line; expected \\n at line ends"
         raise UserError(f"{name}:{line}: {fault}") from error
 
 

@@ -70,8 +70,8 @@ def test_row_51_what_is_not_used_is_left_out_and_named(tiny_folder, capsys):
     assert torch.equal(outputs["last_hidden_state"], expected)
     assert not outputs["pooler_output"].any()
     assert capsys.readouterr().out == (
-        f"{tiny_folder / 'model.safetensors'}: classifier (2 tensors) not needed, cls (1 "
-        "tensors) not needed, no pooler (its output will be 0)\n"
+        f"{tiny_folder / 'model.safetensors'}: classifier (2 tensors) outside the encoder, "
+        "cls (1 tensors) outside the encoder, no pooler (its output will be 0)\n"
     )
 
 

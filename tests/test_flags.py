@@ -223,7 +223,8 @@ REFUSED = {
     f"01 {FROZEN} {SIMCSE}": "the encoder is frozen",
     f"01 {FROZEN} --supervised_simcse": "the encoder is frozen",
     f"01 {FROZEN} --gradient_surgery": "the encoder is frozen",
-    "01 --gradient_surgery main": "main: no auxiliary loss; add SimCSE or --main_tasks",
+    "01 --gradient_surgery main": "main: no auxiliary loss; add SimCSE, --mlm or --main_tasks",
+    "01 --gradient_surgery main --r_drop sst": "main: no auxiliary loss",
     "01 --gradient_surgery main --tasks sst --mlm sst --loss_weights sst=0": "no main task has a",
     f"01 {SIMCSE} --main_tasks sst": "--main_tasks: only with --gradient_surgery main",
     f"01 {SIMCSE} --gradient_surgery main --main_tasks cfimdb": "cfimdb: not among --tasks sst",
@@ -265,7 +266,7 @@ ANOTHER_MODEL = {
         "--LoRA_r is 8, was 4; --batch_size is 4, was 8; --lr is 1.0, was not given; "
         "--max_length is 9, was not given; --seed is 5, was 11711$",
     f"{LORA} --epochs 20":
-        "--epochs is 20, was 3; to train longer, begin another run with --start_from and this .*",
+        "--epochs is 20, was 3; to train longer, begin a new run with --start_from and the .*",
     "--fine-tune-mode full-model": "--fine_tune_mode is full-model, was LoRA$",
 }
 # fmt: on

@@ -323,7 +323,7 @@ def test_an_adapter_of_some_layers_names_them(plain, tmp_path):
     [
         ({"r": 4}, "r is 4, expected 3"),
         ({"lora_alpha": 7}, "lora_alpha is 7, expected 6.0"),
-        ({"target_modules": ["key", "pooler.dense"]}, "target_modules is ['key', 'pooler.dense'],"),
+        ({"target_modules": ["key", "pooler.dense"]}, "other layers have adapters"),
         ({"use_rslora": True}, "use_rslora is True, expected False"),
         ({"use_dora": True, "r": 2}, "r is 2, expected 3; use_dora is True"),
     ],

@@ -91,10 +91,11 @@ def test_a_header_names_the_columns_and_other_lines_are_texts(tmp_path, content,
         (b"a\tb\nc\n", "x:2: 1 fields"),
         (b"a\tb\tc\n", "x:1: 3 fields"),
         (b"id\tsentence\n1\ta\n2\n", "x:3: 1 fields; expected at least 2"),
-        (b'id,sentence\n1,a\n2,"b\n3,c\n', "x:3: a quote that is not closed, or text after it"),
-        (b'id,sentence\n\n1,"a\nb"\n2,"c"d\n', "x:5: a quote that is not closed, or text after it"),
+        (b'id,sentence\n1,a\n2,"b\n3,c\n', "x:3: a quote .* without its end"),
+        (b'id,sentence\n\n1,"a\nb"\n2,"c"d\n', "x:5: a quote .*, or text after its end"),
         (b"a\nb\xe9\n", "x:2: byte 0xe9 is not UTF-8"),
         (b"PK\x03\x04...", "x: a zip or Excel file"),
+        (b"id\tsentence\n1\ta\rb\n", "x:2: a carriage return inside the line"),
         (b"a\rb\rc", "x:1: a carriage return inside the line"),
         (None, "x: not readable: No such file"),
     ],
@@ -239,7 +240,7 @@ def test_a_sentence_or_a_pair_is_predicted_by_the_tasks_that_fit(run, capsys):
     sentence = ["--sentence", "A man sleeps."]
     pair = [*sentence, "--sentence2", "A man is asleep."]
     p = r"[01]\.\d{3}"
-    sst = rf"sst     sentiment: [0-4]  \(probability of 0 to 4: {' '.join([p] * 5)}\)"
+    sst = rf"sst     sentiment: [0-4]  \(probabilities of 0 to 4: {' '.join([p] * 5)}\)"
     para = rf"para    paraphrase: [01]\.0  \(probability of 1: {p}\)"
     sts = r"sts     similarity: [0-5]\.\d+"
     for argv, expected in ((sentence, [sst]), (pair, [para, sts])):

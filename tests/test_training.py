@@ -892,13 +892,13 @@ def test_a_run_begins_with_the_predictions_of_another(train, first, second):
 
 
 def test_heads_of_another_shape_and_of_other_tasks_start_anew(train, capsys):
-    train("--tasks sst para --epochs 0 --model_file_suffix one --seed 1")
+    train("--tasks sst para --pals --epochs 0 --model_file_suffix one --seed 1")
     capsys.readouterr()
     flags = "--start_from runs/full-model-one --sst_head linear --model_file_suffix two"
     train(f"{flags} --epochs 0")
     said = capsys.readouterr().out
     assert "warning: keep runs/full-model-one as it is until this run is finished" in said
-    assert "copied: encoder, para; new: sst\n" in said
+    assert "copied: encoder, para; new: sst; dropped: pals\n" in said
 
 
 def test_one_run_after_another_after_a_third(train, capsys, monkeypatch):

@@ -31,7 +31,7 @@ SCRIPT = "multitask_classifier.py"
 SPLITS = ("train", "dev", "test")
 # Flags of one call: never compared when a run is resumed.
 OF_ONE_COMMAND = {"resume", "overwrite", "debug", "runs_dir", "require_test"}
-OF_ONE_COMMAND |= {"use_gpu", "use_cpu", "model_file_suffix"}  # the last one found the run
+OF_ONE_COMMAND |= {"use_gpu", "use_cpu", "model_file_suffix"}  # the suffix only finds the run
 # Flags that may differ when a run is resumed: training does not depend on them. The content of the
 # data files is compared, wherever they lie.
 FREE_WHEN_RESUMING = {
@@ -185,9 +185,9 @@ def make_parser():
         "since dropout shifts its outputs; 0 for none (default: %(default)s)")
     add("--gradient_surgery", nargs="?", choices=("sum", "mean", "main", "vaccine"), const="sum",
         default=None, help="project conflicting task gradients (PCGrad), then sum (default) or "
-        "average them; 'main': project those of the auxiliary losses alone, which weigh "
-        f"{AUXILIARY_WEIGHT:g} each unless --loss_weights says otherwise (MTRec); 'vaccine': raise "
-        "the tasks' cosines to their moving averages, then sum (GradVac)")
+        "average them; 'main': project those of the auxiliary losses alone (SimCSE, --mlm), which "
+        f"weigh {AUXILIARY_WEIGHT:g} each unless --loss_weights says otherwise (MTRec); 'vaccine': "
+        "raise the tasks' cosines to their moving averages, then sum (GradVac)")
     add("--main_tasks", nargs="+", choices=TASKS, metavar="TASK", help="with --gradient_surgery "
         "main: the losses of all other tasks are auxiliary too (default: all of --tasks are main)")
 
@@ -408,7 +408,7 @@ def take_flags_of_run(flags, given, description):
             differences.append(f"--{name} is {getattr(flags, name)}, was {earlier}")
         setattr(flags, name, value)
     if differences:
-        more = "; to train longer, begin another run with --start_from and this one's folder"
+        more = "; to train longer, begin a new run with --start_from and the old one's folder"
         more = more if any(text.startswith("--epochs") for text in differences) else ""
         found = "; ".join(differences) + more
         raise UserError(f"--resume: the run was begun with other settings: {found}")

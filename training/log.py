@@ -147,7 +147,7 @@ def not_finite(model, losses, micro_batches, step, plan, compute):
     )
     return NotFinite(
         f"step {step + 1}: {what} is not finite; the weights from before the step are saved; "
-        f"try --overwrite with a lower --lr; batch {ids}"
+        f"start again with --overwrite and a lower --lr; batch {ids}"
     )
 
 

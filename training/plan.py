@@ -63,7 +63,7 @@ class Plan:
     batch_sizes: dict  # task -> examples in a batch before --sampling, over all processes
     epoch_sizes: list  # for each epoch such a dict after --sampling; the last for all later ones
     simcse_tasks: tuple  # tasks with unsupervised SimCSE
-    loss_weights: dict  # every loss of the run -> its weight in the sum
+    loss_weights: dict  # every loss of the run -> its weight in the sum, before --sampling
     encoder_lr: float  # peak learning rates
     head_lr: float
     steps_per_epoch: int
@@ -77,8 +77,8 @@ class Plan:
     def weights_at(self, step):
         """Every loss of the run -> its weight in a step.
 
-        A loss is a mean over its task's examples. With `--sampling` it counts as the task's share
-        of the batch, relative to an equal one, so that every example counts the same.
+        A loss is a mean over its task's examples. With `--sampling` its weight is multiplied by the
+        task's batch size over the mean of all tasks', so that every example counts the same.
         """
         if self.flags.sampling == "equal":
             return self.loss_weights
@@ -257,7 +257,9 @@ def check_flags(flags, given):
         raise UserError("--main_tasks: only with --gradient_surgery main")
     plan = make_plan(flags, {})
     if flags.gradient_surgery == "main" and plan.loss_weights.keys() <= main_losses(flags):
-        raise UserError("--gradient_surgery main: no auxiliary loss; add SimCSE or --main_tasks")
+        raise UserError(
+            "--gradient_surgery main: no auxiliary loss; add SimCSE, --mlm or --main_tasks"
+        )
     if flags.gradient_surgery == "main" and not main_losses(flags) & set(plan.tasks):
         raise UserError("--gradient_surgery main: no main task has a head (--loss_weights, --mlm)")
     for name in plan.joint:

@@ -388,6 +388,8 @@ def _read_progress(path):
     """The `Progress` in a checkpoint's metadata. Raises `UserError` if there is none."""
     try:
         with safe_open(path, framework="numpy") as file:
-            return Progress(**json.loads(file.metadata()["progress"]))
+            values = json.loads(file.metadata()["progress"])
+        values.pop("cosine_targets", None)  # of an older version
+        return Progress(**values)
     except (OSError, SafetensorError, ValueError, TypeError, LookupError) as error:
         raise UserError(f"{path}: not a checkpoint: {error}") from error

@@ -57,7 +57,7 @@ def describe_file(file):
 
 
 def git_commit():
-    """The git commit of this code, with "-dirty" where files differ; None without git."""
+    """The git commit of this code, with "-dirty" if tracked files differ; None without git."""
     settings = {"shell": True, "cwd": REPOSITORY, "capture_output": True, "text": True}
     command = "git describe --always --dirty --abbrev=40 --exclude='*'"
     return subprocess.run(command, **settings).stdout.strip() or None
@@ -93,7 +93,7 @@ def check_same_run(earlier, now):
         if values.get(name) != value
     ]
     if differences:
-        more = "; or begin another run with --start_from and this one's folder"
+        more = "; here, begin a new run with --start_from and the old one's folder"
         more = more if any(text.startswith("precision") for text in differences) else ""
         found = "; ".join(differences) + more
         raise UserError(f"--resume: the run was begun with other settings: {found}")
