@@ -31,7 +31,7 @@ from evaluation import calibrate, evaluate, masked_losses
 from gradient_surgery import combine
 from reporting import results
 from runtime import distributed
-from runtime.device import Compute, memory_errors, seed_everything, select_device
+from runtime.device import DTYPES, Compute, memory_errors, seed_everything, select_device
 from runtime.distributed import check_stop, mean_over_processes
 from runtime.files import write_files
 from training import data_files, setup
@@ -140,7 +140,7 @@ def wrap_in_ddp(model, batches, plan, compute):
     """
     if distributed.world_size() == 1 or plan.flags.gradient_surgery:
         return model
-    replica = DistributedDataParallel(model)
+    replica = DistributedDataParallel(model, broadcast_buffers=False)  # equal by themselves
     # DDP rebuilds its buckets after the first backward. Discarding one pass gives new and resumed
     # runs the same bucket order.
     seed_everything(plan.flags.seed)
@@ -360,8 +360,8 @@ def fine_tune(command, device):
     data = data_files.tokenize_data(files, model)
     with memory_errors(device, "the model"):
         model.to(device)
-    if compute.precision == "bf16" and plan.lora:  # other modes save these weights, in fp32
-        model.bert.cast_frozen_linears(torch.bfloat16)
+    if compute.precision != "fp32" and plan.lora:  # other modes save these weights, in fp32
+        model.bert.cast_frozen_linears(DTYPES[compute.precision])
 
     # ---- optimiser, resume, loop
     optimizer = setup.make_optimizer(model, plan)
@@ -369,6 +369,7 @@ def fine_tune(command, device):
         run.start(description | {"parameters": setup.count_parameters(model)})
     else:
         setup.restore(model, optimizer, compute, run.progress, tensors)
+        del tensors  # up to three times the model's size
     if flags.tensorboard:
         run.open_tensorboard()
     catch_signals()

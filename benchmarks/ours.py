@@ -20,7 +20,7 @@ from config import TASKS, BertConfig
 from datasets import TaskDataset, read_task_file
 from evaluation import evaluate
 from multitask_classifier import make_batches, train
-from runtime.device import Compute
+from runtime.device import DTYPES, Compute
 from runtime.hub import resolve_encoder
 from training.data_files import data_paths
 from training.flags import make_parser, parse_command
@@ -91,8 +91,8 @@ class Ours(Worker):
         self.data = {name: {"train": dataset} for name, dataset in train_sets.items()}
         self.batches = make_batches(self.data, plan)
         self.model.to(self.device)
-        if self.compute.precision == "bf16" and plan.lora:
-            self.model.bert.cast_frozen_linears(torch.bfloat16)
+        if self.compute.precision != "fp32" and plan.lora:
+            self.model.bert.cast_frozen_linears(DTYPES[self.compute.precision])
         self.optimizer = make_optimizer(self.model, plan)
         return opened | {
             "precision": self.compute.precision,

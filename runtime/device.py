@@ -44,6 +44,8 @@ class Compute:
         elif deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True)
+            # Memory that nothing reads before it is written need not be filled.
+            torch.utils.deterministic.fill_uninitialized_memory = False
 
     def autocast(self):
         """The context of forward passes: autocast, or nothing in fp32."""
@@ -131,7 +133,7 @@ def peak_memory_mib(device):
 def is_memory_error(error):
     """Whether an exception says that memory ran out; most of torch's are plain `RuntimeError`s."""
     signs = ("out of memory", "allocate memory", "not enough memory", "unable to mmap")
-    signs += ("alloc_failed",)  # cuBLAS
+    signs += ("alloc_failed", "invalid buffer size")  # cuBLAS, Metal
     return isinstance(error, MemoryError) or any(sign in str(error).lower() for sign in signs)
 
 
@@ -141,6 +143,8 @@ def memory_errors(device, load, remedy="close other programs on it, or choose an
     try:
         yield
     except (MemoryError, RuntimeError) as error:
+        if "CUDA driver error" in str(error):  # on a vGPU, say
+            raise UserError(f"{error}; try PYTORCH_ALLOC_CONF=expandable_segments:False") from error
         if not is_memory_error(error):
             raise
         raise OutOfMemory(

@@ -50,9 +50,10 @@ def joined_processes(device):
     except RuntimeError as error:
         signs = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer")
         if isinstance(error, dist.DistError) or any(sign in str(error) for sign in signs):
+            cause = str(error).strip().splitlines()[-1]
             raise LostProcess(
-                f"rank {rank()} lost the connection to the other processes: one of them has ended; "
-                f"torchrun names its rank; start again, a training run with --resume"
+                f"rank {rank()} lost the connection to the other processes ({cause}); torchrun "
+                f"names the rank that ended; start again, a training run with --resume"
             ) from error
         raise
     dist.destroy_process_group()

@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -286,6 +287,40 @@ def test_attention_gradcheck(attention):
 
     hidden = torch.randn(8, 8, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(attend, (hidden,))
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("head_size", [17, 32, 64])
+def test_fused_attention_is_the_written_out_one(tiny_config, device, dtype, head_size):
+    """Output and gradient, in rows of three widths, in which some blocks are masked whole."""
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no CUDA GPU")
+    torch.manual_seed(0)
+    sizes = replace(tiny_config, hidden_size=3 * head_size, num_attention_heads=3)
+    module = BertSelfAttention(sizes).to(device, dtype).eval()
+    sequences = random_sequences([190, 120, 110, 60, 50, 40, 30])
+    rows = pack(sequences, list(map(len, sequences)), 0, device).rows
+    rows = [r._replace(attention_mask=additive_mask(r.attention_mask, dtype)) for r in rows]
+    assert len(rows) == 3
+    hidden = torch.randn(sum(r.input_ids.numel() for r in rows), 3 * head_size)
+    found = []
+    for path in (F.scaled_dot_product_attention, written_out):
+        inputs = hidden.to(device, dtype).requires_grad_()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(F, "scaled_dot_product_attention", path)
+            outputs = module(inputs, rows)
+        outputs.square().sum().backward()
+        found.append((outputs.detach(), inputs.grad))
+    tolerance = 1e-4 if dtype == torch.float32 else 0.1
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance)
+
+
+def written_out(q, k, v, attn_mask, dropout_p, scale):
+    """What `F.scaled_dot_product_attention` computes."""
+    scores = q @ k.transpose(-2, -1) * scale + attn_mask
+    return scores.softmax(-1) @ v
 
 
 def test_attention_dropout_keeps_the_mean(attention):

@@ -14,7 +14,7 @@ from datasets import Example, TaskDataset
 from evaluation import best_offset, calibrate, parse_flags, predict_dataset, predict_sentences
 from heads import task_loss
 from multitask_bert import MultitaskBERT
-from runtime.device import BATCH_TOKENS, Compute, OutOfMemory
+from runtime.device import BATCH_TOKENS, Compute, OutOfMemory, memory_errors
 from tokenizer import BertTokenizer
 from training.saved_models import load_weights, save_model
 
@@ -105,6 +105,12 @@ def test_a_batch_too_large_for_a_gpus_memory_is_halved(model, datasets, monkeypa
     with pytest.raises(OutOfMemory, match="out of memory on cpu with evaluation batches of up to"):
         predict_dataset(model, datasets["para"], CPU)
     assert sizes[-1] == 1
+
+
+def test_a_gpu_without_virtual_memory_is_told_the_setting():
+    refused = pytest.raises(UserError, match="not supported; try PYTORCH_ALLOC_CONF=expandable_")
+    with refused, memory_errors("cuda", "the model"):
+        raise RuntimeError("CUDA driver error: operation not supported")
 
 
 # -------------------------------------------------------------------------------------- calibration

@@ -749,6 +749,11 @@ def test_41_out_of_memory(tiny, tmp_path):
     done = run(tmp_path, tiny.argv("--epochs", 0, "--overwrite"), full)
     assert_error(done, 1, "out of memory", "evaluation batches of up to 4,096 tokens", "MiB")
     assert "--batch_size" not in done.stderr
+    full = partial(patch, "multitask_bert.MultitaskBERT.head_vectors", side_effect=error)
+    frozen = ["--pretrained", tiny.encoder, "--data_dir", tiny.data, "--fine-tune-mode"]
+    done = run(tmp_path, [*frozen, "last-linear-layer", "--steps_per_epoch", 1], full)
+    assert_error(done, 1, "out of memory", "with batches of up to 4,096 tokens", "MiB")
+    assert "--batch_size" not in done.stderr
 
 
 # ----------------------------------------------------------------------------------------- resuming

@@ -16,7 +16,7 @@ from lora import apply_lora
 from multitask_bert import VECTOR_CACHE_MIB, MultitaskBERT
 from pals import apply_pals, train_layer_norms_only
 from runtime import distributed
-from runtime.device import device_name
+from runtime.device import device_name, memory_errors
 from runtime.files import file_sha256
 from runtime.hub import FELL_BACK
 from runtime.script import say
@@ -293,7 +293,8 @@ def encode_in_advance(model, batches, plan, compute):
         for number in range(distributed.largest(len(parts))):
             distributed.check_stop()  # as often in every process
             if number < len(parts) and model.vectors_to_keep():
-                with compute.autocast(), torch.no_grad():
+                load = f"batches of up to {compute.batch_tokens:,} tokens"
+                with memory_errors(model.device, load), compute.autocast(), torch.no_grad():
                     model.head_vectors(name, parts[number])
     if not model.vectors_to_keep():
         say(
