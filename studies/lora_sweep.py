@@ -344,10 +344,8 @@ def parse_flags(argv):
     varied = [f"--{name}" for name, *_ in flags.vary or []]
     for name, *values in flags.vary or []:
         flag = f"--{name}"
-        if flag in OWN_FLAGS:
-            raise UserError(f"--vary {name}: the sweep sets it")
-        if flag in UNLIKE:
-            raise UserError(f"--vary {name}: runs that differ in this cannot share a table")
+        if flag in OWN_FLAGS | UNLIKE:
+            raise UserError(f"--vary {name}: a sweep cannot vary this flag")
         if not values or varied.count(flag) > 1:
             raise UserError(f"--vary {name}: expected each flag once, and its values")
     for word in passed:
