@@ -266,7 +266,7 @@ def error_table(run, name):
     if not texts:
         columns, texts = ["id"], {example: [example] for example in result.ids}
         missing = " The dev file is missing or has changed, so ids are shown instead of texts."
-    worst, distance, digits = "most confident", "probability", 0
+    worst, distance, digits = "most confident", "confidence", 0
     if task.kind == "score":
         worst, distance, digits = "largest", "off by", 2
     cells = []
@@ -359,7 +359,7 @@ def write_report(runs, folder):
         f"## Cost\n\n{cost}",
         "## Figures\n",
         *images,
-        f"## Errors\n\nOf each task's run with the best overall dev score: {best_names}.\n",
+        f"## Errors\n\nEach task's run with the best overall dev score: {best_names}.\n",
         *errors,
     ]
     about = {"command": command, "commands": commands, "provenance": provenance(runs)}

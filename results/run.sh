@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Runs as in RESULTS.md, but all of seeds 1 to 3, and without "bf16 against fp32". Many hours on two
-# CPU cores. First: python data/prepare.py --quora small (else all of it is of the sample).
+# The runs of RESULTS.md, each with seeds 1 to 3, without "bf16 against fp32". Many hours on two
+# CPU cores. First: python data/prepare.py --quora small (else it trains on the sample).
 #
 #     bash results/run.sh                  # everything, into runs/ and report/
 #     bash results/run.sh scores report    # some of: scores methods ensemble studies report speed

@@ -1,4 +1,4 @@
-"""How LoRA's rank r and scale α, or other flags, change scores and cost: the paper's future work.
+"""How LoRA's rank r and α, or other flags, change scores and cost: the paper's future work.
 
     python -m studies.lora_sweep --ranks 1 4 16 32 64 -- --epochs 2 --steps_per_epoch 250
     python -m studies.lora_sweep --vary LoRA_variant plain rslora dora --vary LoRA_r 4 32
@@ -238,16 +238,15 @@ def uncertainty(points):
     sizes = ", ".join(f"{name} {len(result.ids):,}" for name, result in runs[0].dev.items())
     seed = report.by_value(runs, lambda run: f"{run.args['seed']}")
     return (
-        f"Seed {seed}: another one would move each figure too. The standard error of an "
-        f"overall score that comes from the size of the dev sets ({sizes} examples) is {error} "
-        f"(bootstrap)."
+        f"Seed {seed}: another one would move each figure too. The size of the dev sets ({sizes} "
+        f"examples) gives an overall score a standard error of {error} (bootstrap)."
     )
 
 
 def title(points):
     """What the sweep varies."""
     varied = ", ".join(points[0].cells)
-    return "LoRA's rank r and scale α" if isinstance(points[0].x, int) else varied
+    return "LoRA's rank r and α" if isinstance(points[0].x, int) else varied
 
 
 def best_note(points):
@@ -332,9 +331,9 @@ def parse_flags(argv):
     add, rate, rank = parser.add_argument, number(float, 0, above=True), number(int, 1)
     text = "each is trained with --alpha and with --scaling times the rank (default: 1 4 16 32 64)"
     add("--ranks", nargs="+", type=rank, default=[1, 4, 16, 32, 64], help=text)
-    add("--alpha", type=rate, default=16.0, help="α of all ranks (default: %(default)g)")
-    add("--scaling", type=rate, default=0.5, help="α/r of all ranks (default: %(default)g)")
-    text = "instead: a flag without dashes, and values ('on', 'off'); repeated: all combinations"
+    add("--alpha", type=rate, default=16.0, help="the fixed α (default: %(default)g)")
+    add("--scaling", type=rate, default=0.5, help="the fixed α/r (default: %(default)g)")
+    text = "not ranks: a flag without dashes, its values (on, off); repeated: all combinations"
     add("--vary", nargs="+", action="append", metavar=("FLAG", "VALUE"), help=text)
     add("--runs_dir", default="runs/sweep", help="folder of the runs (default: %(default)s)")
     add("--out", default="report/sweep", help="folder of the results (default: %(default)s)")

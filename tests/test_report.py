@@ -231,7 +231,7 @@ def test_the_bootstrap_draws_scores_like_the_runs_own(recipe_run):
 def test_errors_are_the_most_confident_ones_with_their_texts(written, runs):
     best = max(RUNS, key=lambda name: overall_by_hand(runs / name)[3])
     header, rows = table(written[1], 3)
-    assert f"most confident dev errors of `{best}`" in written[1] and header[-1] == "probability"
+    assert f"most confident dev errors of `{best}`" in written[1] and header[-1] == "confidence"
     labels, scores = scores_by_hand(runs / best, "sst")
     sure = np.where(scores.argmax(1) == labels, 0, scores.max(1))
     assert [row[-1] for row in rows] == [f"{p:.2f}" for p in np.sort(sure)[::-1][: len(rows)]]

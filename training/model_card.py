@@ -41,7 +41,7 @@ PALS = """\
 TEXT = """
 # {name}
 
-{what}, fine-tuned on {titles} with Multitask minBERT. It began as {base}.
+{what}, fine-tuned on {titles} with Multitask minBERT. Its base: {base}.
 
 | task | metric | dev score |
 |---|---|---|
@@ -51,7 +51,7 @@ The dev set also chose the epoch, so the scores are a little too high.{data}
 
 ## How to load it
 
-FOLDER is this folder, or the model's name on the hub.
+FOLDER is this folder, or the model's name on the hub; RUN is the folder of the run in the project.
 
 {load}
 The {heads} in `heads.safetensors`. To {use[0]}, in the project's folder:
