@@ -281,7 +281,7 @@ def test_the_captions_name_data_encoder_and_uncertainty(swept, points):
     for caption in captions:
         assert "encoder` (as asked for)" in caption and "Seed 11711: another one" in caption
         assert "(sst 12, para 12, sts 12 examples)" in caption
-        assert f"is {min(errors)} to {max(errors)} (bootstrap)" in caption
+        assert f"error of {min(errors)} to {max(errors)} (bootstrap)" in caption
     for suffix in ("r2-a2", "r2-a1", "r4-a2"):
         assert f"    python {SCRIPT} --fine-tune-mode LoRA {SMALL}" in text
         assert f"--runs_dir sweep --model_file_suffix {suffix}" in text
