@@ -140,7 +140,7 @@ def wrap_in_ddp(model, batches, plan, compute):
     """
     if distributed.world_size() == 1 or plan.flags.gradient_surgery:
         return model
-    replica = DistributedDataParallel(model, broadcast_buffers=False)  # equal by themselves
+    replica = DistributedDataParallel(model)
     # DDP rebuilds its buckets after the first backward. Discarding one pass gives new and resumed
     # runs the same bucket order.
     seed_everything(plan.flags.seed)

@@ -294,7 +294,7 @@ def encode_in_advance(model, batches, plan, compute):
             distributed.check_stop()  # as often in every process
             if number < len(parts) and model.vectors_to_keep():
                 load = f"batches of up to {compute.batch_tokens:,} tokens"
-                with memory_errors(model.device, load), compute.autocast(), torch.no_grad():
+                with memory_errors(compute.device, load), compute.autocast(), torch.no_grad():
                     model.head_vectors(name, parts[number])
     if not model.vectors_to_keep():
         say(
