@@ -74,14 +74,14 @@ def compute_gradients(model, micro_batches, step, plan, compute):
 
 def backward(model, micro_batches, step, plan, compute):
     """The gradients of the weighted sum of all losses; returns each loss."""
-    losses = defaultdict(float)
+    losses, weights = defaultdict(float), plan.weights_at(step)
     for number, prepared in enumerate(micro_batches):
         seed_everything(plan.flags.seed, step, number, distributed.rank())
         is_synced = number == len(micro_batches) - 1 or distributed.world_size() == 1
         with nullcontext() if is_synced else model.no_sync():  # DDP averages in the last one
             with compute.autocast():
                 batch_losses = model(prepared)
-            total = weighted_sum(batch_losses, plan.weights_at(step))
+            total = weighted_sum(batch_losses, weights)
             compute.scaler.scale(total / len(micro_batches)).backward()
         for name, loss in batch_losses.items():
             losses[name] += loss.detach() / len(micro_batches)
@@ -95,13 +95,13 @@ def backward_with_surgery(model, micro_batches, step, plan, compute):
     and the gradients' cosines.
     """
     shared = [p for p in model.bert.parameters() if p.requires_grad]
-    losses, gradients = {}, {}
+    losses, gradients, weights = {}, {}, plan.weights_at(step)
     for number, prepared in enumerate(micro_batches):
         seed_everything(plan.flags.seed, step, number, distributed.rank())
         with compute.autocast():
             batch_losses = model(prepared)
         for name, group in loss_groups(batch_losses, prepared, plan).items():
-            total = compute.scaler.scale(weighted_sum(group, plan.weights_at(step)))
+            total = compute.scaler.scale(weighted_sum(group, weights))
             total.backward(retain_graph=name == "main")
             gradients[name] = mean_over_processes(torch.cat([p.grad.flatten() for p in shared]))
             model.bert.zero_grad()

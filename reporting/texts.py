@@ -83,10 +83,10 @@ def _columns(name, lines, delimiter, places, labels):
     reader, line = csv_reader(lines, delimiter, strict=True), 2
     try:
         for record in reader:
-            if record and len(record) <= max(places):
-                fault = f"{len(record)} fields; expected at least {max(places) + 1}"
-                raise UserError(f"{name}:{line}: {fault}")
             if record:
+                if len(record) <= max(places):
+                    fault = f"{len(record)} fields; expected at least {max(places) + 1}"
+                    raise UserError(f"{name}:{line}: {fault}")
                 known = {label: "".join(record[i : i + 1]) for label, i in labels.items()}
                 yield Text(tuple(record[place] for place in places), known)
             line = reader.line_num + 2

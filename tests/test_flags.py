@@ -327,13 +327,8 @@ def test_with_sampling_every_example_counts_the_same():
     plan = make_plan(parse(f"--sampling {flags}"), {"sst": 8000, "para": 3000, "sts": 1000})
     first = {"sst": 2, "r_drop_sst": 2, "para": 2 * 6 / 8, "sts": 2 / 8}
     assert plan.weights_at(0) == plan.weights_at(4) == first
-    sizes = plan.epoch_sizes[1]
-    last = {name: size / 8 for name, size in sizes.items()}
-    assert (
-        plan.weights_at(5)
-        == plan.weights_at(11)
-        == {**last, "r_drop_sst": last["sst"], "para": 2 * last["para"]}
-    )
+    last = {"sst": 10 / 8, "r_drop_sst": 10 / 8, "para": 2 * 8 / 8, "sts": 6 / 8}
+    assert plan.weights_at(5) == plan.weights_at(11) == last
     assert make_plan(parse("--task_batch_sizes sst=2"), {}).weights_at(3)["sst"] == 1
 
 

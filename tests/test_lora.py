@@ -326,6 +326,8 @@ def test_an_adapter_of_some_layers_names_them(plain, tmp_path):
         ({"target_modules": ["key", "pooler.dense"]}, "other layers have adapters"),
         ({"use_rslora": True}, "use_rslora is True, expected False"),
         ({"use_dora": True, "r": 2}, "r is 2, expected 3; use_dora is True"),
+        ({"lora_alpha": "much"}, "lora_alpha is much, expected 6.0"),
+        ({"target_modules": None}, "other layers have adapters"),
     ],
 )
 def test_fault_28_another_adapter_is_refused(saved, fresh, settings, message):

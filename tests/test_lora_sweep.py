@@ -126,10 +126,7 @@ def test_any_flag_varies_and_its_values_are_the_words_of_the_command(tmp_path):
         ("--vary resume on", "--vary resume: a sweep cannot vary this flag"),
         ("--vary seed", "--vary seed: expected each flag once, and its values"),
         ("--vary seed 1 2 --vary seed 3 4", "--vary seed: expected each flag once"),
-        (
-            "--vary precision fp32 bf16",
-            "--vary precision: a sweep cannot vary this flag",
-        ),
+        ("--vary precision fp32 bf16", "--vary precision: a sweep cannot vary this flag"),
         ("--ranks 2 -- --epochs 1 --LoRA_r 4", "--LoRA_r after --"),
         ("--ranks 2 -- --runs_dir=x", "--runs_dir=x after --"),
         ("--ranks 2 -- --sst_dev_out x", "--sst_dev_out after --"),

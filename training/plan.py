@@ -84,8 +84,8 @@ class Plan:
             return self.loss_weights
         sizes = self.epoch_sizes[min(step // self.steps_per_epoch, len(self.epoch_sizes) - 1)]
         equal = sum(sizes.values()) / len(sizes)
-        shares = {n: sizes[task_of(n, sizes)] / equal for n in self.loss_weights}
-        return {name: weight * shares[name] for name, weight in self.loss_weights.items()}
+        weights = self.loss_weights.items()
+        return {loss: w * (sizes[task_of(loss, sizes)] / equal) for loss, w in weights}
 
     @property
     def lora(self):

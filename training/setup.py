@@ -286,14 +286,13 @@ def encode_in_advance(model, batches, plan, compute):
     """
     for name, dataset in batches.datasets.items():
         rows = batches.rows_until(name, plan.total_steps * plan.flags.accumulate)
-        parts = []
+        parts, load = [], f"batches of up to {compute.batch_tokens:,} tokens"
         if len(rows) and model.vectors_to_keep():
             say(f"{name}: encoding {len(rows):,} training examples, once for all epochs")
             parts = [batch for _, batch in dataset.batches_of(compute.batch_tokens, rows)]
         for number in range(distributed.largest(len(parts))):
             distributed.check_stop()  # as often in every process
             if number < len(parts) and model.vectors_to_keep():
-                load = f"batches of up to {compute.batch_tokens:,} tokens"
                 with memory_errors(compute.device, load), compute.autocast(), torch.no_grad():
                     model.head_vectors(name, parts[number])
     if not model.vectors_to_keep():
