@@ -50,7 +50,7 @@ def joined_processes(device):
     except RuntimeError as error:
         signs = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer")
         if isinstance(error, dist.DistError) or any(sign in str(error) for sign in signs):
-            cause = str(error).strip().splitlines()[-1]
+            cause = (str(error).strip() or type(error).__name__).splitlines()[-1]
             raise LostProcess(
                 f"rank {rank()} lost the connection to the other processes ({cause}); torchrun "
                 f"names the rank that ended; start again, a training run with --resume"
